@@ -1,0 +1,25 @@
+"""Errors a user can act on: each says what was wrong, the value given, what is accepted and what to do."""
+
+
+class AttnlensError(Exception):
+    """Base of every error attnlens raises on purpose; its text is one line."""
+
+
+class UsageError(AttnlensError, ValueError):
+    """The call itself is wrong: an option value that is not accepted (exit code 2 on the command line)."""
+
+
+class ModelNotFoundError(AttnlensError):
+    """No architecture of that name, or no weights for it that can be reached."""
+
+
+class CheckpointError(AttnlensError):
+    """A weight file is missing, truncated, corrupt, unsafe, or does not hold what the architecture needs."""
+
+
+class UnsupportedAttentionError(AttnlensError):
+    """The attention of a module is of a family whose product would not mean what the table says."""
+
+
+class OutputError(AttnlensError, OSError):
+    """A result could not be written; nothing half-written is left behind."""
