@@ -1,0 +1,197 @@
+"""QK and OV circuits as factored products M = A @ B.T, with exact linear algebra on the factors alone.
+
+Orientation (row vectors): W_QK = W_Q @ W_K.T acts on x W_QK x^T, W_OV = W_V @ W_O maps x to x W_OV. Both are
+``[embed_dim, embed_dim]`` of rank at most head_dim; nothing here ever forms them except `FactoredProduct.dense`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.heads import Array, HeadWeights, expand_groups
+
+Kind = Literal["qk", "ov"]
+Fold = Literal["raw", "effective", "centred"]
+FOLDS: tuple[Fold, ...] = ("raw", "effective", "centred")
+
+# CholeskyQR loses eps * condition^2 of a factor; above this ratio of pivots the slower Householder QR is used.
+_CHOLESKY_PIVOT_RATIO = 1e-4
+
+
+@dataclass(frozen=True)
+class FactoredProduct:
+    """A stack of products M = A @ B.T kept apart: A ``[..., rows, rank]``, B ``[..., cols, rank]``, float64."""
+
+    A: Array
+    B: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stack of products, ``[..., rows, cols]``."""
+        return (*self.A.shape[:-1], self.B.shape[-2])
+
+    @property
+    def rank_bound(self) -> int:
+        """Largest rank the product can have: the inner width, capped by rows and columns."""
+        return int(min(self.A.shape[-1], self.A.shape[-2], self.B.shape[-2]))
+
+    @property
+    def is_square(self) -> bool:
+        """Whether M has as many rows as columns, so that a diagonal and a trace mean something."""
+        return self.A.shape[-2] == self.B.shape[-2]
+
+    def diagonal(self) -> Array:
+        """Return diag(M)_i = <A_i, B_i>, shape ``[..., rows]``."""
+        return np.einsum("...ir,...ir->...i", self.A, self.B)
+
+    def total(self) -> Array:
+        """Return the sum of all entries, <1^T A, 1^T B>."""
+        return np.einsum("...r,...r->...", self.A.sum(-2), self.B.sum(-2))
+
+    def squared_norm(self) -> Array:
+        """Return ||M||_F^2 = <A^T A, B^T B>."""
+        return np.asarray((_gram(self.A) * _gram(self.B)).sum((-2, -1)))
+
+    def squared_trace(self) -> Array:
+        """Return tr(M @ M) = tr((B^T A)^2)."""
+        core = self.core()
+        return np.einsum("...rs,...sr->...", core, core)
+
+    def core(self) -> Array:
+        """Return B^T A, ``[..., rank, rank]``: its non-zero eigenvalues are those of M."""
+        return np.matmul(np.swapaxes(self.B, -1, -2), self.A)
+
+    def eigenvalues(self) -> NDArray[np.complex128]:
+        """Return the rank eigenvalues of M that can be non-zero (complex), those of B^T A."""
+        return np.asarray(np.linalg.eigvals(self.core()), dtype=np.complex128)
+
+    def singular_values(self) -> Array:
+        """Return the singular values of M that can be non-zero, largest first: those of R_A @ R_B^T.
+
+        R_A and R_B are the triangular factors of thin QRs of A and B. Source: ``s(A B^T) = s(R_A R_B^T)`` as the Q
+        factors have orthonormal columns.
+        """
+        core = np.matmul(_triangular_factor(self.A), np.swapaxes(_triangular_factor(self.B), -1, -2))
+        return np.linalg.svd(core, compute_uv=False)
+
+    def spectral_norm(self) -> Array:
+        """Return the largest singular value of each product by Lanczos iteration on M^T M, which is never formed.
+
+        ARPACK to machine precision from a fixed start vector: the way to the norm of a layer's sum, whose rank is
+        embed_dim. For products of small rank `singular_values` is faster.
+        """
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        if min(self.shape[-2:]) < 8:  # too small for a Krylov space
+            return np.asarray(self.singular_values()[..., 0])
+        norms = np.empty(self.shape[:-2])
+        for index in np.ndindex(norms.shape):
+            A, B = self.A[index], self.B[index]
+            operator = LinearOperator(
+                (B.shape[0],) * 2, matvec=lambda x, A=A, B=B: B @ (A.T @ (A @ (B.T @ x))), dtype=np.float64
+            )
+            start = operator @ np.random.default_rng(0).standard_normal(B.shape[0])
+            largest = eigsh(operator, k=1, v0=start, return_eigenvectors=False)[0] if start.any() else 0.0
+            norms[index] = np.sqrt(max(0.0, largest))
+        return norms
+
+    def dense(self, size: int | None = None) -> Array:
+        """Form the top-left ``size x size`` corner of M (the whole of M when size is None)."""
+        return np.matmul(self.A[..., :size, :], np.swapaxes(self.B[..., :size, :], -1, -2))
+
+    def scaled(self, rows: Array | None, cols: Array | None) -> FactoredProduct:
+        """Return diag(rows) @ M @ diag(cols); None leaves that side alone."""
+        return FactoredProduct(
+            self.A if rows is None else self.A * rows[:, None], self.B if cols is None else self.B * cols[:, None]
+        )
+
+    def centred(self, rows: bool, cols: bool) -> FactoredProduct:
+        """Project the all-ones direction out of rows and/or columns: C M C with C = I - 11^T/d."""
+        return FactoredProduct(
+            self.A - self.A.mean(-2, keepdims=True) if rows else self.A,
+            self.B - self.B.mean(-2, keepdims=True) if cols else self.B,
+        )
+
+    def head(self, index: int) -> FactoredProduct:
+        """Return one product of a stack."""
+        return FactoredProduct(self.A[index], self.B[index])
+
+
+def _gram(factor: Array) -> Array:
+    return np.matmul(np.swapaxes(factor, -1, -2), factor)
+
+
+def _triangular_factor(factor: Array) -> Array:
+    """Return R of a thin QR of each ``[rows, rank]`` factor, through Cholesky of its Gram matrix where that is safe."""
+    rows, rank = factor.shape[-2:]
+    if rows >= rank:
+        with contextlib.suppress(np.linalg.LinAlgError):
+            lower = np.linalg.cholesky(_gram(factor))
+            pivots = np.diagonal(lower, axis1=-2, axis2=-1)
+            if np.all(pivots.min(-1) > _CHOLESKY_PIVOT_RATIO * pivots.max(-1)):
+                return np.swapaxes(lower, -1, -2)
+    return np.asarray(np.linalg.qr(factor, mode="r"))
+
+
+def qk_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
+    """Return W_QK = W_Q @ W_K.T of every head, a stack of ``num_heads`` products.
+
+    ``effective`` gives diag(g_q) W_QK diag(g_k) with g the gain of the norm that q and k read (one norm in most
+    networks). ``centred`` also projects out the all-ones direction where that norm is a LayerNorm: C diag(g) W_QK
+    diag(g) C with C = I - 11^T/d (an RMSNorm does not centre: there it equals ``effective``). The logit scale and the
+    bias terms are left out.
+    """
+    product = FactoredProduct(weights.W_Q, expand_groups(weights.W_K, weights.num_heads))
+    if fold == "raw":
+        return product
+    asking, asked = weights.input_norm("q"), weights.input_norm("k")
+    product = product.scaled(asking.gain, asked.gain)
+    return product.centred(asking.centres, asked.centres) if fold == "centred" else product
+
+
+def ov_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
+    """Return W_OV = W_V @ W_O of every value head.
+
+    ``effective`` gives diag(g) W_OV diag(s), g the gain of the norm that v reads and s the LayerScale behind.
+    ``centred`` projects the all-ones direction out of the input side, the side a LayerNorm stands on:
+    C diag(g) W_OV diag(s). Raises `UnsupportedAttentionError` for a layer without W_O.
+    """
+    if weights.W_O is None:
+        raise UnsupportedAttentionError(f"{weights.name} has no output projection: there is no OV circuit to form")
+    product = FactoredProduct(expand_groups(weights.W_V, weights.num_value_heads), np.swapaxes(weights.W_O, -1, -2))
+    if fold == "raw":
+        return product
+    norm = weights.input_norm("v")
+    product = product.scaled(norm.gain, weights.layer_scale)
+    return product.centred(norm.centres, False) if fold == "centred" else product
+
+
+def layer_ov(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
+    """Return the layer's value-projection product sum_h W_V[h] @ W_O[h] as one product of rank at most embed_dim.
+
+    The factors are the heads' factors side by side: A = [A_1 .. A_H], B = [B_1 .. B_H]. Source: Trockman & Kolter,
+    ICML 2023 (arXiv 2305.09828), where W_V W_proj is the object of the recipe.
+    """
+    heads = ov_circuit(weights, fold)
+    return FactoredProduct(_side_by_side(heads.A), _side_by_side(heads.B))
+
+
+def _side_by_side(factors: Array) -> Array:
+    heads, rows, rank = factors.shape
+    return np.ascontiguousarray(np.swapaxes(factors, 0, 1)).reshape(rows, heads * rank)
+
+
+def parse_folds(fold: str) -> tuple[Fold, ...]:
+    """Return the folds that ``raw``, ``effective``, ``centred``, ``both`` (the first two) or ``all`` asks for."""
+    if fold in ("both", "all"):
+        return FOLDS if fold == "all" else FOLDS[:2]
+    chosen = tuple(name for name in FOLDS if name == fold)
+    if not chosen:
+        raise UsageError(f"fold {fold!r} is not known: use raw, effective, centred, both or all")
+    return chosen

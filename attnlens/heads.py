@@ -1,0 +1,115 @@
+"""The weights of one attention layer, cut by head, in the one orientation used everywhere: row vectors, q = x @ W_Q."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """What a norm does to a projection's input: ``gain`` multiplies its coordinates, ``centres`` takes the mean out."""
+
+    gain: Array | None = None
+    centres: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadWeights:
+    """Hold W_Q, W_K, W_V, W_O of one layer, one matrix per head.
+
+    With x a row vector of the layer's normalised input, per head: q = x @ W_Q + b_Q, k = x @ W_K + b_K,
+    logits = scale * q k^T, v = x @ W_V + b_V, and the layer returns sum_h (softmax(logits) v) @ W_O + b_O.
+
+    Shapes: W_Q ``[head, embed_dim, head_dim]``, W_K ``[kv_head, embed_dim, head_dim]``,
+    W_V ``[kv_head, embed_dim, value_dim]``, W_O ``[head, value_dim, out_dim]``; biases ``[head, width]``, b_O
+    ``[out_dim]``, None where the layer has none. Query head h uses key/value head h // (num_heads / num_kv_heads); in
+    differential attention W_V and W_O have half as many heads as W_Q and W_K, one for each pair of score heads.
+
+    ``norm_gain`` ``[embed_dim]`` multiplies the input coordinates before the projections (weight of the norm in
+    front of the layer), ``layer_scale`` ``[out_dim]`` the output coordinates. ``norm_gain`` is None where nothing
+    stands in front; ``norm_centres`` says that norm also subtracts the mean (LayerNorm). Where q, k and v do not all
+    read that norm, ``own_norms`` holds what the role ("q", "k" or "v") reads instead: see `input_norm`.
+
+    ``W_O`` is None where no matrix maps a head's value to the output (the values are the output, or a spatial
+    convolution is): there is no OV circuit. ``leaves_out`` names what the network applies beside these (``q_norm``,
+    ``rope``, ...).
+    """
+
+    layer: int
+    name: str
+    W_Q: Array
+    W_K: Array
+    W_V: Array
+    W_O: Array | None
+    b_Q: Array | None = None
+    b_K: Array | None = None
+    b_V: Array | None = None
+    b_O: Array | None = None
+    norm_gain: Array | None = None
+    norm_centres: bool = False
+    own_norms: Mapping[str, InputNorm] = field(default_factory=dict)
+    layer_scale: Array | None = None
+    scale: float = 1.0
+    leaves_out: tuple[str, ...] = field(default=())
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads."""
+        return int(self.W_Q.shape[0])
+
+    @property
+    def num_value_heads(self) -> int:
+        """Number of heads of the output projection (half of ``num_heads`` in differential attention)."""
+        return self.num_heads if self.W_O is None else int(self.W_O.shape[0])
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key heads; below ``num_heads`` in grouped and multi-query attention."""
+        return int(self.W_K.shape[0])
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the input the projections act on."""
+        return int(self.W_Q.shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head's query and key."""
+        return int(self.W_Q.shape[2])
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's value."""
+        return int(self.W_V.shape[2])
+
+    @property
+    def out_dim(self) -> int:
+        """Width of the layer's output; without W_O, of the heads' values side by side."""
+        return self.num_heads * self.value_dim if self.W_O is None else int(self.W_O.shape[2])
+
+    def input_norm(self, role: Literal["q", "k", "v"]) -> InputNorm:
+        """Return the norm whose output the projection of ``role`` reads."""
+        return self.own_norms.get(role, InputNorm(self.norm_gain, self.norm_centres))
+
+    def replace(self, **changes: Any) -> HeadWeights:
+        """Return a copy with some fields exchanged."""
+        return replace(self, **changes)
+
+    def arrays(self) -> dict[str, Array]:
+        """Name every array that is present."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found |= {f"norm_gain_{role}": norm.gain for role, norm in self.own_norms.items()}
+        return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+
+
+def expand_groups(weights: Array, num_heads: int) -> Array:
+    """Repeat key/value heads ``[kv_head, ...]`` so that row h is the one query head h uses: kv head h // (H / H_kv)."""
+    groups = weights.shape[0]
+    return weights if groups == num_heads else np.repeat(weights, num_heads // groups, axis=0)

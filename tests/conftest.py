@@ -1,0 +1,48 @@
+"""Shared fixtures: random heads of prime sizes, a small live ViT, the real weights where they are at hand."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attnlens.heads import HeadWeights
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Keep architecture descriptions of the test run out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def dinov2_file() -> Path:
+    """Return the DINOv2-family ViT-S in shared/data, or skip."""
+    folder = Path(os.environ.get("ATTNLENS_TEST_DATA", ROOT.parent / "shared" / "data"))
+    path = folder / "vit_small_patch14_dinov2.safetensors"
+    if not path.is_file():
+        pytest.skip(f"real weights are not at hand: {path.name} is neither in ../shared/data nor in ATTNLENS_TEST_DATA")
+    return path
+
+
+def random_heads(seed=0, *, heads=6, kv_heads=3, embed_dim=13, head_dim=5, value_dim=7, out_dim=13, layer=2):
+    """Return random heads of distinct prime sizes, so that no axis swap or transpose can hide."""
+    rng = np.random.default_rng(seed)
+    return HeadWeights(
+        layer=layer,
+        name="blocks.2.attn",
+        W_Q=rng.normal(size=(heads, embed_dim, head_dim)),
+        W_K=rng.normal(size=(kv_heads, embed_dim, head_dim)),
+        W_V=rng.normal(size=(kv_heads, embed_dim, value_dim)),
+        W_O=rng.normal(size=(heads, value_dim, out_dim)),
+        b_Q=rng.normal(size=(heads, head_dim)),
+        b_K=rng.normal(size=(kv_heads, head_dim)),
+        b_V=rng.normal(size=(kv_heads, value_dim)),
+        b_O=rng.normal(size=out_dim),
+        norm_gain=rng.normal(size=embed_dim),
+        norm_centres=True,
+        layer_scale=rng.normal(size=out_dim),
+        scale=head_dim**-0.5,
+    )
