@@ -1,0 +1,139 @@
+"""Map requested to realised parameters of the truncated mimetic draw, and back, in closed form.
+
+The draw is `A = alpha * Z + beta * I` (Z Gaussian, variance 1/embed_dim); a head keeps the head_dim largest singular
+triplets, `M = U_k S_k V_k^T`, which changes both parameters. `docs/inverse.md` derives the equations below and states
+how close they come to finite draws.
+"""
+
+from math import acos, cos, hypot, isfinite, pi, sin, sqrt
+from typing import NamedTuple
+
+from scipy.optimize import brentq
+
+from attnlens.errors import AttnlensError, UsageError
+
+
+class UnreachableParametersError(AttnlensError, ValueError):
+    """No request, however chosen, makes a product of this rank realise these parameters."""
+
+
+class Parameters(NamedTuple):
+    """The two numbers of `alpha * Z + beta * I`, requested or realised."""
+
+    alpha: float
+    beta: float
+
+
+def realised(alpha: float, beta: float, head_dim: int, embed_dim: int) -> Parameters:
+    """Return the parameters a draw of `alpha * Z + beta * I` has after truncation to its head_dim largest directions.
+
+    `beta_r = tr(M) / d`, `alpha_r = sqrt(d) * rms(off-diagonal of M)`, `M = U_k S_k V_k^T` of shape [d, d], in
+    expectation and at leading order in d = embed_dim (`docs/inverse.md`: derivation, distance to finite draws).
+    head_dim == embed_dim changes nothing.
+
+    Raises:
+        UsageError: a parameter is negative (alpha) or not finite, head_dim is outside 1..embed_dim, or alpha is 0 while
+            directions are dropped: beta * I has no largest ones.
+
+    >>> alpha, beta = realised(0.7, 0.7, head_dim=64, embed_dim=192)
+    >>> print(f"{alpha:.3f} {beta:.3f}")
+    0.719 0.394
+    """
+    kept = _kept_share(head_dim, embed_dim)
+    _check_parameters(alpha, beta)
+    if kept == 1 or alpha == beta == 0:
+        return Parameters(float(alpha), float(beta))
+    if alpha == 0:
+        raise UsageError(
+            f"alpha = 0 leaves beta * I, whose singular values are all equal: which {head_dim} of {embed_dim} "
+            "directions are largest is arbitrary. Pass alpha > 0, however small, or head_dim == embed_dim."
+        )
+    scale = alpha + abs(beta)
+    unit = _truncated(alpha / scale, beta / scale, kept)
+    return Parameters(scale * unit.alpha, scale * unit.beta)
+
+
+def request(alpha: float, beta: float, head_dim: int, embed_dim: int) -> Parameters:
+    """Return the parameters to draw with so that the truncated product realises alpha and beta.
+
+    `realised(*request(alpha, beta, k, d), k, d) == (alpha, beta)`. Scale equivariance leaves one unknown, the share of
+    alpha in alpha + |beta|. The identity cosine must lie below that of a rank-k projection,
+    `|beta| / hypot(alpha, beta) < sqrt(k / d)`, approached as the requested alpha goes to 0. Close to the bound the
+    request is ill-conditioned (its alpha moves as the square root of the gap); what it realises is not.
+
+    Raises:
+        UnreachableParametersError: the identity cosine is at or above the bound.
+        UsageError: a parameter is negative (alpha) or not finite, or head_dim is outside 1..embed_dim.
+
+    >>> alpha, beta = request(0.7, 0.35, head_dim=64, embed_dim=192)
+    >>> print(f"{alpha:.3f} {beta:.3f}")
+    0.724 0.584
+    """
+    kept = _kept_share(head_dim, embed_dim)
+    _check_parameters(alpha, beta)
+    if kept == 1 or alpha == beta == 0:
+        return Parameters(float(alpha), float(beta))
+    wanted = _noise_share(alpha, beta)
+
+    def excess(share: float) -> float:
+        return _noise_share(*_truncated(share, 1 - share, kept)) - wanted
+
+    if excess(0.0) >= 0:
+        cosine = abs(beta) / hypot(alpha, beta)
+        enough = min(embed_dim, int(embed_dim * cosine**2) + 1)
+        raise UnreachableParametersError(
+            f"alpha = {alpha:.4g}, beta = {beta:.4g} has identity cosine {cosine:.4g}, but a rank-{head_dim} product "
+            f"of width {embed_dim} stays below sqrt(head_dim/embed_dim) = {sqrt(kept):.4g}. "
+            f"Pass alpha above {abs(beta) * sqrt(1 / kept - 1):.4g} or head_dim of at least {enough}."
+        )
+    share = brentq(excess, 0.0, 1.0, xtol=1e-15)
+    unit = _truncated(share, 1 - share, kept)
+    scale = (alpha + abs(beta)) / (unit.alpha + unit.beta)
+    return Parameters(scale * share, scale * (1 - share) * (-1 if beta < 0 else 1))
+
+
+def _truncated(alpha: float, beta: float, kept: float) -> Parameters:
+    """Return the large-d realised parameters when the share `kept` of the directions stays.
+
+    The angle t in [0, pi] runs over the singular values from the largest down; `kept_above` is the share above it.
+    """
+
+    def kept_above(t: float) -> float:
+        r = _radius(t, alpha, beta)
+        return (t - alpha / r * sin(t) - (beta / r) ** 2 * sin(2 * t)) / pi
+
+    t = brentq(lambda angle: kept_above(angle) - kept, 0.0, pi, xtol=1e-15)
+    r, a2, b2 = _radius(t, alpha, beta), alpha**2, beta**2
+    trace = beta / pi * (t - (b2 + a2 / 2) * sin(2 * t) / r**2 - 2 / 3 * alpha * b2 * sin(3 * t) / r**3)
+    square = (
+        (a2 + b2) * t
+        + alpha * (r - (a2 + b2) / r) * sin(t)
+        - (b2**2 + 5 / 2 * a2 * b2 + a2**2 / 2) * sin(2 * t) / r**2
+        - alpha * b2 * (4 / 3 * b2 + a2) * sin(3 * t) / r**3
+        - a2 * b2**2 / 2 * sin(4 * t) / r**4
+    ) / pi
+    return Parameters(sqrt(square - trace**2), trace)
+
+
+def _radius(t: float, alpha: float, beta: float) -> float:
+    """Return the largest root r of `r^3 = (alpha^2 + 2 beta^2) r + 2 alpha beta^2 cos(t)`; all three are real."""
+    p = alpha**2 + 2 * beta**2
+    cosine = alpha * beta**2 * cos(t) * (3 / p) ** 1.5
+    return 2 * sqrt(p / 3) * cos(acos(min(1.0, max(-1.0, cosine))) / 3)  # rounding can leave [-1, 1] at alpha == |beta|
+
+
+def _noise_share(alpha: float, beta: float) -> float:
+    return alpha / (alpha + abs(beta))
+
+
+def _kept_share(head_dim: int, embed_dim: int) -> float:
+    if not 1 <= head_dim <= embed_dim:
+        raise UsageError(f"head_dim = {head_dim} with embed_dim = {embed_dim}: pass 1 <= head_dim <= embed_dim.")
+    return head_dim / embed_dim
+
+
+def _check_parameters(alpha: float, beta: float) -> None:
+    if not (isfinite(alpha) and isfinite(beta) and alpha >= 0):
+        raise UsageError(
+            f"alpha = {alpha}, beta = {beta}: pass finite numbers with alpha >= 0; it is a standard deviation."
+        )
