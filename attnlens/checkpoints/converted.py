@@ -1,0 +1,166 @@
+"""Files of a timm architecture that timm did not write: renamed by timm's own functions, or read below a prefix."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnlens.checkpoints.files import Checkpoint, NpzFile, SafetensorsFile
+from attnlens.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FILTER = "timm checkpoint_filter_fn"
+LOADER = "timm load_pretrained (npz)"
+
+# What a function that renames and reshapes raises when it is given another format than it was written for.
+_MISFITS = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
+
+
+class ConvertedWeights(Checkpoint):
+    """Tensors made from another checkpoint, whose provenance they keep; ``how`` says by what."""
+
+    def __init__(self, tensors: Mapping[str, Any], origin: Checkpoint, how: str) -> None:
+        self._tensors = tensors
+        self._origin = origin
+        self.how = how
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the origin's provenance, and how its tensors were converted."""
+        return {**self._origin.provenance(), "converted": self.how}
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a converted tensor."""
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the tensors' names after conversion."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._tensors)
+
+
+class PrefixedWeights(ConvertedWeights):
+    """The tensors of a checkpoint below a prefix, under their names without it; each is read when it is asked for."""
+
+    def __init__(self, origin: Checkpoint, prefix: str) -> None:
+        names = {name.removeprefix(prefix): name for name in origin if name.startswith(prefix)}
+        super().__init__(names, origin, f"prefix {prefix!r} taken off")
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the tensor stored as prefix + name."""
+        return self._origin[self._tensors[name]]
+
+
+def below_prefix(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> PrefixedWeights | None:
+    """Find the one prefix below which every tensor of ``shapes`` is stored; None without one, or with several."""
+    first = next(iter(shapes))
+    prefixes = [name.removesuffix(first) for name in checkpoint if name.endswith(f".{first}")]
+    fitting = [prefix for prefix in prefixes if all(prefix + name in checkpoint for name in shapes)]
+    return PrefixedWeights(checkpoint, fitting[0]) if len(fitting) == 1 else None
+
+
+def convert(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> ConvertedWeights:
+    """Pass a foreign checkpoint through what timm itself passes checkpoints of architecture ``name`` through.
+
+    State dicts go through the architecture's ``checkpoint_filter_fn``, JAX/Flax archives through the model's
+    ``load_pretrained``. Raises `CheckpointError` when timm has neither for the architecture, or it fails.
+    """
+    if isinstance(checkpoint, NpzFile) and any("/" in key for key in checkpoint):
+        return ConvertedWeights(_loaded(name, model_args, checkpoint), checkpoint, LOADER)
+    return ConvertedWeights(_filtered(name, model_args, checkpoint), checkpoint, FILTER)
+
+
+def _filtered(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the architecture's ``checkpoint_filter_fn`` makes of a state dict."""
+    model, filter_fn = _filter_of(name, model_args)
+    if filter_fn is None:
+        raise CheckpointError(f"timm has no checkpoint_filter_fn for {name}")
+    state = _torch_state(checkpoint)
+    takes_model = len(inspect.signature(filter_fn).parameters) > 1  # a few take the state dict alone
+    with _told(f"timm's checkpoint_filter_fn for {name}"):
+        found = filter_fn(state, model) if takes_model else filter_fn(state)
+    return {key: value for key, value in found.items() if hasattr(value, "is_meta") and not value.is_meta}
+
+
+def _loaded(name: str, model_args: dict[str, Any], checkpoint: NpzFile) -> dict[str, Any]:
+    """Return what the model's own npz reader fills: every tensor starts as NaN; those that keep one are left out."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, **model_args)
+    reader = getattr(model, "load_pretrained", None)
+    if not callable(reader):
+        raise CheckpointError(f"{checkpoint.path} is a JAX archive, and timm has no reader of those for {name}")
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+    with _told(f"timm's load_pretrained for {name}"):
+        reader(str(checkpoint.path))
+    return {key: value for key, value in model.state_dict().items() if not value.isnan().any()}
+
+
+def _filter_of(name: str, model_args: dict[str, Any]) -> tuple[nn.Module, Callable[..., dict[str, Any]] | None]:
+    """Return the architecture on the meta device, and the function timm would pass its checkpoints through.
+
+    Each model's factory makes that function (often a partial or a closure) and hands it to ``load_pretrained`` alone,
+    so a stand-in for ``load_pretrained`` takes it down while the model is built; no weights are loaded.
+    """
+    import timm
+    import torch
+    from timm.models import _builder
+
+    caught: list[Any] = []
+    original = _builder.load_pretrained
+
+    def take_down(_model: nn.Module, *_args: Any, filter_fn: Any = None, **_kwargs: Any) -> None:
+        caught.append(filter_fn)
+
+    _builder.load_pretrained = take_down
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=True, **model_args)
+    finally:
+        _builder.load_pretrained = original
+    return model, next((function for function in caught if function is not None), None)
+
+
+def _torch_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint as a torch tensor, bfloat16 and float8 included."""
+    import torch
+
+    if isinstance(checkpoint, SafetensorsFile):
+        from safetensors.torch import load_file
+
+        return dict(load_file(checkpoint.path))
+    found = {}
+    for name, value in checkpoint.items():
+        if isinstance(value, np.ndarray):
+            plain = value if value.dtype.kind in "fiub" else value.astype(np.float32)  # ml_dtypes are of kind V
+            found[name] = torch.from_numpy(np.array(plain))
+        else:
+            found[name] = value
+    return found
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn what a conversion raises into one line, and keep what it prints off stdout, where JSON may be going."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except _MISFITS as error:
+        first = str(error).splitlines()[0] if str(error) else "no message"
+        raise CheckpointError(f"{what} cannot read this file either ({type(error).__name__}: {first})") from error

@@ -1,0 +1,100 @@
+"""Checkpoints cut into several files, with an index that says which file holds which tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from attnlens.checkpoints.files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint, open_checkpoint
+from attnlens.errors import CheckpointError
+
+
+class ShardedFile(Checkpoint):
+    """The shards an index lists, as one checkpoint; a shard is opened when a tensor of it is first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._shard_of = read_index(path)
+        self._paths = {name: _inside(path, name) for name in sorted(set(self._shard_of.values()))}
+        absent = [name for name, shard in self._paths.items() if not shard.is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{path} lists {len(self._paths)} shards and {', '.join(absent[:3])} "
+                f"{'is' if len(absent) == 1 else 'are'} not beside it: download the missing shards"
+            )
+        self._opened: dict[str, Checkpoint] = {}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the index's name and sha256, and name, size and sha256 of every shard."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return {"file": self.path.name, "sha256": digest, "shards": self._shard_provenance}
+
+    @cached_property
+    def _shard_provenance(self) -> list[dict[str, Any]]:
+        return [self._shard(name).provenance() for name in self._paths]
+
+    def _shard(self, name: str) -> Checkpoint:
+        if name not in self._opened:
+            self._opened[name] = open_checkpoint(self._paths[name])
+        return self._opened[name]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a tensor from the shard the index names."""
+        file = self._shard_of[name]
+        shard = self._shard(file)
+        if name not in shard:
+            raise CheckpointError(f"{self.path} says that {file} holds {name}, and it does not: download both again")
+        return shard[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the index lists a tensor of that name; no shard is opened."""
+        return name in self._shard_of
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in the index."""
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        """Return the number of tensors in the index."""
+        return len(self._shard_of)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return which file holds each tensor, ``{tensor: file}``; every file name is checked to stay beside the index."""
+    try:
+        data = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is no shard index ({error}): download it again") from error
+    places = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names: it is no shard index")
+    for name in set(places.values()):
+        _check_name(path, name)
+    return places
+
+
+def _check_name(index: Path, name: str) -> None:
+    """Refuse a shard name that is not a plain relative path to a weight file."""
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts
+    if outside or not name.lower().endswith((*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)):
+        raise CheckpointError(
+            f"{index} names {name!r} as a shard: refused, shards are .safetensors or .bin files inside its own folder"
+        )
+
+
+def _inside(index: Path, name: str) -> Path:
+    """Return a shard's path, refusing one that is a link to another place.
+
+    The hub's cache links a snapshot's files to the ``blobs`` folder of the same repository: those are followed.
+    """
+    folder = index.parent.resolve()
+    path = folder / name
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{path} is a link that leaves {folder}: refused, put the shard itself there")
+    return path

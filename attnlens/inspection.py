@@ -1,0 +1,259 @@
+"""Inspecting a model: every circuit's statistics in one table, and the circuits themselves on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, parse_folds, qk_circuit
+from attnlens.diagonal import DiagonalFit, fit_diagonal
+from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.files import write_text_atomic
+from attnlens.heads import Array, HeadWeights
+from attnlens.layouts import AttentionSpec, Refusal, read_heads
+from attnlens.layouts.spec import OPT_IN
+from attnlens.opening import OpenedModel, open_model
+from attnlens.table import ALL_HEADS, Row, StatsTable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.figure import Figure
+    from torch import nn
+
+    from attnlens.checkpoints import Checkpoint
+
+# What a flag in ``leaves_out`` means, in words; an empty text marks what is too common to say each time.
+CAVEATS = {
+    "qk_bias": "",
+    "q_norm": "a norm stands between W_Q and the score: the QK product is not the whole score",
+    "k_norm": "a norm stands between W_K and the score: the QK product is not the whole score",
+    "v_norm": "a norm stands between W_V and W_O: the OV product is not the whole map",
+    "rope": "rotary position embedding turns q and k: the QK product is the score at zero distance only",
+    "rel_pos_bias": "a relative-position term is added to the score beside the QK product",
+    "cosine": "cosine attention normalises q and k: only the direction of the QK product counts",
+    "talking_heads": "heads are mixed around the softmax: a head's product is not a head's score",
+    "gate": "a gate multiplies the heads' output in front of W_O",
+    "norm_before_proj": "a norm stands in front of W_O: the OV product is not the whole map",
+    "norm_after": "a norm stands behind the layer: the effective OV product does not include it",
+    "norm_unknown": "no forward pass could be traced, so the norm in front is unknown: raw products only",
+    "spatial_reduction": "keys and values are read from spatially reduced tokens",
+    "class_query": "only the class token asks: the QK product scores its query against all keys",
+    "position_gate": "scores are mixed with a learned position pattern",
+    "q_pool": "queries are pooled over tokens behind W_Q",
+    "kv_pool": "keys and values are pooled over tokens behind their projections",
+}
+CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
+SpectrumKey = tuple[int, Kind, Fold]
+IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: ``stats`` is the table; circuits and figures are made from the weights on request."""
+
+    model: str
+    stats: StatsTable
+    folds: tuple[Fold, ...]
+    specs: IndexedSpecs
+    refused: tuple[Refusal, ...]
+    provenance: dict[str, Any]
+    checkpoint: Checkpoint = field(repr=False)
+    spectra: dict[SpectrumKey, Array] = field(repr=False)
+    """Singular values of every head's product, ``[head, rank]``, by (layer, circuit, fold)."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers that were read."""
+        return tuple(layer for layer, _ in self.specs)
+
+    def heads(self, layer: int) -> HeadWeights:
+        """Read one layer's weights again."""
+        for index, spec in self.specs:
+            if index == layer:
+                return read_heads(spec, self.checkpoint, layer)
+        raise UsageError(f"layer {layer} was not read: choose from {list(self.layers)}")
+
+    def circuits(
+        self, layer: int, head: int | str | None = None, *, circuit: Kind = "qk", fold: Fold = "raw"
+    ) -> FactoredProduct:
+        """Return a layer's QK or OV product(s): of one head, of ``"all"`` heads summed (OV), or stacked (None)."""
+        weights = self.heads(layer)
+        if head == ALL_HEADS:
+            if circuit != "ov":
+                raise UsageError("only OV products are summed over heads: QK scores of different heads never add")
+            return layer_ov(weights, fold)
+        product = CIRCUITS[circuit](weights, fold)
+        if head is None:
+            return product
+        if not isinstance(head, int) or not 0 <= head < product.shape[0]:
+            raise UsageError(f"head {head!r} of layer {layer} does not exist: choose 0 to {product.shape[0] - 1}")
+        return product.head(head)
+
+    def corners(self, circuit: Kind, fold: Fold, size: int | None = 64) -> dict[int, dict[int | str, Array]]:
+        """Return the top-left ``size x size`` corner of every product, by layer and head (``all`` for summed OV)."""
+        found: dict[int, dict[int | str, Array]] = {}
+        for layer in self.layers:
+            weights = self.heads(layer)
+            stack = CIRCUITS[circuit](weights, fold).dense(size)
+            found[layer] = dict(enumerate(stack))
+            if circuit == "ov":
+                found[layer][ALL_HEADS] = stack.sum(0)
+        return found
+
+    def figures(self, fold: Fold | None = None, size: int = 64) -> Mapping[str, Figure]:
+        """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra``."""
+        from attnlens.figures import draw_all
+
+        return draw_all(self, fold or ("effective" if "effective" in self.folds else self.folds[0]), size)
+
+    def left_out(self) -> dict[str, list[int]]:
+        """Say what the products leave out of the network, in words, with the layers it is true of."""
+        found: dict[str, list[int]] = {}
+        for layer, spec in self.specs:
+            reasons = [CAVEATS.get(flag, flag) for flag in spec.leaves_out if CAVEATS.get(flag, flag)]
+            if spec.kind in OPT_IN:
+                reasons.append(": ".join(OPT_IN[spec.kind]))
+            for reason in (*reasons, *([spec.label] if spec.label else [])):
+                found.setdefault(reason, []).append(layer)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the weights as JSON-ready data (the content of ``stats.json``)."""
+        return {
+            "schema": "attnlens.stats",
+            "schema_version": 1,
+            "model": self.model,
+            "folds": list(self.folds),
+            "provenance": self.provenance,
+            "refused": [vars(refusal) for refusal in self.refused],
+            "layers": [
+                {"layer": layer, "name": spec.path, "class": spec.module_class, "family": spec.family}
+                | {"scale": spec.scale, "leaves_out": list(spec.leaves_out), "label": spec.label}
+                for layer, spec in self.specs
+            ],
+            "stats": self.stats.json_rows(),
+        }
+
+
+def inspect(
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    fold: str = "both",
+    layers: Sequence[int] | None = None,
+    layer_spectra: bool = False,
+    include: Sequence[str] = (),
+    progress: Progress = iter,
+) -> Inspection:
+    """Read a model's attention weights and fit every QK and OV circuit.
+
+    ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
+    None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the
+    architecture. Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
+    heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``
+    also fills the statistics of the layer sums that need every eigenvalue, an O(embed_dim^3) cost a layer.
+    ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
+    only on request. ``progress`` wraps the iteration over layers.
+
+    Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
+    """
+    opened = open_model(model, checkpoint)
+    names = parse_folds(fold)
+    wanted, unwanted = _by_kind(opened, include)
+    specs = _chosen(opened, wanted, layers)
+    results = [
+        measure_layer(read_heads(spec, opened.checkpoint, layer), names, layer_spectra=layer_spectra)
+        for layer, spec in progress(specs)
+    ]
+    return Inspection(
+        model=opened.name,
+        stats=StatsTable(tuple(row for rows, _ in results for row in rows)),
+        folds=names,
+        specs=specs,
+        refused=(*opened.architecture.refused, *unwanted),
+        provenance={**opened.provenance(), **_versions()},
+        checkpoint=opened.checkpoint,
+        spectra={key: values for _, spectra in results for key, values in spectra.items()},
+    )
+
+
+def save_inspection(inspection: Inspection, folder: str | os.PathLike[str], command: str) -> dict[str, Path]:
+    """Write ``stats.csv`` and ``stats.json`` into ``folder``, each atomically; ``command`` goes into the provenance."""
+    folder = Path(folder)
+    data = inspection.to_json()
+    data["provenance"] = {**data["provenance"], "command": command}
+    inspection.stats.to_csv(folder / "stats.csv")
+    write_text_atomic(folder / "stats.json", json.dumps(data, indent=1) + "\n")
+    return {name: folder / name for name in ("stats.csv", "stats.json")}
+
+
+def measure_layer(
+    weights: HeadWeights, folds: Sequence[Fold], *, layer_spectra: bool = False
+) -> tuple[list[Row], dict[SpectrumKey, Array]]:
+    """Fit every circuit of one layer: the table's rows, and the singular values ``[head, rank]`` of each stack."""
+    rows: list[Row] = []
+    spectra: dict[SpectrumKey, Array] = {}
+    for fold in folds:
+        if fold != "raw" and "norm_unknown" in weights.leaves_out:
+            continue
+        for circuit, build in CIRCUITS.items():
+            if circuit == "ov" and weights.W_O is None:
+                continue
+            product = build(weights, fold)
+            singular = spectra[weights.layer, circuit, fold] = product.singular_values()
+            rows += _rows(weights, range(product.shape[0]), circuit, fold, fit_diagonal(product, singular))
+        if weights.W_O is None:
+            continue
+        total = layer_ov(weights, fold)
+        fit = fit_diagonal(total, total.singular_values() if layer_spectra else None)
+        rows += _rows(weights, (ALL_HEADS,), "ov", fold, fit)
+    return rows, spectra
+
+
+def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, fit: DiagonalFit) -> list[Row]:
+    statistics = [np.atleast_1d(getattr(fit, name)).tolist() for name in DiagonalFit.names()]
+    about = (weights.num_heads, weights.name, " ".join(weights.leaves_out))
+    return [
+        (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
+    ]
+
+
+def _versions() -> dict[str, Any]:
+    packages = ("attnlens", "numpy", "scipy", "timm", "torch", "safetensors")
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _by_kind(opened: OpenedModel, include: Sequence[str]) -> tuple[IndexedSpecs, tuple[Refusal, ...]]:
+    """Part the layers that are read from those of a kind that is read only on request."""
+    indexed = opened.architecture.indexed()
+    refusals = {layer: spec.opt_in_refusal() for layer, spec in indexed if spec.kind not in include}
+    unwanted = {layer: refusal for layer, refusal in refusals.items() if refusal is not None}
+    wanted = tuple((layer, spec) for layer, spec in indexed if layer not in unwanted)
+    if not wanted:
+        first = next(iter(unwanted.values()))
+        raise UnsupportedAttentionError(f"{first.path} {first.reason}")
+    return wanted, tuple(unwanted.values())
+
+
+def _chosen(opened: OpenedModel, specs: IndexedSpecs, layers: Sequence[int] | None) -> IndexedSpecs:
+    if layers is None:
+        return specs
+    readable = [layer for layer, _ in specs]
+    wrong = [layer for layer in layers if layer not in readable]
+    if wrong:
+        raise UsageError(f"layer {wrong[0]} of {opened.name} cannot be read: choose from {readable}")
+    return tuple((layer, spec) for layer, spec in specs if layer in layers)

@@ -1,0 +1,117 @@
+"""Weight files: every type is widened, nothing in them runs, broken ones are told in one line."""
+
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from attnlens.checkpoints import ModuleWeights, open_checkpoint
+from attnlens.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2],
+    ids=str,
+)
+def test_every_stored_type_widens_to_the_value_torch_gives(tmp_path, dtype):
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    save_file({"w": values}, tmp_path / "a.safetensors", metadata={"architecture": "x"})
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(checkpoint["w"].astype(np.float64), values.double().numpy())
+    assert checkpoint.metadata == {"architecture": "x"}
+
+
+def test_a_truncated_safetensors_file_is_told_to_be_downloaded_again(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(4)}, path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"not a whole safetensors file .* download it again"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64, struct.pack("<Q", 4) + b"{}  "[:4]])
+def test_junk_named_safetensors_is_refused_or_empty(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    try:
+        assert len(open_checkpoint(path)) == 0
+    except CheckpointError as error:
+        assert "truncated or corrupt" in str(error)  # noqa: PT017  # both outcomes are right, by content
+
+
+def test_a_header_whose_offsets_lie_is_refused(tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+
+
+class Evil:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return os.system, ("touch evil-ran",)
+
+
+def test_a_pickle_that_holds_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"w": torch.ones(2)}, "epoch": Evil()}, "a.pth")
+    with pytest.raises(CheckpointError, match=r"holds more than weights.*refused"):
+        open_checkpoint("a.pth")
+    assert not (tmp_path / "evil-ran").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("nest", [(), ("state_dict",), ("model",), ("model_ema",)])
+def test_state_dicts_are_found_inside_training_checkpoints(tmp_path, nest, legacy):
+    saved = {"module.w": torch.arange(3.0)}
+    for name in nest:
+        saved = {name: saved, "epoch": 3}
+    torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    checkpoint = open_checkpoint(tmp_path / "a.pth")
+    assert list(checkpoint) == ["w"]
+    assert checkpoint["w"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04broken zip"])
+def test_junk_named_pth_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_without_tensors_says_what_to_save(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"holds no tensors: save model\.state_dict\(\)"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_missing_file_and_a_foreign_suffix_say_what_is_accepted(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is not there: give a \.safetensors"):
+        open_checkpoint(tmp_path / "absent.safetensors")
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"suffix '\.txt'"):
+        open_checkpoint(tmp_path / "a.txt")
+
+
+def test_provenance_names_the_file_with_its_hash(tmp_path):
+    save_file({"w": torch.zeros(1)}, tmp_path / "a.safetensors")
+    found = open_checkpoint(tmp_path / "a.safetensors").provenance()
+    assert found["file"] == "a.safetensors"
+    assert len(found["sha256"]) == 64
+    assert found["bytes"] == (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_a_live_module_is_read_as_it_is_at_the_time():
+    layer = torch.nn.Linear(2, 2)
+    weights = ModuleWeights(layer)
+    with torch.no_grad():
+        layer.weight.fill_(7)
+    assert weights["weight"].unique().tolist() == [7]
