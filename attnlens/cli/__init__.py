@@ -1,0 +1,32 @@
+"""The ``attnlens`` command: thin typer commands over the public functions, heavy imports inside them."""
+
+from __future__ import annotations
+
+import sys
+
+from attnlens.errors import AttnlensError, UsageError
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 for a failure told in one line, 2 for wrong usage."""
+    from attnlens.cli.app import app
+
+    try:
+        app()
+    except AttnlensError as error:
+        if "--debug" in sys.argv:
+            raise
+        _complain(str(error))
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing half-written is left")
+        sys.exit(130)
+    except Exception as error:  # the last line of defence: a traceback is for --debug
+        if "--debug" in sys.argv:
+            raise
+        _complain(f"internal error, {type(error).__name__}: {error} (run again with --debug and report the traceback)")
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"attnlens: {' '.join(message.split())}\n")

@@ -1,0 +1,33 @@
+"""Where words go: results to stdout, chatter and progress to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+
+def note(message: str) -> None:
+    """Write one line of chatter to stderr."""
+    sys.stderr.write(f"{message}\n")
+
+
+def write_stdout(text: str) -> None:
+    """Write a result to stdout."""
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def tracked(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """Return a wrapper that shows a progress bar on stderr while a person is watching."""
+
+    def wrap(items: Iterable[Any]) -> Iterator[Any]:
+        if not sys.stderr.isatty():
+            yield from items
+            return
+        from rich.console import Console
+        from rich.progress import track
+
+        total = len(items) if isinstance(items, Sized) else None
+        yield from track(items, what, total=total, console=Console(stderr=True), transient=True)
+
+    return wrap

@@ -1,0 +1,84 @@
+"""What `attnlens inspect` does: read and fit, print, write."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from attnlens.circuits import Fold
+from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.errors import UsageError
+from attnlens.inspection import Inspection, inspect, save_inspection
+
+
+def run_inspect(
+    model: str | None,
+    checkpoint: Path | None,
+    *,
+    output: Path | None,
+    fold: str,
+    layers: str | None,
+    layer_spectra: bool,
+    include: list[str],
+    crop: int,
+    format_: str,
+    dpi: int,
+    as_json: bool,
+    command: list[str],
+) -> None:
+    """Inspect one model, print its table (or JSON) on stdout, write tables and figures, say where on stderr."""
+    inspection = inspect(
+        model,
+        checkpoint,
+        fold=fold,
+        layers=parse_layers(layers),
+        layer_spectra=layer_spectra,
+        include=include,
+        progress=tracked("layers"),
+    )
+    for message in caveats(inspection):
+        note(message)
+    folder = output or Path("figures") / re.sub(r"[^\w.-]+", "_", inspection.model)
+    written = save_inspection(inspection, folder, shlex.join(command))
+    shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
+    if as_json:
+        write_stdout(written["stats.json"].read_text())
+    else:
+        from attnlens.cli.terminal import print_table
+
+        print_table(inspection, shown)
+    from attnlens.figures import save_figures
+
+    save_figures(inspection.figures(shown, crop), folder, format_, dpi)
+    note(f"wrote stats.csv, stats.json and figures ({shown}, {format_}) to {folder}")
+
+
+def caveats(inspection: Inspection) -> list[str]:
+    """Say in words what was refused, guessed or left out of the products: one line a reason."""
+    refused = [f"not read: {r.path} ({r.module_class}) {r.reason}" for r in inspection.refused]
+    return refused + [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """Parse ``0-3,11`` into layer indices; None stays None."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise UsageError(f"--layers {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return layers
+
+
+def format_layers(layers: list[int]) -> str:
+    """Write layer indices as ranges: ``0-3, 11``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,91 @@
+"""The table on the terminal: a row a layer, the heads as a strip of one mark each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from attnlens.circuits import Fold
+from attnlens.inspection import Inspection
+from attnlens.table import ALL_HEADS, StatsTable
+
+# Mark and style of one head by its diagonal prominence; the mark alone tells the sign where there is no colour.
+_MARKS = ((3.0, "▲", "bold blue"), (1.0, "△", "blue"), (-1.0, "·", "dim"), (-3.0, "▽", "red"))
+_LOWEST = ("▼", "bold red")
+LEGEND = "▲ > 3, △ > 1, · between, ▽ < -1, ▼ < -3"
+
+
+def print_table(inspection: Inspection, fold: Fold, console: Console | None = None) -> None:
+    """Print the table of one fold on stdout, with raw columns beside the effective ones where both are there.
+
+    Where stdout is no terminal the table is as wide as it needs to be.
+    """
+    table = layer_table(inspection, fold)
+    console = console or Console()
+    if not console.is_terminal:
+        wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        console = Console(file=console.file, width=max(console.width, wide))
+    console.print(table)
+
+
+def layer_table(inspection: Inspection, fold: Fold) -> Table:
+    """Build the table: per layer the heads' mean QK fit and strip, the summed OV fit and the OV heads' strip."""
+    both = fold != "raw" and "raw" in inspection.folds
+    table = Table(
+        title=f"[bold]{escape(inspection.model)}[/bold]: {fold} products, M ~ α Z + β I",
+        caption=f"QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\nheads by prom: {LEGEND}",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_style="",
+    )
+    groups = ("QK α", "QK β"), ("OV α", "OV β", "prom"), ("raw β", "prom") if both else ()
+    table.add_column("layer", justify="right", no_wrap=True)
+    for names in groups:
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        if names is not groups[-1]:
+            table.add_column("heads", overflow="fold", min_width=6)
+    for layer in inspection.layers:
+        table.add_row(*_cells(inspection.stats.select(layer=layer), layer, fold, both))
+    return table
+
+
+def _cells(stats: StatsTable, layer: int, fold: Fold, both: bool) -> Iterator[str | Text]:
+    yield str(layer)
+    qk, ov = stats.select(fold=fold, circuit="qk"), stats.select(fold=fold, circuit="ov")
+    total, raw = ov.select(head=ALL_HEADS), stats.select(fold="raw", head=ALL_HEADS)
+    yield from (_mean(qk, "alpha"), _mean(qk, "beta"), _strip(qk))
+    yield from (_mean(total, "alpha"), _mean(total, "beta"), _mean(total, "diagonal_prominence"), _strip(ov))
+    if both:
+        yield from (_mean(raw, "beta"), _mean(raw, "diagonal_prominence"))
+
+
+def _strip(heads: StatsTable) -> Text:
+    strip = Text()
+    places = [row for row in heads.records() if row["head"] != ALL_HEADS]
+    for record in places:
+        value = float(record["diagonal_prominence"])
+        mark, style = next(((m, s) for limit, m, s in _MARKS if value > limit), _LOWEST)
+        strip.append("?" if math.isnan(value) else mark, style=style)
+    return strip
+
+
+def _mean(table: StatsTable, column: str) -> str:
+    """Format a column's mean; a power of ten, not a zero, where a parameter would round away; empty for none."""
+    values = table.column(column)
+    value = float(values.mean()) if len(values) else math.nan
+    if math.isnan(value):
+        return ""
+    if column == "diagonal_prominence":
+        return f"{value:.1f}"
+    return f"{value:.0e}" if value and abs(value) < 1e-4 else f"{value:.4f}"
