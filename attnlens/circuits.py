@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -56,20 +57,25 @@ class FactoredProduct:
 
     def squared_norm(self) -> Array:
         """Return ||M||_F^2 = <A^T A, B^T B>."""
-        return np.asarray((_gram(self.A) * _gram(self.B)).sum((-2, -1)))
+        return np.asarray((self.grams[0] * self.grams[1]).sum((-2, -1)))
 
     def squared_trace(self) -> Array:
         """Return tr(M @ M) = tr((B^T A)^2)."""
-        core = self.core()
-        return np.einsum("...rs,...sr->...", core, core)
+        return np.einsum("...rs,...sr->...", self.core, self.core)
 
+    @cached_property
+    def grams(self) -> tuple[Array, Array]:
+        """A^T A and B^T B, each ``[..., rank, rank]``."""
+        return _gram(self.A), _gram(self.B)
+
+    @cached_property
     def core(self) -> Array:
-        """Return B^T A, ``[..., rank, rank]``: its non-zero eigenvalues are those of M."""
+        """B^T A, ``[..., rank, rank]``: its non-zero eigenvalues are those of M."""
         return np.matmul(np.swapaxes(self.B, -1, -2), self.A)
 
     def eigenvalues(self) -> NDArray[np.complex128]:
-        """Return the rank eigenvalues of M that can be non-zero (complex), those of B^T A."""
-        return np.asarray(np.linalg.eigvals(self.core()), dtype=np.complex128)
+        """Return the rank eigenvalues of M that can be non-zero, those of B^T A."""
+        return np.asarray(np.linalg.eigvals(self.core), dtype=np.complex128)
 
     def singular_values(self) -> Array:
         """Return the singular values of M that can be non-zero, largest first: those of R_A @ R_B^T.
@@ -77,29 +83,12 @@ class FactoredProduct:
         R_A and R_B are the triangular factors of thin QRs of A and B. Source: ``s(A B^T) = s(R_A R_B^T)`` as the Q
         factors have orthonormal columns.
         """
-        core = np.matmul(_triangular_factor(self.A), np.swapaxes(_triangular_factor(self.B), -1, -2))
-        return np.linalg.svd(core, compute_uv=False)
+        factors = [_triangular_factor(factor, gram) for factor, gram in zip((self.A, self.B), self.grams, strict=True)]
+        return np.linalg.svd(np.matmul(factors[0], np.swapaxes(factors[1], -1, -2)), compute_uv=False)
 
     def spectral_norm(self) -> Array:
-        """Return the largest singular value of each product by Lanczos iteration on M^T M, which is never formed.
-
-        ARPACK to machine precision from a fixed start vector: the way to the norm of a layer's sum, whose rank is
-        embed_dim. For products of small rank `singular_values` is faster.
-        """
-        from scipy.sparse.linalg import LinearOperator, eigsh
-
-        if min(self.shape[-2:]) < 8:  # too small for a Krylov space
-            return np.asarray(self.singular_values()[..., 0])
-        norms = np.empty(self.shape[:-2])
-        for index in np.ndindex(norms.shape):
-            A, B = self.A[index], self.B[index]
-            operator = LinearOperator(
-                (B.shape[0],) * 2, matvec=lambda x, A=A, B=B: B @ (A.T @ (A @ (B.T @ x))), dtype=np.float64
-            )
-            start = operator @ np.random.default_rng(0).standard_normal(B.shape[0])
-            largest = eigsh(operator, k=1, v0=start, return_eigenvectors=False)[0] if start.any() else 0.0
-            norms[index] = np.sqrt(max(0.0, largest))
-        return norms
+        """Return the largest singular value of each product."""
+        return np.asarray(self.singular_values()[..., 0])
 
     def dense(self, size: int | None = None) -> Array:
         """Form the top-left ``size x size`` corner of M (the whole of M when size is None)."""
@@ -123,20 +112,114 @@ class FactoredProduct:
         return FactoredProduct(self.A[index], self.B[index])
 
 
+@dataclass(frozen=True)
+class WholeProduct(FactoredProduct):
+    """A product whose inner width is no smaller than the matrix itself: A is M, B the identity, nothing is factored.
+
+    A layer's summed OV is one: its factors are as large as M, so that M is the cheapest form of it.
+    """
+
+    inner: int
+    """Width the product was formed over, its rank bound with rows and columns."""
+
+    @classmethod
+    def of(cls, M: Array, inner: int) -> WholeProduct:
+        """Wrap a formed matrix ``[rows, cols]``."""
+        return cls(M, np.eye(M.shape[-1]), inner)
+
+    @property
+    def rank_bound(self) -> int:
+        """Largest rank the product can have."""
+        return min(self.inner, *self.shape[-2:])
+
+    def diagonal(self) -> Array:
+        """Return diag(M)."""
+        return np.diagonal(self.A, axis1=-2, axis2=-1)
+
+    def total(self) -> Array:
+        """Return the sum of all entries."""
+        return np.asarray(self.A.sum((-2, -1)))
+
+    def squared_norm(self) -> Array:
+        """Return ||M||_F^2."""
+        return np.asarray(np.vdot(self.A, self.A))
+
+    def squared_trace(self) -> Array:
+        """Return tr(M @ M)."""
+        return np.asarray((self.A * self.A.T).sum())
+
+    @cached_property
+    def core(self) -> Array:
+        """M itself."""
+        return self.A
+
+    def singular_values(self) -> Array:
+        """Return the singular values of M, largest first."""
+        return np.linalg.svd(self.A, compute_uv=False)[..., : self.rank_bound]
+
+    def spectral_norm(self) -> Array:
+        """Return the largest singular value by Lanczos iteration on M^T M, from a fixed start vector.
+
+        The eigenvalue's error is the square of the residual asked for: 1e-7 gives it to machine precision.
+        """
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        M = self.A
+        if min(M.shape) < 8:  # too small for a Krylov space
+            return np.asarray(self.singular_values()[0])
+        operator = LinearOperator((M.shape[1],) * 2, matvec=lambda x: (M @ x) @ M, dtype=np.float64)
+        start = operator @ np.random.default_rng(0).standard_normal(M.shape[1])
+        if not start.any():
+            return np.zeros(())
+        return np.asarray(np.sqrt(eigsh(operator, k=1, v0=start, tol=1e-7, return_eigenvectors=False)[0]))
+
+    def dense(self, size: int | None = None) -> Array:
+        """Return the top-left ``size x size`` corner of M (the whole of M when size is None)."""
+        return self.A[..., :size, :size]
+
+    def scaled(self, rows: Array | None, cols: Array | None) -> WholeProduct:
+        """Return diag(rows) @ M @ diag(cols); None leaves that side alone."""
+        M = self.A if rows is None else self.A * rows[:, None]
+        return WholeProduct(M if cols is None else M * cols, self.B, self.inner)
+
+    def centred(self, rows: bool, cols: bool) -> WholeProduct:
+        """Project the all-ones direction out of rows and/or columns: C M C with C = I - 11^T/d."""
+        M = self.A - self.A.mean(-2, keepdims=True) if rows else self.A
+        return WholeProduct(M - M.mean(-1, keepdims=True) if cols else M, self.B, self.inner)
+
+
 def _gram(factor: Array) -> Array:
     return np.matmul(np.swapaxes(factor, -1, -2), factor)
 
 
-def _triangular_factor(factor: Array) -> Array:
+def _triangular_factor(factor: Array, gram: Array) -> Array:
     """Return R of a thin QR of each ``[rows, rank]`` factor, through Cholesky of its Gram matrix where that is safe."""
     rows, rank = factor.shape[-2:]
     if rows >= rank:
         with contextlib.suppress(np.linalg.LinAlgError):
-            lower = np.linalg.cholesky(_gram(factor))
+            lower = np.linalg.cholesky(gram)
             pivots = np.diagonal(lower, axis1=-2, axis2=-1)
             if np.all(pivots.min(-1) > _CHOLESKY_PIVOT_RATIO * pivots.max(-1)):
                 return np.swapaxes(lower, -1, -2)
     return np.asarray(np.linalg.qr(factor, mode="r"))
+
+
+def fold_qk(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> FactoredProduct:
+    """Fold into a raw QK product what stands in front of the layer, as `qk_circuit` says."""
+    if fold == "raw":
+        return product
+    asking, asked = weights.input_norm("q"), weights.input_norm("k")
+    product = product.scaled(asking.gain, asked.gain)
+    return product.centred(asking.centres, asked.centres) if fold == "centred" else product
+
+
+def fold_ov(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> FactoredProduct:
+    """Fold into a raw OV product, of a head or summed, what stands around the layer, as `ov_circuit` says."""
+    if fold == "raw":
+        return product
+    norm = weights.input_norm("v")
+    product = product.scaled(norm.gain, weights.layer_scale)
+    return product.centred(norm.centres, False) if fold == "centred" else product
 
 
 def qk_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
@@ -147,12 +230,7 @@ def qk_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
     diag(g) C with C = I - 11^T/d (an RMSNorm does not centre: there it equals ``effective``). The logit scale and the
     bias terms are left out.
     """
-    product = FactoredProduct(weights.W_Q, expand_groups(weights.W_K, weights.num_heads))
-    if fold == "raw":
-        return product
-    asking, asked = weights.input_norm("q"), weights.input_norm("k")
-    product = product.scaled(asking.gain, asked.gain)
-    return product.centred(asking.centres, asked.centres) if fold == "centred" else product
+    return fold_qk(FactoredProduct(weights.W_Q, expand_groups(weights.W_K, weights.num_heads)), weights, fold)
 
 
 def ov_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
@@ -164,22 +242,22 @@ def ov_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
     """
     if weights.W_O is None:
         raise UnsupportedAttentionError(f"{weights.name} has no output projection: there is no OV circuit to form")
-    product = FactoredProduct(expand_groups(weights.W_V, weights.num_value_heads), np.swapaxes(weights.W_O, -1, -2))
-    if fold == "raw":
-        return product
-    norm = weights.input_norm("v")
-    product = product.scaled(norm.gain, weights.layer_scale)
-    return product.centred(norm.centres, False) if fold == "centred" else product
+    values = expand_groups(weights.W_V, weights.num_value_heads)
+    return fold_ov(FactoredProduct(values, np.swapaxes(weights.W_O, -1, -2)), weights, fold)
 
 
 def layer_ov(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
-    """Return the layer's value-projection product sum_h W_V[h] @ W_O[h] as one product of rank at most embed_dim.
+    """Return the layer's value-projection product sum_h W_V[h] @ W_O[h], of rank at most num_heads * value_dim.
 
-    The factors are the heads' factors side by side: A = [A_1 .. A_H], B = [B_1 .. B_H]. Source: Trockman & Kolter,
-    ICML 2023 (arXiv 2305.09828), where W_V W_proj is the object of the recipe.
+    One product [W_V[0] .. W_V[H-1]] @ [W_O[0]; ..; W_O[H-1]]; kept as its two factors only where they are narrower
+    than the matrix. Folds as `ov_circuit`. Source: Trockman & Kolter, ICML 2023 (arXiv 2305.09828), where W_V W_proj is
+    the object of the recipe.
     """
-    heads = ov_circuit(weights, fold)
-    return FactoredProduct(_side_by_side(heads.A), _side_by_side(heads.B))
+    heads = ov_circuit(weights)
+    inner = heads.A.shape[0] * heads.A.shape[2]
+    A, B = _side_by_side(heads.A), _side_by_side(heads.B)
+    narrow = inner < min(A.shape[0], B.shape[0])
+    return fold_ov(FactoredProduct(A, B) if narrow else WholeProduct.of(A @ B.T, inner), weights, fold)
 
 
 def _side_by_side(factors: Array) -> Array:

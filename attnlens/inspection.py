@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, parse_folds, qk_circuit
+from attnlens.circuits import (
+    FactoredProduct,
+    Fold,
+    Kind,
+    fold_ov,
+    fold_qk,
+    layer_ov,
+    ov_circuit,
+    parse_folds,
+    qk_circuit,
+)
 from attnlens.diagonal import DiagonalFit, fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.files import write_text_atomic
@@ -204,20 +214,21 @@ def measure_layer(
     """Fit every circuit of one layer: the table's rows, and the singular values ``[head, rank]`` of each stack."""
     rows: list[Row] = []
     spectra: dict[SpectrumKey, Array] = {}
+    raw = {"qk": qk_circuit(weights)}
+    if weights.W_O is not None:
+        raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
     for fold in folds:
         if fold != "raw" and "norm_unknown" in weights.leaves_out:
             continue
-        for circuit, build in CIRCUITS.items():
-            if circuit == "ov" and weights.W_O is None:
-                continue
-            product = build(weights, fold)
-            singular = spectra[weights.layer, circuit, fold] = product.singular_values()
-            rows += _rows(weights, range(product.shape[0]), circuit, fold, fit_diagonal(product, singular))
-        if weights.W_O is None:
-            continue
-        total = layer_ov(weights, fold)
-        fit = fit_diagonal(total, total.singular_values() if layer_spectra else None)
-        rows += _rows(weights, (ALL_HEADS,), "ov", fold, fit)
+        for name, product in raw.items():
+            circuit: Kind = "qk" if name == "qk" else "ov"
+            folded = (fold_qk if name == "qk" else fold_ov)(product, weights, fold)
+            if name == "sum":
+                fit = fit_diagonal(folded, folded.singular_values() if layer_spectra else None)
+                rows += _rows(weights, (ALL_HEADS,), circuit, fold, fit)
+            else:
+                singular = spectra[weights.layer, circuit, fold] = folded.singular_values()
+                rows += _rows(weights, range(folded.shape[0]), circuit, fold, fit_diagonal(folded, singular))
     return rows, spectra
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attnlens.circuits import FactoredProduct, layer_ov, ov_circuit, parse_folds, qk_circuit
+from attnlens.circuits import FactoredProduct, WholeProduct, layer_ov, ov_circuit, parse_folds, qk_circuit
 from attnlens.errors import UsageError
 from tests.conftest import random_heads
 
@@ -24,6 +24,36 @@ def test_every_operation_of_a_factored_product_equals_the_dense_one():
     np.testing.assert_allclose(square.squared_trace(), np.trace(dense @ dense, axis1=-2, axis2=-1), rtol=1e-10)
     np.testing.assert_allclose(square.singular_values(), np.linalg.svd(dense)[1][..., :5], rtol=1e-9)
     np.testing.assert_allclose(square.spectral_norm(), np.linalg.norm(dense, 2, axis=(-2, -1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(31, 31), (31, 29), (5, 5)])
+def test_a_whole_product_answers_as_its_factors_do(rows, cols):
+    factors = product(rows=rows, cols=cols, rank=37)
+    whole = WholeProduct.of(factors.dense(), 37)
+    gain, scale = np.random.default_rng(1).normal(size=rows), np.random.default_rng(2).normal(size=cols)
+    pairs = [(whole, factors), (whole.scaled(gain, scale), factors.scaled(gain, scale))]
+    pairs.append((whole.centred(True, True), factors.centred(True, True)))
+    for one, other in pairs:
+        assert one.shape == other.shape
+        assert one.rank_bound == other.rank_bound
+        np.testing.assert_allclose(one.dense(), other.dense(), atol=1e-10)
+        np.testing.assert_allclose(one.A @ one.B.T, other.dense(), atol=1e-10)
+        np.testing.assert_allclose(one.total(), other.total(), atol=1e-9)
+        np.testing.assert_allclose(one.squared_norm(), other.squared_norm())
+        np.testing.assert_allclose(one.spectral_norm(), np.linalg.norm(one.dense(), 2), rtol=1e-12)
+        np.testing.assert_allclose(one.singular_values(), np.linalg.svd(one.dense())[1], rtol=1e-9, atol=1e-9)
+        if rows == cols:
+            np.testing.assert_allclose(one.diagonal(), other.diagonal(), atol=1e-10)
+            np.testing.assert_allclose(one.squared_trace(), other.squared_trace(), rtol=1e-9)
+            np.testing.assert_allclose(one.eigenvalues().sum(), one.diagonal().sum(), rtol=1e-9)
+
+
+def test_a_layers_sum_is_kept_factored_only_where_that_is_smaller():
+    narrow = layer_ov(random_heads(heads=2, kv_heads=2, value_dim=3))
+    assert narrow.A.shape == (13, 6)
+    wide = layer_ov(random_heads())
+    assert wide.A.shape == (13, 13)
+    assert wide.rank_bound == 13
 
 
 def test_eigenvalues_of_the_core_are_those_of_the_dense_product():

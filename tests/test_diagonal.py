@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attnlens.circuits import FactoredProduct
+from attnlens.circuits import FactoredProduct, WholeProduct
 from attnlens.diagonal import DiagonalFit, fit_diagonal
 
 
@@ -51,7 +51,7 @@ def test_every_statistic_equals_the_dense_computation(d, k):
 
 
 def test_without_spectra_the_rest_is_unchanged_and_the_spectral_norm_is_exact():
-    product = planted(0.7, -0.4, 97)
+    product = WholeProduct.of(planted(0.7, -0.4, 97).dense(), 97)
     whole, lean = fit(product), fit_diagonal(product, None)
     assert np.isnan(lean.copying_score)
     assert np.isnan(lean.effective_rank)
@@ -121,7 +121,7 @@ def test_a_product_that_is_not_square_has_norms_but_no_diagonal():
 
 def test_a_zero_product_gives_zero_norms_and_undefined_ratios_without_a_warning():
     zero = FactoredProduct(np.zeros((13, 5)), np.zeros((13, 5)))
-    assert fit_diagonal(zero, None).spectral_norm == 0
+    assert fit_diagonal(WholeProduct.of(np.zeros((13, 13)), 13), None).spectral_norm == 0
     found = fit(zero)
     assert found.alpha == 0
     assert found.beta == 0
