@@ -1,0 +1,232 @@
+"""Heatmaps: one image of every product's top-left corner, layers down and heads across, on one colour scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
+
+from attnlens.circuits import Fold, Kind
+from attnlens.errors import UsageError
+from attnlens.figures import style
+from attnlens.heads import Array
+from attnlens.table import ALL_HEADS
+
+Panels = Mapping[int, Mapping[int | str, Array]]
+"""Corners of products by layer and head, ``all`` being the sum over a layer's heads."""
+Shape = tuple[int, int]
+
+CLIP_PERCENTILE = 99.5
+MAX_ENTRIES = 40_000_000
+"""Largest image that is drawn; its colours alone take four bytes an entry, and rendering several times that."""
+
+
+class ArcsinhNorm(Normalize):
+    """Map [-clip, clip] to [0, 1]: 1/2 + arcsinh(x / w) / (2 arcsinh(clip / w)), linear within +-w, w ``linear_width``.
+
+    Matplotlib's own AsinhNorm does the same, but transforms the whole image each time it is asked for its limits.
+    """
+
+    def __init__(self, linear_width: float, clip: float) -> None:
+        super().__init__(-clip, clip)
+        self.linear_width, self.limit = linear_width, clip
+        self._half = math.asinh(clip / linear_width)
+
+    def __call__(self, value: Any, clip: bool | None = None) -> Any:  # noqa: ARG002  (Normalize's signature)
+        """Return the place of ``value`` on the colour map; what lies beyond the limits falls outside [0, 1]."""
+        return 0.5 + np.arcsinh(np.asanyarray(value) / self.linear_width) / (2 * self._half)
+
+    def inverse(self, value: Any) -> Any:
+        """Return the entry shown at a place of the colour map."""
+        return np.sinh((2 * np.asanyarray(value) - 1) * self._half) * self.linear_width
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """Every panel in one image, NaN where there is none; lengths are in image pixels, one a matrix entry."""
+
+    image: NDArray[np.float32]
+    corners: Mapping[tuple[int, int | str], tuple[int, int]]
+    """Top and left pixel of the panel of a layer and head."""
+    layer_centres: Mapping[int, float]
+    head_centres: Mapping[int | str, float]
+    gap: int
+
+
+def compose(panels: Panels) -> Mosaic:
+    """Lay the panels out: a row a layer, a column a head, and the sum over heads in a column set apart on the right.
+
+    Raises `UsageError` when the image would be too large to render.
+    """
+    shapes = [panel.shape for row in panels.values() for panel in row.values()]
+    width = max(columns for _, columns in shapes)
+    gap = max(1, round(0.06 * width))
+    heads = sorted({head for row in panels.values() for head in row if isinstance(head, int)})
+    lefts: dict[int | str, int] = {head: place * (width + gap) for place, head in enumerate(heads)}
+    if any(ALL_HEADS in row for row in panels.values()):
+        lefts[ALL_HEADS] = len(heads) * (width + gap) + 2 * gap
+    heights = {layer: max(panel.shape[0] for panel in row.values()) for layer, row in panels.items()}
+    tops = dict(zip(heights, np.cumsum([0, *(height + gap for height in heights.values())]).tolist(), strict=False))
+    size = (sum(heights.values()) + gap * (len(heights) - 1), max(lefts.values()) + width)
+    if size[0] * size[1] > MAX_ENTRIES:
+        raise UsageError(
+            f"a heatmap of {size[1]} x {size[0]} entries is too large to draw (at most {MAX_ENTRIES:,} in all): "
+            "show a smaller corner of each product, or fewer layers"
+        )
+    image = np.full(size, np.nan, dtype=np.float32)
+    corners = {(layer, head): (tops[layer], lefts[head]) for layer, row in panels.items() for head in row}
+    for (layer, head), (top, left) in corners.items():
+        panel = panels[layer][head]
+        image[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
+    return Mosaic(
+        image=image,
+        corners=corners,
+        layer_centres={layer: tops[layer] + (height - 1) / 2 for layer, height in heights.items()},
+        head_centres={head: left + (width - 1) / 2 for head, left in lefts.items()},
+        gap=gap,
+    )
+
+
+def colour_scale(panels: Panels) -> ArcsinhNorm:
+    """Return the colour scale all panels share: symmetric, arcsinh, clipped at a high percentile of the entries.
+
+    colour = asinh(entry / w) / asinh(clip / w), w the median over panels of a panel's rms. Within +-w the scale is all
+    but linear. Beyond, it is logarithmic: products of one model differ in size up to a hundredfold from layer to
+    layer, and a linear scale that suits the largest shows the others as blank.
+    """
+    entries = np.concatenate([np.abs(panel).ravel() for row in panels.values() for panel in row.values()])
+    clip = float(np.percentile(entries, CLIP_PERCENTILE)) or float(entries.max()) or 1.0
+    typical = float(np.median([np.sqrt(np.mean(panel**2)) for row in panels.values() for panel in row.values()]))
+    return ArcsinhNorm(max(typical, 1e-3 * clip), clip)
+
+
+def draw_heatmap(
+    panels: Panels, full: Mapping[int, Shape], *, model: str, circuit: Kind, fold: Fold, notes: str = ""
+) -> Figure:
+    """Draw every panel at one or more whole device pixels an entry, with layer and head labels and a colour bar.
+
+    ``full`` gives the shape of each layer's whole product; ``notes`` is written under the image.
+    """
+    mosaic, scale = compose(panels), colour_scale(panels)
+    rows, columns = mosaic.image.shape
+    zoom = _zoom(rows, columns)
+    height, width = rows * zoom, columns * zoom
+    unit = min(1.8, max(1.0, math.sqrt(max(width / 1100, height / 1700))))  # larger figures get larger letters
+    bar = max(150 * unit, min(height, 420 * unit))
+    left, right = 75 * unit, 165 * unit
+    total = max(left + width + right, 760 * unit)
+    left += math.floor((total - left - width - right) / 2)
+    heading = style.Heading(total, unit)
+    heading.add(model, 10, weight="bold")
+    heading.add(
+        f"{style.CIRCUIT_WORDS[circuit]} of every head{_and_sum(mosaic)}, {style.fold_words(fold, [circuit])}", 8.5
+    )
+    heading.add(f"{_crop_words(panels, full)}. {_scale_words(scale)}", 7.5, color=style.FAINT)
+    top = heading.height + 50 * unit
+    notes = style.wrapped(notes, total - 40 * unit, 7 * unit)
+    below = 25 * unit + style.text_height(notes, 7 * unit)
+    figure = style.new_figure(total, top + max(height, bar) + below)
+    heading.write(figure)
+    style.add_text(figure, 20 * unit, top + max(height, bar) + 15 * unit, notes, 7 * unit, color=style.FAINT)
+    axes = style.add_axes(figure, left, top, width, height)
+    image = _show(axes, mosaic, scale, panels, zoom)
+    _label(axes, mosaic, zoom, unit)
+    cax = style.add_axes(figure, left + width + 30 * unit, top, 18 * unit, bar)
+    _colour_bar(figure, cax, image, f"entry of {circuit_name(circuit)}", unit)
+    return figure
+
+
+def circuit_name(circuit: Kind) -> str:
+    """Return W_QK or W_OV."""
+    return style.CIRCUIT_WORDS[circuit].partition(" ")[0]
+
+
+def _zoom(rows: int, columns: int) -> int:
+    """Return the device pixels a side of one entry: as many as keep the figure at the size of a page, at least one."""
+    fits = (zoom for zoom in (5, 4, 3, 2) if max(rows, columns) * zoom <= 1700 and rows * columns * zoom**2 <= 1.6e6)
+    return next(fits, 1)
+
+
+def _show(axes: Axes, mosaic: Mosaic, scale: ArcsinhNorm, panels: Panels, zoom: int) -> AxesImage:
+    """Draw the image, and around every panel a hairline that lies in the gap and covers no entry."""
+    colours = mpl.colormaps["RdBu_r"].with_extremes(bad="white")
+    image = axes.imshow(mosaic.image, cmap=colours, norm=scale, interpolation="none", aspect="auto")
+    out = 0.5 + 0.5 / zoom
+    frames = []
+    for (layer, head), (top, left) in mosaic.corners.items():
+        rows, columns = panels[layer][head].shape
+        x0, x1, y0, y1 = left - out, left + columns - 1 + out, top - out, top + rows - 1 + out
+        frames.append([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)])
+    hairlines = LineCollection(frames, colors=style.RULE, linewidths=72 / style.DPI, clip_on=False)
+    hairlines.set_snap(False)  # they are in the middle of a device pixel; snapping would move half of them onto entries
+    axes.add_collection(hairlines, autolim=False)
+    return image
+
+
+def _label(axes: Axes, mosaic: Mosaic, zoom: int, unit: float) -> None:
+    """Write head and layer numbers beside the image, as plain texts: two dozen axis ticks would cost more than it."""
+    points, above, beside = 7.5 * unit, -0.5 - 9 * unit / zoom, -0.5 - 10 * unit / zoom
+    heads = {head: x for head, x in mosaic.head_centres.items() if head != ALL_HEADS}
+    step = style.label_step([x * zoom for x in heads.values()], style.pixels(2.0 * points))
+    labels = [(x, str(head)) for head, x in list(heads.items())[::step]]
+    if ALL_HEADS in mosaic.head_centres:
+        labels.append((mosaic.head_centres[ALL_HEADS], "sum"))
+    for x, label in labels:
+        axes.text(x, above, label, ha="center", va="bottom", fontsize=points, gid="head")
+    step = style.label_step([y * zoom for y in mosaic.layer_centres.values()], style.pixels(1.4 * points))
+    for layer, y in list(mosaic.layer_centres.items())[::step]:
+        axes.text(beside, y, str(layer), ha="right", va="center", fontsize=points, gid="layer")
+    middle_x, middle_y = float(np.mean(list(heads.values()))), (mosaic.image.shape[0] - 1) / 2
+    axes.text(middle_x, above - 22 * unit / zoom, "head", ha="center", va="bottom", fontsize=8 * unit)
+    axes.text(
+        beside - 28 * unit / zoom, middle_y, "layer", ha="right", va="center", rotation="vertical", fontsize=8 * unit
+    )
+    axes.set_axis_off()
+
+
+def _colour_bar(figure: Figure, cax: Axes, image: AxesImage, label: str, unit: float) -> None:
+    scale = image.norm
+    assert isinstance(scale, ArcsinhNorm)
+    clipped = bool(np.ma.max(np.ma.abs(np.ma.asarray(image.get_array()))) > scale.limit)
+    bar = figure.colorbar(image, cax=cax, extend="both" if clipped else "neither")
+    ticks = style.arcsinh_ticks(-scale.limit, scale.limit, scale.linear_width)
+    bar.set_ticks(ticks, labels=[style.number(tick) for tick in ticks])
+    bar.minorticks_off()
+    bar.outline.set_linewidth(0.5)
+    cax.tick_params(labelsize=7.5 * unit, length=2.5 * unit)
+    cax.set_ylabel(label, fontsize=8 * unit, labelpad=4 * unit)
+
+
+def _and_sum(mosaic: Mosaic) -> str:
+    return " and of each layer's sum" if ALL_HEADS in mosaic.head_centres else ""
+
+
+def _crop_words(panels: Panels, full: Mapping[int, Shape]) -> str:
+    """Say how much of the products the panels show."""
+    drawn = {layer: next(iter(row.values())).shape for layer, row in panels.items()}
+    wholes = sorted({full[layer] for layer in drawn})
+    of = " to ".join(f"{rows} × {columns}" for rows, columns in dict.fromkeys((wholes[0], wholes[-1])))
+    cropped = [layer for layer, shape in drawn.items() if shape != full[layer]]
+    if not cropped:
+        return f"Panels show all {of} entries of each product"
+    shape = max(drawn[layer] for layer in cropped)
+    where = "" if len(cropped) == len(drawn) else ", or all where there are fewer"
+    return f"Panels show the first {shape[0]} × {shape[1]} of {of} entries of each product{where}"
+
+
+def _scale_words(scale: ArcsinhNorm) -> str:
+    clip, width = style.number(float(f"{scale.limit:.2g}")), style.number(float(f"{scale.linear_width:.2g}"))
+    return (
+        f"One colour scale for all: arcsinh, near-linear within ±{width} and logarithmic beyond, "
+        f"clipped at ±{clip}, the {CLIP_PERCENTILE}th percentile of |entries|"
+    )

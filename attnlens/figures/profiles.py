@@ -1,0 +1,170 @@
+"""Depth profiles: alpha, beta and the identity cosine of every circuit against the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from attnlens.circuits import Fold
+from attnlens.figures import style
+from attnlens.heads import Array
+from attnlens.table import ALL_HEADS, StatsTable
+
+COLUMNS = {"qk": "QK, every head", "ov": "OV, every head", "sum": "OV, summed over heads"}
+ROWS = {
+    "alpha": "alpha (log scale)",
+    "beta": "beta (arcsinh scale)",
+    "cosine": "identity cosine ÷ bound",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One circuit's statistics under one fold, a value a product."""
+
+    layer: Array
+    alpha: Array
+    beta: Array
+    beta_stderr: Array
+    cosine: Array
+
+
+def collect(stats: StatsTable) -> dict[tuple[str, Fold], Series]:
+    """Return the series by column (`COLUMNS`) and fold; products without a diagonal (NaN) are left out."""
+    names = ("layer", "alpha", "beta", "beta_stderr", "identity_cosine", "identity_cosine_bound")
+    places = [stats.columns.index(name) for name in names]
+    head, circuit, fold = (stats.columns.index(name) for name in ("head", "circuit", "fold"))
+    rows: dict[tuple[str, Fold], list[list[float]]] = {}
+    for row in stats.rows:
+        column = "sum" if row[head] == ALL_HEADS else row[circuit]
+        values = [float(row[place]) for place in places]
+        if not np.isnan(values[1]):
+            rows.setdefault((column, row[fold]), []).append(values)  # type: ignore[arg-type]
+    found = {}
+    for key, table in rows.items():
+        layer, alpha, beta, stderr, cosine, bound = np.array(table).T
+        found[key] = Series(layer, alpha, beta, stderr, cosine / bound)
+    return found
+
+
+def draw_profile(stats: StatsTable, folds: Sequence[Fold], *, model: str, notes: str = "") -> Figure:
+    """Draw a point a head with +-2 standard errors of beta and a line through the heads' mean, a colour a fold."""
+    series = collect(stats)
+    columns = [name for name in COLUMNS if any(column == name for column, _ in series)]
+    if not columns:
+        return style.message_figure(model, "No circuit of this model is square: there is no diagonal to fit.")
+    layers = sorted({int(layer) for values in series.values() for layer in values.layer})
+    left, gap, width, height = 120, 95, 400, 250
+    if len(columns) == 1:
+        width = 620
+    total = left + len(columns) * (width + gap) - gap + 30
+    heading = style.Heading(total)
+    heading.add(model, 10, weight="bold")
+    heading.add("Fit of each circuit, M ≈ alpha·Z + beta·I, against depth", 8.5)
+    heading.add(
+        "Points: one product each; bars: ±2 standard errors of beta; lines: mean over a layer's heads",
+        7.5,
+        color=style.FAINT,
+    )
+    top = heading.height + 80
+    notes = style.wrapped(notes, total - 40, 7)
+    bottom = top + len(ROWS) * (height + 35) - 35 + 70
+    figure = style.new_figure(total, bottom + 15 + style.text_height(notes, 7))
+    heading.write(figure)
+    style.add_text(figure, 20, bottom, notes, 7, color=style.FAINT)
+    _legend(figure, folds, heading.height + 8)
+    for i, column in enumerate(columns):
+        for j, (row, label) in enumerate(ROWS.items()):
+            axes = style.add_axes(figure, left + i * (width + gap), top + j * (height + 35), width, height)
+            chosen = {fold: series[column, fold] for fold in folds if (column, fold) in series}
+            _panel(axes, row, chosen, layers)
+            style.layer_axis(axes, layers, width, labelled=j == len(ROWS) - 1)
+            if i == 0:
+                axes.set_ylabel(label)
+                axes.yaxis.set_label_coords(-92 / width, 0.5)
+            if j == 0:
+                axes.set_title(COLUMNS[column], loc="left", pad=5)
+    return figure
+
+
+def _panel(axes: Axes, row: str, series: Mapping[Fold, Series], layers: Sequence[int]) -> None:
+    """Draw one statistic of one circuit: points side by side, lines through the layers' means."""
+    pitch = min(np.diff(layers), default=1)
+    crowded = any(len(values.layer) > len(layers) for values in series.values())
+    spread = 0.26 * pitch if crowded else 0.0
+    faded = max(0.3, min(1.0, (150 / max(len(values.layer) for values in series.values())) ** 0.5))
+    for place, (fold, values) in enumerate(series.items()):
+        y = getattr(values, row)
+        x = values.layer + spread * (place - (len(series) - 1) / 2)
+        colour = style.FOLD_COLOURS[fold]
+        if row == "beta":
+            ends = np.stack([y - 2 * values.beta_stderr, y + 2 * values.beta_stderr], -1)
+            bars = np.stack([np.broadcast_to(x[:, None], ends.shape), ends], -1)
+            bars_look = {"colors": colour, "linewidths": 0.8, "alpha": 0.45 * faded}
+            axes.add_collection(LineCollection(list(bars), **bars_look), autolim=False)
+        points = {"markersize": 2.8, "alpha": 0.7 * faded, "markeredgewidth": 0}
+        axes.plot(x, y, style.FOLD_MARKERS[fold], color=colour, gid=f"{row} {fold}", **points)
+        own = np.unique(values.layer)
+        mean = np.array([y[values.layer == layer].mean() for layer in own])
+        if len(own) == 1:
+            own, mean = np.array([own[0] - 0.3, own[0] + 0.3]), mean.repeat(2)
+        axes.plot(
+            own,
+            mean,
+            style.FOLD_LINES[fold],
+            color=colour,
+            linewidth=1.2,
+            zorder=2.5 if fold == "effective" else 3,
+            gid=f"mean {row} {fold}",
+        )
+    _y_axis(axes, row, list(series.values()))
+
+
+def _y_axis(axes: Axes, row: str, series: Sequence[Series]) -> None:
+    """Scale alpha logarithmically, beta by arcsinh (both span decades, beta in two signs), the cosine linearly."""
+    values = np.concatenate([getattr(each, row) for each in series])
+    if row == "alpha":
+        positive = values[values > 0]
+        if positive.size:
+            style.log_y_axis(axes, float(positive.min()), float(positive.max()))
+        return
+    axes.axhline(0, color=style.FAINT, linewidth=0.7, zorder=0.5)
+    if row == "beta":
+        spread = np.concatenate([each.beta_stderr for each in series])
+        reach = np.concatenate([values - 2 * spread, values + 2 * spread])
+        style.arcsinh_y_axis(axes, reach, linear_width=float(np.median(np.abs(values))))
+    else:
+        style.linear_y_axis(axes, min(-0.1, float(values.min())), max(0.1, float(values.max())))
+
+
+def _legend(figure: Figure, folds: Sequence[Fold], top: float) -> None:
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=style.FOLD_COLOURS[f],
+            marker=style.FOLD_MARKERS[f],
+            markersize=3.5,
+            linestyle=style.FOLD_LINES[f],
+            linewidth=1.2,
+        )
+        for f in folds
+    ]
+    width, height = (size * style.DPI for size in figure.get_size_inches())
+    figure.legend(
+        handles,
+        [style.fold_words(f, ["qk", "ov"]) for f in folds],
+        loc="upper left",
+        bbox_to_anchor=(20 / width, 1 - top / height),
+        ncols=len(folds),
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=2.4,
+        columnspacing=1.6,
+    )
