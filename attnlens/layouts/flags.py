@@ -41,6 +41,10 @@ FLAGS = {
     "clamped": "inputs and outputs of the projections are clamped",
     "out_pool": "the output is pooled",
     "out_upsampled": "the output is upsampled to the grid of the input",
+    "causal": "a causal mask stands over the scores: a token asks itself and those before it",
+    "softcap": "scores pass through a tanh in front of the softmax",
+    "post_norm": "post-norm: the gain folded in is that of the norm behind the layer before, and the sum of input and "
+    "output is normed again, which the effective OV product does not include",
     "norm_after": "a norm stands behind the layer's output",
     "norm_unknown": "the norms around the layer are not known: no forward pass could be traced",
     "norm_mixed": "the input comes out of a norm only in part: its gain is not folded in",
