@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,18 @@ class PrefixedWeights(ConvertedWeights):
     def __getitem__(self, name: str) -> Any:
         """Return the tensor stored as prefix + name."""
         return self._origin[self._tensors[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the tensor stored as prefix + name."""
+        return self._origin.shape(self._tensors[name])
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Tell the origin which of its tensors will be asked for."""
+        self._origin.expect(self._tensors[name] for name in names)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether prefix + name is stored; nothing is read."""
+        return name in self._tensors
 
 
 def below_prefix(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> PrefixedWeights | None:

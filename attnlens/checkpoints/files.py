@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,13 @@ class Checkpoint(Mapping[str, Any]):
     def provenance(self) -> dict[str, Any]:
         """Return where the weights came from, JSON-ready; for a file its name, size and sha256."""
         raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from the file's header where there is one."""
+        return tuple(self[name].shape)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Take note of which tensors will be asked for, where reading several together saves something."""
 
 
 class _File(Checkpoint):
@@ -82,9 +89,17 @@ class SafetensorsFile(_File):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return a tensor as a read-only view of the file."""
-        entry = self._header[name]
-        begin, end = (self._start + offset for offset in entry["data_offsets"])
-        return self._bytes[begin:end].view(_numpy_type(entry["dtype"], name)).reshape(entry["shape"])
+        begin, end = self.span(name)
+        return self._bytes[begin:end].view(_numpy_type(self._header[name]["dtype"], name)).reshape(self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape from the header."""
+        return tuple(self._header[name]["shape"])
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Return where in the file a tensor begins and ends, in bytes."""
+        begin, end = self._header[name]["data_offsets"]
+        return self._start + begin, self._start + end
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the tensors' names."""
@@ -120,13 +135,12 @@ class NpzFile(_File):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path} is no numpy archive of named arrays: truncated, corrupt or another format")
         try:
-            archive = np.load(path, allow_pickle=False)
+            self._archive = np.load(path, allow_pickle=False)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{path} is not a whole numpy archive ({error}): truncated or corrupt") from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise CheckpointError(f"{path} holds one array, not an archive of named ones: save it with numpy.savez")
-        self._archive = archive
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Read an array out of the archive."""
@@ -141,6 +155,14 @@ class NpzFile(_File):
 
             return stored.view(ml_dtypes.bfloat16)
         return stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return an array's shape from its header."""
+        assert self._archive.zip is not None, "the archive is never closed while it is held"
+        with self._archive.zip.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            return tuple(read(file)[0])
 
     def __contains__(self, name: object) -> bool:
         """Whether an array of that name is there; nothing is read."""
@@ -180,7 +202,7 @@ class ModuleWeights(Checkpoint):
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a weight file by its suffix: safetensors, a pickled state dict (``.pth``, ``.pt``, ``.bin``, ...) or ``.npz``.
+    """Open a weight file by its suffix: safetensors, a state dict (``.pth``, ``.pt``, ``.bin``, ...) or ``.npz``.
 
     The index of a sharded checkpoint (``.index.json``) opens the shards beside it as one. Raises `CheckpointError`
     when the file is missing, truncated, corrupt, of another format, or a pickle that holds more than weights.

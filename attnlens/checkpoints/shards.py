@@ -12,6 +12,14 @@ from typing import Any
 from attnlens.checkpoints.files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint, open_checkpoint
 from attnlens.errors import CheckpointError
 
+TRANSFORMERS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Names transformers keeps a model's weights under, in the order they are preferred."""
+
 
 class ShardedFile(Checkpoint):
     """The shards an index lists, as one checkpoint; a shard is opened when a tensor of it is first asked for."""
@@ -44,11 +52,19 @@ class ShardedFile(Checkpoint):
 
     def __getitem__(self, name: str) -> Any:
         """Return a tensor from the shard the index names."""
+        return self._holder(name)[name]
+
+    def _holder(self, name: str) -> Checkpoint:
+        """Return the shard the index names for a tensor."""
         file = self._shard_of[name]
         shard = self._shard(file)
         if name not in shard:
             raise CheckpointError(f"{self.path} says that {file} holds {name}, and it does not: download both again")
-        return shard[name]
+        return shard
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape from its shard."""
+        return self._holder(name).shape(name)
 
     def __contains__(self, name: object) -> bool:
         """Whether the index lists a tensor of that name; no shard is opened."""
