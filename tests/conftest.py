@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from attnlens.heads import HeadWeights
+from tests.hub_server import Hub, serve
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +26,35 @@ def dinov2_file() -> Path:
     if not path.is_file():
         pytest.skip(f"real weights are not at hand: {path.name} is neither in ../shared/data nor in ATTNLENS_TEST_DATA")
     return path
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Serve a hub on 127.0.0.1, with empty caches; this process is pointed at it, subprocesses by `hub_environment`."""
+    from huggingface_hub import close_session, constants
+
+    served = Hub()
+    server = serve(served)
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("attnlens.checkpoints.hub.RETRY_WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield served
+    close_session()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hub_environment(hub, tmp_path):
+    """Return the environment in which a subprocess uses `hub` and the caches of this test."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("HF_")}, **own}
 
 
 def random_heads(seed=0, *, heads=6, kv_heads=3, embed_dim=13, head_dim=5, value_dim=7, out_dim=13, layer=2):

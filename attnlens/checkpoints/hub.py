@@ -1,63 +1,223 @@
-"""Weights on the Hugging Face hub: from the local cache first, then over the network."""
+"""Weights on the Hugging Face hub: from the local cache first, then over the network.
+
+``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` are honoured by huggingface_hub, which reads them when
+it is first imported. A download goes to a temporary name and into the cache when it is whole.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from attnlens.checkpoints.files import INDEX_SUFFIX, Checkpoint, open_checkpoint
+from attnlens.checkpoints.shards import TRANSFORMERS_FILES, read_index
 from attnlens.errors import ModelNotFoundError
+
+T = TypeVar("T")
 
 WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 """Names a hub repository keeps its weights under, in the order timm tries them."""
+RETRY_WAITS = (0.5, 1.0, 2.0)
+"""Seconds between attempts where a server fails for the moment."""
 
 
-def fetch(repo: str, filename: str, revision: str | None = None) -> Path | None:
+def open_weights(
+    repo: str,
+    filename: str | None = None,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    remote: bool = False,
+) -> tuple[Checkpoint, dict[str, str]]:
+    """Open the weights of a hub repository, and say which repository and commit they are of.
+
+    What the cache holds is used. Otherwise the file is downloaded, or with ``remote`` a safetensors file is opened
+    where it is, and only tensors that are asked for are fetched; a server that sends no ranges makes it a download.
+    Raises `ModelNotFoundError` when there is no such repository, file or revision, or it cannot be reached,
+    `CheckpointError` when what is there cannot be read.
+    """
+    cached = find_weights(repo, filename, revision)
+    if remote and cached is None and not is_offline(offline):
+        from attnlens.checkpoints.remote import open_remote
+
+        for name in (filename,) if filename else WEIGHT_FILES:
+            found = open_remote(repo, name, revision) if name.endswith(".safetensors") else None
+            if found is not None:
+                return found, {"hub": repo}
+    path = cached or fetch_weights(repo, filename, revision, offline=offline)
+    return open_checkpoint(path), {"hub": repo, "revision": _commit(path)}
+
+
+def find_weights(repo: str, filename: str | None = None, revision: str | None = None) -> Path | None:
+    """Return the weight file of a hub repository if it is in the local cache; nothing is asked of the network."""
+    found = (_cached(repo, name, revision) for name in ((filename,) if filename else WEIGHT_FILES))
+    return next((path for path in found if isinstance(path, Path)), None)
+
+
+def fetch_weights(
+    repo: str, filename: str | None = None, revision: str | None = None, *, offline: bool = False
+) -> Path:
+    """Return the weight file of a hub repository, trying the names timm tries, then an index of shards."""
+    cached = find_weights(repo, filename, revision)
+    if cached is not None:
+        return cached
+    names = (filename,) if filename else tuple(dict.fromkeys((*WEIGHT_FILES, *TRANSFORMERS_FILES)))
+    for name in names:
+        path = fetch(repo, name, revision, offline=offline)
+        if path is not None:
+            return _with_shards(path, repo, revision, offline=offline)
+    raise ModelNotFoundError(f"{repo} holds no weights named {', '.join(names)}: pass --checkpoint FILE")
+
+
+def _with_shards(path: Path, repo: str, revision: str | None, *, offline: bool) -> Path:
+    """Fetch the shards an index lists, so that they lie beside it; any other file is left as it is."""
+    if path.name.endswith(INDEX_SUFFIX):
+        for shard in sorted(set(read_index(path).values())):
+            if fetch(repo, shard, _commit(path) or revision, offline=offline) is None:
+                raise ModelNotFoundError(f"{repo} lists the shard {shard} in {path.name} and does not hold it")
+    return path
+
+
+def fetch(repo: str, filename: str, revision: str | None = None, *, offline: bool = False) -> Path | None:
     """Return a file of a hub repository, from the cache when it is there; None when the repository lacks it.
 
-    ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are honoured by huggingface_hub. Raises `ModelNotFoundError`
-    when there is no network and nothing cached, or no such repository, and says what to do offline.
+    With ``offline``, or ``HF_HUB_OFFLINE`` set, only the cache is looked at. Raises `ModelNotFoundError` when there is
+    no network and nothing cached, or no such repository or revision, and says what to do.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    cached = _cached(repo, filename, revision)
+    if isinstance(cached, Path):
+        return cached
+    if is_offline(offline):
+        if cached is not None:  # it is known from before that the repository has no such file
+            return None
+        raise ModelNotFoundError(_offline_advice(repo, filename, "--offline or HF_HUB_OFFLINE forbids asking the hub"))
+    try:
+        with explained(repo, filename, revision):
+            ask(hf_hub_url(repo, filename, revision=revision))
+            return Path(hf_hub_download(repo, filename, revision=revision))
+    except EntryNotFoundError:
+        return None
+
+
+def ask(url: str) -> Any:
+    """Return the metadata of a file on the hub; raises what `explained` turns into a message.
+
+    huggingface_hub itself tries for minutes to reach a hub that is not there: here a first connection that fails is
+    final, and only a hub that answers is asked again.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def attempt() -> Any:
+        return get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+    try:
+        return attempt()
+    except HfHubHTTPError as error:
+        if not _passes(error):
+            raise
+    return patiently(attempt)
+
+
+def patiently(attempt: Callable[[], T]) -> T:
+    """Call ``attempt``, again after `RETRY_WAITS` where the connection broke or the server failed for the moment."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in RETRY_WAITS:
+        try:
+            return attempt()
+        except transport_errors() as error:
+            if isinstance(error, HfHubHTTPError) and not _passes(error):
+                raise
+            time.sleep(wait)
+    return attempt()
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the server's answer is one that may be another in a moment."""
+    return getattr(getattr(error, "response", None), "status_code", None) in (408, 429, 500, 502, 503, 504)
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """Return the base classes of what huggingface_hub's HTTP library raises: requests, httpx or httpx2 by version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    bases: Any = HfHubHTTPError.__bases__
+    return (*bases, OSError)
+
+
+@contextlib.contextmanager
+def explained(repo: str, filename: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a `ModelNotFoundError` of one line, save a missing file's error."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
-    cached: Any = try_to_load_from_cache(repo, filename, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
-        return Path(hf_hub_download(repo, filename, revision=revision))
-    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it means: no network
-        raise ModelNotFoundError(
-            f"{repo}/{filename} is not in the local cache and the hub cannot be reached. Offline, download the file "
-            f"elsewhere and pass --checkpoint FILE, or run `hf download {repo} {filename}` while online"
-        ) from error
+        yield
+    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it means: no answer
+        reason = f"the hub gives no answer ({first_line(error.__cause__ or error)})"
+        raise ModelNotFoundError(_offline_advice(repo, filename, reason)) from error
     except EntryNotFoundError:
-        return None
+        raise
+    except RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{repo} has no revision {revision!r}: give a branch, a tag or a commit") from error
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"{repo} needs its licence accepted on the hub: do that, then `hf auth login` or set HF_TOKEN"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelNotFoundError(f"the hub has no repository {repo!r} (or it is private: set HF_TOKEN)") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelNotFoundError(f"cannot download {repo}/{filename}: {str(error).splitlines()[0]}") from error
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"{repo!r} is no hub repository: give owner/name ({first_line(error)})") from error
+    except transport_errors() as error:
+        if getattr(error, "response", None) is None and type(error).__module__ != "builtins":
+            reason = f"the hub cannot be reached ({first_line(error)})"
+            raise ModelNotFoundError(_offline_advice(repo, filename, reason)) from error
+        raise ModelNotFoundError(f"cannot download {repo}/{filename}: {first_line(error)}") from error
 
 
-def fetch_weights(repo: str, filename: str | None = None, revision: str | None = None) -> Path:
-    """Return the weight file of a hub repository, trying the names timm tries."""
-    names = (filename,) if filename else WEIGHT_FILES
-    missing: ModelNotFoundError | None = None
-    for name in names:
-        try:
-            path = fetch(repo, name, revision)
-        except ModelNotFoundError as error:
-            missing = missing or error  # a later name may be cached
-            continue
-        if path is not None:
-            return path
-    raise missing or ModelNotFoundError(f"{repo} holds no weights named {', '.join(names)}: pass --checkpoint FILE")
+def _offline_advice(repo: str, filename: str, reason: str) -> str:
+    return (
+        f"{repo}/{filename} is not in the local cache, and {reason}. Run `hf download {repo} {filename}` while online, "
+        "or download the file elsewhere and pass --checkpoint FILE"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that says something, else its class."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def is_offline(asked: bool) -> bool:
+    """Whether the network is not to be used: asked for, or by ``HF_HUB_OFFLINE``."""
+    from huggingface_hub import constants
+
+    return asked or constants.HF_HUB_OFFLINE
+
+
+def _cached(repo: str, filename: str, revision: str | None) -> Path | object | None:
+    """Return the cached file, None when nothing is known, another object when it is known not to exist."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with explained(repo, filename, revision):
+        found = try_to_load_from_cache(repo, filename, revision=revision)
+    return Path(found) if isinstance(found, str) else found
+
+
+def _commit(path: Path) -> str:
+    """Return the commit a file in the hub's cache is of: its folder below ``snapshots``."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
