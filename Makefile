@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check format figures clean
+.PHONY: demo test check format figures catalogue clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnlens needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -30,6 +30,9 @@ format: $(VENV)/installed
 
 figures: $(VENV)/installed  ## Make the README's figures again
 	$(BIN)/attnlens inspect --output figures/readme
+
+catalogue: $(VENV)/installed  ## Build the catalogue of the installed timm that the package ships: some five minutes
+	$(BIN)/python scripts/ship_catalogue.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

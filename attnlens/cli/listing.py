@@ -1,0 +1,84 @@
+"""What `attnlens list-models` does: select from the catalogue, print a table, tab-separated lines or JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from attnlens.catalogue import Catalogue, Entry, load_catalogue
+from attnlens.cli.console import note, tracked, write_stdout
+
+COLUMNS = ("name", "layers", "read", "labelled", "heads", "width", "families", "tags")
+
+
+def run_list(pattern: str | None, *, family: str | None, cached: bool, as_json: bool, rebuild: bool) -> None:
+    """Print the chosen architectures: a table on a terminal, tab-separated lines into a pipe, or JSON."""
+    catalogue = load_catalogue(_announced, rebuild=rebuild)
+    entries = catalogue.select(pattern, family)
+    if cached:
+        from attnlens.checkpoints.local import cached_tags
+
+        found = ((entry, cached_tags(entry.tags)) for entry in entries)
+        entries = [replace(entry, tags=tags) for entry, tags in found if tags]
+    if as_json:
+        write_stdout(json.dumps(to_json(catalogue, entries), indent=1))
+    elif sys.stdout.isatty():
+        _print_table(catalogue, entries)
+    else:
+        lines = (COLUMNS, *(row(entry) for entry in entries))
+        write_stdout("\n".join("\t".join(line) for line in lines))
+    if not entries:
+        note("none of them has weights in the local cache" if cached else "none of them is of that family")
+    for name, error in catalogue.failed.items():
+        note(f"not built: {name} ({error})")
+
+
+def _announced(names: Iterable[Any]) -> Iterator[Any]:
+    """Say what takes so long, and show how far it is."""
+    note("building every architecture of the installed timm once; this takes minutes, and can be stopped and resumed")
+    return tracked("architectures")(names)
+
+
+def to_json(catalogue: Catalogue, entries: list[Entry]) -> dict[str, Any]:
+    """Return chosen entries with the catalogue's header as JSON-ready data."""
+    header = {"schema": "attnlens.models", "schema_version": 1, "timm": catalogue.timm, "origin": catalogue.origin}
+    return {**header, "rules": catalogue.rules, "models": [entry.to_json() for entry in entries]}
+
+
+def row(entry: Entry) -> tuple[str, ...]:
+    """Return an entry's cells in the order of `COLUMNS`."""
+    labelled = " ".join(f"{count} {kind}" for kind, count in entry.labelled.items())
+    counts = (str(entry.layers), str(entry.readable), labelled)
+    return (
+        entry.name,
+        *counts,
+        _span(entry.heads),
+        _span(entry.widths),
+        " ".join(entry.families),
+        str(len(entry.tags)),
+    )
+
+
+def _span(values: tuple[int, ...]) -> str:
+    """Write one value as itself, several as the least and the greatest; empty without any."""
+    if not values:
+        return ""
+    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
+
+
+def _print_table(catalogue: Catalogue, entries: list[Entry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    where = "shipped" if catalogue.origin == "shipped" else "built here"
+    title = f"{len(entries)} with attention in timm {catalogue.timm} (catalogue: {where})"
+    table = Table(title=title, title_justify="left")
+    for name in ("name", "read", "labelled", "heads", "width", "families", "tags"):
+        table.add_column(name, justify="left" if name in ("name", "labelled", "families") else "right", no_wrap=True)
+    for entry in entries:
+        name, layers, read, *rest = row(entry)
+        table.add_row(name, f"{read}/{layers}", *rest)
+    Console().print(table)
