@@ -155,7 +155,7 @@ class WholeProduct(FactoredProduct):
 
     def singular_values(self) -> Array:
         """Return the singular values of M, largest first."""
-        return np.linalg.svd(self.A, compute_uv=False)[..., : self.rank_bound]
+        return np.asarray(np.linalg.svd(self.A, compute_uv=False)[..., : self.rank_bound])
 
     def spectral_norm(self) -> Array:
         """Return the largest singular value by Lanczos iteration on M^T M, from a fixed start vector.

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +27,10 @@ from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.files import write_text_atomic
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
+from attnlens.layouts.flags import FLAGS
 from attnlens.layouts.spec import OPT_IN
-from attnlens.opening import OpenedModel, open_model
+from attnlens.opening import Access, OpenedModel, open_model
+from attnlens.provenance import run_provenance
 from attnlens.table import ALL_HEADS, Row, StatsTable
 
 if TYPE_CHECKING:
@@ -42,26 +41,9 @@ if TYPE_CHECKING:
 
     from attnlens.checkpoints import Checkpoint
 
-# What a flag in ``leaves_out`` means, in words; an empty text marks what is too common to say each time.
-CAVEATS = {
-    "qk_bias": "",
-    "q_norm": "a norm stands between W_Q and the score: the QK product is not the whole score",
-    "k_norm": "a norm stands between W_K and the score: the QK product is not the whole score",
-    "v_norm": "a norm stands between W_V and W_O: the OV product is not the whole map",
-    "rope": "rotary position embedding turns q and k: the QK product is the score at zero distance only",
-    "rel_pos_bias": "a relative-position term is added to the score beside the QK product",
-    "cosine": "cosine attention normalises q and k: only the direction of the QK product counts",
-    "talking_heads": "heads are mixed around the softmax: a head's product is not a head's score",
-    "gate": "a gate multiplies the heads' output in front of W_O",
-    "norm_before_proj": "a norm stands in front of W_O: the OV product is not the whole map",
-    "norm_after": "a norm stands behind the layer: the effective OV product does not include it",
-    "norm_unknown": "no forward pass could be traced, so the norm in front is unknown: raw products only",
-    "spatial_reduction": "keys and values are read from spatially reduced tokens",
-    "class_query": "only the class token asks: the QK product scores its query against all keys",
-    "position_gate": "scores are mixed with a learned position pattern",
-    "q_pool": "queries are pooled over tokens behind W_Q",
-    "kv_pool": "keys and values are pooled over tokens behind their projections",
-}
+UNSAID = frozenset({"qk_bias"})
+"""Flags too common to be said of every model; the table holds them all the same."""
+
 CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
 SpectrumKey = tuple[int, Kind, Fold]
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
@@ -75,6 +57,8 @@ class Inspection:
     model: str
     stats: StatsTable
     folds: tuple[Fold, ...]
+    depth: int
+    """Number of attention layers of the model, read or not."""
     specs: IndexedSpecs
     refused: tuple[Refusal, ...]
     provenance: dict[str, Any]
@@ -131,7 +115,7 @@ class Inspection:
         """Say what the products leave out of the network, in words, with the layers it is true of."""
         found: dict[str, list[int]] = {}
         for layer, spec in self.specs:
-            reasons = [CAVEATS.get(flag, flag) for flag in spec.leaves_out if CAVEATS.get(flag, flag)]
+            reasons = [FLAGS.get(flag, flag) for flag in spec.leaves_out if flag not in UNSAID]
             if spec.kind in OPT_IN:
                 reasons.append(": ".join(OPT_IN[spec.kind]))
             for reason in (*reasons, *([spec.label] if spec.label else [])):
@@ -160,25 +144,31 @@ def inspect(
     model: str | os.PathLike[str] | nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
+    num_heads: int | None = None,
     fold: str = "both",
     layers: Sequence[int] | None = None,
     layer_spectra: bool = False,
     include: Sequence[str] = (),
+    offline: bool = False,
+    remote: bool = False,
     progress: Progress = iter,
 ) -> Inspection:
     """Read a model's attention weights and fit every QK and OV circuit.
 
     ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
     None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the
-    architecture. Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
+    architecture. ``num_heads`` reads a file nothing names the architecture of by its tensors' names.
+
+    Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
     heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``
     also fills the statistics of the layer sums that need every eigenvalue, an O(embed_dim^3) cost a layer.
     ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
-    only on request. ``progress`` wraps the iteration over layers.
+    only on request. ``offline`` uses no network; ``remote`` fetches of a safetensors file on a hub, unless it is in the
+    local cache, only the tensors that are read. ``progress`` wraps the iteration over layers.
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
-    opened = open_model(model, checkpoint)
+    opened = open_model(model, checkpoint, num_heads, access=Access(offline=offline, remote=remote))
     names = parse_folds(fold)
     wanted, unwanted = _by_kind(opened, include)
     specs = _chosen(opened, wanted, layers)
@@ -186,15 +176,20 @@ def inspect(
         measure_layer(read_heads(spec, opened.checkpoint, layer), names, layer_spectra=layer_spectra)
         for layer, spec in progress(specs)
     ]
+    spectra = {key: values for _, found in results for key, values in found.items()}
+    measured = tuple(name for name in names if any(key[2] == name for key in spectra))
+    if not measured:
+        raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
     return Inspection(
         model=opened.name,
         stats=StatsTable(tuple(row for rows, _ in results for row in rows)),
-        folds=names,
+        folds=measured,
+        depth=len(opened.architecture.order),
         specs=specs,
         refused=(*opened.architecture.refused, *unwanted),
-        provenance={**opened.provenance(), **_versions()},
+        provenance={**opened.provenance(), **run_provenance()},
         checkpoint=opened.checkpoint,
-        spectra={key: values for _, spectra in results for key, values in spectra.items()},
+        spectra=spectra,
     )
 
 
@@ -238,14 +233,6 @@ def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold:
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
     ]
-
-
-def _versions() -> dict[str, Any]:
-    packages = ("attnlens", "numpy", "scipy", "timm", "torch", "safetensors")
-    return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def _by_kind(opened: OpenedModel, include: Sequence[str]) -> tuple[IndexedSpecs, tuple[Refusal, ...]]:

@@ -13,8 +13,9 @@ def note(message: str) -> None:
 
 
 def write_stdout(text: str) -> None:
-    """Write a result to stdout."""
+    """Write a result to stdout, at once: a reader that has gone away (``| head``) is then met here, not at exit."""
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    sys.stdout.flush()
 
 
 def tracked(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from attnlens.circuits import Fold
 from attnlens.cli.console import note, tracked, write_stdout
@@ -17,10 +18,13 @@ def run_inspect(
     checkpoint: Path | None,
     *,
     output: Path | None,
+    num_heads: int | None,
     fold: str,
     layers: str | None,
     layer_spectra: bool,
     include: list[str],
+    offline: bool,
+    remote: bool,
     crop: int,
     format_: str,
     dpi: int,
@@ -31,15 +35,20 @@ def run_inspect(
     inspection = inspect(
         model,
         checkpoint,
+        num_heads=num_heads,
         fold=fold,
         layers=parse_layers(layers),
         layer_spectra=layer_spectra,
         include=include,
+        offline=offline,
+        remote=remote,
         progress=tracked("layers"),
     )
+    if remote:
+        note(fetched(inspection.provenance))
     for message in caveats(inspection):
         note(message)
-    folder = output or Path("figures") / re.sub(r"[^\w.-]+", "_", inspection.model)
+    folder = figure_folder(output, inspection.model)
     written = save_inspection(inspection, folder, shlex.join(command))
     shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
     if as_json:
@@ -52,6 +61,19 @@ def run_inspect(
 
     save_figures(inspection.figures(shown, crop), folder, format_, dpi)
     note(f"wrote stats.csv, stats.json and figures ({shown}, {format_}) to {folder}")
+
+
+def fetched(provenance: dict[str, Any]) -> str:
+    """Say how much of a remote file was fetched."""
+    if "bytes_fetched" not in provenance:
+        return "--remote fetched nothing by range: the file was at hand, or had to be downloaded whole"
+    part, whole = provenance["bytes_fetched"] / 1e6, provenance["bytes"] / 1e6
+    return f"fetched {part:.1f} of {whole:.1f} MB in {provenance['requests']} requests from {provenance['url']}"
+
+
+def figure_folder(given: Path | None, model: str) -> Path:
+    """Return the folder given, or figures/<model> with every character that is awkward in a path replaced."""
+    return given or Path("figures") / re.sub(r"[^\w.+-]+", "_", model)
 
 
 def caveats(inspection: Inspection) -> list[str]:

@@ -22,13 +22,14 @@ _LOWEST = ("▼", "bold red")
 LEGEND = "▲ > 3, △ > 1, · between, ▽ < -1, ▼ < -3"
 
 
-def print_table(inspection: Inspection, fold: Fold, console: Console | None = None) -> None:
-    """Print the table of one fold on stdout, with raw columns beside the effective ones where both are there.
+def print_table(inspection: Inspection, fold: Fold) -> None:
+    """Print the table of one fold on stdout, with raw columns beside the effective ones where both are there."""
+    print_wide(layer_table(inspection, fold))
 
-    Where stdout is no terminal the table is as wide as it needs to be.
-    """
-    table = layer_table(inspection, fold)
-    console = console or Console()
+
+def print_wide(table: Table) -> None:
+    """Print a table on stdout; where stdout is no terminal the table is as wide as it needs to be."""
+    console = Console()
     if not console.is_terminal:
         wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
         console = Console(file=console.file, width=max(console.width, wide))
@@ -86,6 +87,9 @@ def _mean(table: StatsTable, column: str) -> str:
     value = float(values.mean()) if len(values) else math.nan
     if math.isnan(value):
         return ""
-    if column == "diagonal_prominence":
-        return f"{value:.1f}"
+    return f"{value:.1f}" if column == "diagonal_prominence" else number(value)
+
+
+def number(value: float) -> str:
+    """Format a parameter with four digits behind the point; as a power of ten where it would round away."""
     return f"{value:.0e}" if value and abs(value) < 1e-4 else f"{value:.4f}"
