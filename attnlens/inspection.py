@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from attnlens.layouts.spec import OPT_IN
 from attnlens.opening import Access, OpenedModel, open_model
 from attnlens.provenance import run_provenance
 from attnlens.table import ALL_HEADS, Row, StatsTable
+from attnlens.threads import over_threads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -172,10 +174,14 @@ def inspect(
     names = parse_folds(fold)
     wanted, unwanted = _by_kind(opened, include)
     specs = _chosen(opened, wanted, layers)
-    results = [
-        measure_layer(read_heads(spec, opened.checkpoint, layer), names, layer_spectra=layer_spectra)
-        for layer, spec in progress(specs)
-    ]
+    reading = Lock()
+
+    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[list[Row], dict[SpectrumKey, Array]]:
+        with reading:  # a checkpoint serves one reader at a time
+            weights = read_heads(indexed[1], opened.checkpoint, indexed[0])
+        return measure_layer(weights, names, layer_spectra=layer_spectra)
+
+    results = over_threads(measure, specs, progress)
     spectra = {key: values for _, found in results for key, values in found.items()}
     measured = tuple(name for name in names if any(key[2] == name for key in spectra))
     if not measured:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from attnlens.circuits import Fold
@@ -32,6 +34,7 @@ def run_inspect(
     command: list[str],
 ) -> None:
     """Inspect one model, print its table (or JSON) on stdout, write tables and figures, say where on stderr."""
+    Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
     inspection = inspect(
         model,
         checkpoint,
