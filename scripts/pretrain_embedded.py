@@ -1,6 +1,6 @@
 """Pre-train the small vision transformer that attnlens ships inside its package.
 
-    python scripts/pretrain_embedded.py --data ../shared/data/cifar10-jpeg75.tar.xz --work ../pretrain --epochs 12 --seed 0
+    python scripts/pretrain_embedded.py --data ../shared/data/cifar10-jpeg75.tar.xz --work ../pretrain
 
 Decodes the archive once (``--cache`` keeps the arrays), trains for a fixed number of epochs, writes a timm model folder
 with float16 weights, and measures the accuracy of that file on the test images. The model card beside the weights,

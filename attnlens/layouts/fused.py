@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from attnlens.errors import UnsupportedAttentionError
 from attnlens.layouts.rules import Slots, has, rule
 from attnlens.layouts.slots import blocks, columns, out_features
 from attnlens.layouts.spec import Slot
@@ -62,14 +61,14 @@ def fused_last(module: Any) -> Slots | None:
     return None if module.head_first else standard(module)
 
 
-@rule("C10", "timm.models.gcvit.WindowAttentionGlobal")
+@rule(
+    "C10",
+    "timm.models.gcvit.WindowAttentionGlobal",
+    refusal="is a GCViT global block (family C10): its queries come from a feature generator, so there is no W_Q",
+)
 def gcvit_global(module: Any) -> Slots | None:
     """Refuse a global window block: its child named `qkv` holds k and v alone."""
-    if not module.use_global:
-        return None
-    raise UnsupportedAttentionError(
-        "is a GCViT global block (family C10): its queries come from a feature generator, so there is no W_Q"
-    )
+    return {} if module.use_global else None
 
 
 @rule("A", "timm.models.gcvit.WindowAttentionGlobal")

@@ -30,7 +30,8 @@ class Rule:
     of its class, or raises `UnsupportedAttentionError` where this form has no product to read. ``leaves_out`` is true
     of every such module; ``flags`` maps an attribute (a dotted path) to what its presence adds beside the product, or
     to None where the general table of attributes does not hold for the class. ``kind`` and ``label`` go into the
-    spec; ``sdpa_scale`` says that scores are scaled by head_dim ** -0.5 though no attribute ``scale`` says so.
+    spec; ``sdpa_scale`` says that scores are scaled by head_dim ** -0.5 though no attribute ``scale`` says so. With a
+    ``refusal`` every module that ``describe`` gives slots for, an empty dict will do, is refused with that reason.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Rule:
     kind: str = "token"
     label: str = ""
     sdpa_scale: bool = False
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def describe_attention(module: nn.Module, path: str) -> AttentionSpec | Refusal 
                 slots = candidate.describe(module)
             except UnsupportedAttentionError as error:
                 return Refusal(path, own, candidate.family, str(error))
+            if slots is not None and candidate.refusal:
+                return Refusal(path, own, candidate.family, candidate.refusal)
             if slots is not None:
                 label = "" if cls is type(module) else f"layout of {known}"
                 return _spec(module, path, own, candidate, slots, label)
