@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from attnlens.circuits import Fold, Kind
 from attnlens.comparing import Comparison
 from attnlens.figures import style
+from attnlens.heads import Array
 from attnlens.params import Entry, InitParams
 
 # Okabe & Ito's colours, one a model; more models take them again with another line.
@@ -22,27 +24,54 @@ Look = tuple[str, Literal["-", "--", ":"]]
 Column = tuple[Kind, Literal["each", "all"], str]
 COLUMNS: tuple[Column, ...] = (("qk", "each", "QK, every head"), ("ov", "all", "OV, summed over heads"))
 _LEFT, _GAP, _WIDTH, _HEIGHT = 120, 110, 430, 270
+_PITCH, _LABELLED_PITCH = 75, 105
+"""Device pixels between rows; more where every row has its own x axis."""
+
+Mark = tuple[str, str, Literal["full", "none"]]
+_FILLED: Mark = ("share in beta·I", "o", "full")
+_OPEN: Mark = ("share above the noise's edge", "o", "none")
+_CROSS: Mark = ("beyond the bound of its rank: nearest request", "x", "full")
+
+
+class _Row(NamedTuple):
+    """A row of panels: its label, what draws one model's entries, and what sets the axes once all are drawn."""
+
+    label: str
+    draw: Callable[[Axes, Sequence[Entry], str, float], None]
+    finish: Callable[[Axes, Sequence[Entry], bool], None]
 
 
 def draw_fits(params: InitParams) -> dict[str, Figure]:
     """Draw ``fit_profile``, ``realised_requested`` and ``tails`` of a parameter file, a colour a model."""
+    missed = any(not entry.reachable for entry in params.entries)
     with style.look():
         return {
             "fit_profile": _grid(
                 params,
-                "Fit by depth: bars are intervals of the fit, the grey band is what beta is under the null",
-                {"alpha": _alpha_panel, "beta": _beta_panel},
+                f"Fit by depth: a point a head with its {params.level:.0%} interval, a line through the layers' means; "
+                "shaded: ±2 sd of beta under the null, the median of a layer's heads",
+                [
+                    _Row("alpha", _alpha_panel, _by_layer("alpha")),
+                    _Row("beta", _beta_panel, _by_layer("beta")),
+                ],
                 raw=True,
             ),
             "realised_requested": _grid(
                 params,
                 "Realised in the model against requested of the initialiser; on the line nothing is lost to the rank",
-                {"alpha": _request_panel("alpha"), "beta": _request_panel("beta")},
+                [_Row(f"requested {name}", _request_panel(name), _request_axes(name)) for name in ("alpha", "beta")],
+                marks=(_CROSS,) if missed else (),
+                pitch=_LABELLED_PITCH,
             ),
             "tails": _grid(
                 params,
-                "How well two numbers describe each product, by depth",
-                {"kurtosis": _kurtosis_panel, "share of squared norm": _share_panel},
+                "How well two numbers describe each product, by depth: tails of the off-diagonal (0 if Gaussian), and "
+                "how much of the squared norm is identity or lies in few directions",
+                [
+                    _Row("excess kurtosis", _kurtosis_panel, _by_layer("offdiagonal_kurtosis")),
+                    _Row("share of squared norm", _share_panel, _share_axes),
+                ],
+                marks=(_FILLED, _OPEN),
             ),
         }
 
@@ -63,7 +92,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
                     axes.plot(
                         profile.depth, profile.values, line, marker="o", markersize=2.5, color=colour, linewidth=1.2
                     )
-                _finish(axes, statistic, np.concatenate([p.values for p in found] or [np.zeros(1)]))
+                _value_axis(axes, statistic, np.concatenate([p.values for p in found] or [np.zeros(1)]))
                 axes.set_xlim(-0.03, 1.03)
                 axes.set_title(title.replace("every head", "mean over heads"), loc="left", pad=5)
                 axes.set_xlabel("relative depth" if j == len(rows) - 1 else "")
@@ -73,62 +102,78 @@ def draw_comparison(comparison: Comparison) -> Figure:
 def _grid(
     params: InitParams,
     subject: str,
-    rows: dict[str, Callable[[Axes, Sequence[Entry], str, float], None]],
+    rows: Sequence[_Row],
     *,
     raw: bool = False,
+    marks: Sequence[Mark] = (),
+    pitch: int = _PITCH,
 ) -> Figure:
-    """Lay out one panel a statistic and circuit; ``raw`` draws the raw fit beside, in grey and to the left."""
+    """Lay out one panel a row and circuit; ``raw`` draws the raw fit of a single model beside."""
     several = len(params.sources) > 1
     names: list[tuple[str, Look]] = [(source.model, _model_look(i)) for i, source in enumerate(params.sources)]
-    folds: tuple[Fold, ...] = ("raw", params.fold) if raw and params.fold != "raw" else (params.fold,)
+    folds: tuple[Fold, ...] = ("raw", params.fold) if raw and params.fold != "raw" and not several else (params.fold,)
     if not several:
         names = [(style.fold_words(fold, ["qk", "ov"]), (style.FOLD_COLOURS[fold], "-")) for fold in folds]
     columns = [column for column in COLUMNS if params.select(column[0], column[1])]
     title = " and ".join(source.model for source in params.sources)
-    figure, cells = _canvas(title, subject, list(rows), names, columns=len(columns))
-    for j, draw in enumerate(rows.values()):
+    labels = [row.label for row in rows]
+    figure, cells = _canvas(title, subject, labels, names, columns=len(columns), marks=marks, pitch=pitch)
+    drawn = [(source, fold) for source in range(len(params.sources)) for fold in folds]
+    for j, row in enumerate(rows):
         for i, (circuit, head, label) in enumerate(columns):
             axes = cells[j][i]
             axes.set_title(label, loc="left", pad=5)
             shown: list[Entry] = []
-            for place, fold in enumerate(folds if not several else folds[-1:]):
-                for source in range(len(params.sources)):
-                    entries = [e for e in params.select(circuit, head, fold=fold) if e.source == source]
+            for place, (source, fold) in enumerate(drawn):
+                entries = [e for e in params.select(circuit, head, fold=fold) if e.source == source]
+                if entries:
                     colour = _model_look(source)[0] if several else style.FOLD_COLOURS[fold]
-                    count = len(params.sources) if several else len(folds)
-                    shift = 0.3 * ((source if several else place) - (count - 1) / 2) / count
-                    draw(axes, entries, colour, shift)
-                    shown += entries
-            _scale(axes, list(rows)[j], shown, bottom=j == len(rows) - 1)
+                    row.draw(axes, entries, colour, 0.3 * (place - (len(drawn) - 1) / 2) / len(drawn))
+                shown += entries
+            row.finish(axes, shown, j == len(rows) - 1)
     return figure
 
 
 def _canvas(
-    title: str, subject: str, rows: Sequence[str], names: Sequence[tuple[str, Look]], columns: int = 2
+    title: str,
+    subject: str,
+    rows: Sequence[str],
+    names: Sequence[tuple[str, Look]],
+    columns: int = 2,
+    marks: Sequence[Mark] = (),
+    pitch: int = _PITCH,
 ) -> tuple[Figure, list[list[Axes]]]:
+    """Lay out title, legend (a line a name, a symbol a mark) and a grid of axes."""
     from matplotlib.lines import Line2D
 
     total = max(_LEFT + columns * (_WIDTH + _GAP) - _GAP + 40, 760)
     heading = style.Heading(total)
     heading.add(title, 10, weight="bold")
     heading.add(subject, 8.5)
-    top = heading.height + 85
-    figure = style.new_figure(total, top + len(rows) * (_HEIGHT + 75) + 20)
+    lines = [Line2D([], [], color=colour, linestyle=line, linewidth=1.4) for _, (colour, line) in names]
+    symbols = [
+        Line2D([], [], color=style.INK, marker=marker, fillstyle=fill, linestyle="none", markersize=4)
+        for _, marker, fill in marks
+    ]
+    entries = [name for name, _ in names] + [words for words, *_ in marks]
+    abreast = _abreast(entries, total - 40)
+    top = heading.height + 62 + 24 * math.ceil(len(entries) / abreast)
+    figure = style.new_figure(total, top + len(rows) * (_HEIGHT + pitch) - pitch + 85)
     heading.write(figure)
     width, height = (size * style.DPI for size in figure.get_size_inches())
     figure.legend(
-        [Line2D([], [], color=colour, linestyle=line, linewidth=1.4) for _, (colour, line) in names],
-        [name for name, _ in names],
+        [*lines, *symbols],
+        entries,
         loc="upper left",
         bbox_to_anchor=(20 / width, 1 - (heading.height + 8) / height),
-        ncols=min(len(names), 3),
+        ncols=abreast,
         borderpad=0,
         borderaxespad=0,
     )
     cells = []
     for j, label in enumerate(rows):
         row = [
-            style.add_axes(figure, _LEFT + i * (_WIDTH + _GAP), top + j * (_HEIGHT + 75), _WIDTH, _HEIGHT)
+            style.add_axes(figure, _LEFT + i * (_WIDTH + _GAP), top + j * (_HEIGHT + pitch), _WIDTH, _HEIGHT)
             for i in range(columns)
         ]
         row[0].set_ylabel(label)
@@ -137,11 +182,19 @@ def _canvas(
     return figure, cells
 
 
+def _abreast(entries: Sequence[str], width: float) -> int:
+    """Return how many legend entries fit side by side: all, or as many as the longest allows."""
+    letter, handle = style.pixels(0.57 * 7.5), 70
+    if sum(len(entry) * letter + handle for entry in entries) <= width:
+        return len(entries)
+    return max(1, min(len(entries), int(width / (max(map(len, entries)) * letter + handle))))
+
+
 def _model_look(place: int) -> Look:
     return MODEL_COLOURS[place % len(MODEL_COLOURS)], MODEL_LINES[place // len(MODEL_COLOURS) % len(MODEL_LINES)]
 
 
-def _layers(entries: Sequence[Entry], shift: float) -> np.ndarray:
+def _layers(entries: Sequence[Entry], shift: float) -> Array:
     return np.array([entry.layer + shift for entry in entries])
 
 
@@ -161,9 +214,9 @@ def _alpha_panel(axes: Axes, entries: Sequence[Entry], colour: str, shift: float
 
 
 def _beta_panel(axes: Axes, entries: Sequence[Entry], colour: str, shift: float) -> None:
-    """Draw beta over the band of +-2 null standard deviations, the widest of a layer's heads."""
+    """Draw beta over the band of +-2 null standard deviations, the median of a layer's heads."""
     layers = sorted({entry.layer for entry in entries})
-    band = np.array([max(2 * e.null_sd for e in entries if e.layer == layer) for layer in layers])
+    band = np.array([2 * np.median([e.null_sd for e in entries if e.layer == layer]) for layer in layers])
     axes.fill_between(np.array(layers) + shift, -band, band, color=colour, alpha=0.13, linewidth=0, step="mid")
     _bars(axes, entries, "beta", colour, shift)
 
@@ -178,46 +231,69 @@ def _request_panel(name: str) -> Callable[[Axes, Sequence[Entry], str, float], N
     return draw
 
 
+def _request_axes(name: str) -> Callable[[Axes, Sequence[Entry], bool], None]:
+    def finish(axes: Axes, entries: Sequence[Entry], bottom: bool) -> None:  # noqa: ARG001
+        """Give both axes one scale and one range, so that the line of equality is the diagonal."""
+        values = np.array([getattr(entry, field) for entry in entries for field in (name, f"request_{name}")])
+        _value_axis(axes, name, values)
+        if axes.get_yscale() == "log":
+            axes.set_xscale("log")
+        elif axes.get_yscale() == "asinh":
+            width = axes.yaxis.get_transform().linear_width  # type: ignore[attr-defined]
+            axes.set_xscale("asinh", linear_width=width)
+        ticks = axes.get_yticks()
+        axes.set_xlim(axes.get_ylim())
+        axes.set_xticks(ticks, [style.number(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.plot(axes.get_ylim(), axes.get_ylim(), "-", color=style.RULE, linewidth=0.8, zorder=0)
+        axes.set_xlabel(f"realised {name}")
+
+    return finish
+
+
 def _kurtosis_panel(axes: Axes, entries: Sequence[Entry], colour: str, shift: float) -> None:
-    y = [entry.offdiagonal_kurtosis for entry in entries]
+    y = _values(entries, "offdiagonal_kurtosis")
     axes.plot(_layers(entries, shift), y, "o", color=colour, markersize=2.8, alpha=0.7, markeredgewidth=0)
 
 
 def _share_panel(axes: Axes, entries: Sequence[Entry], colour: str, shift: float) -> None:
     """Draw the share in beta * I (filled) and in directions above the noise's edge (open)."""
     x = _layers(entries, shift)
-    look: Any = {"color": colour, "markersize": 3.0, "linestyle": "none"}
-    axes.plot(x, [e.share_identity for e in entries], marker="o", alpha=0.75, markeredgewidth=0, **look)
-    axes.plot(x, [e.share_low_rank for e in entries], marker="o", fillstyle="none", markeredgewidth=0.8, **look)
+    look: Any = {"color": colour, "markersize": 3.0, "linestyle": "none", "marker": "o"}
+    axes.plot(x, _values(entries, "share_identity"), alpha=0.75, markeredgewidth=0, **look)
+    axes.plot(x, _values(entries, "share_low_rank"), fillstyle="none", markeredgewidth=0.8, **look)
 
 
-def _scale(axes: Axes, row: str, entries: Sequence[Entry], bottom: bool) -> None:
-    requested = bool(axes.lines) and row in ("alpha", "beta") and not axes.collections
-    if requested:
-        x, y = (np.array([getattr(e, field) for e in entries]) for field in (row, f"request_{row}"))
-        ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
-        axes.plot(ends, ends, "-", color=style.RULE, linewidth=0.8, zorder=0)
-        axes.set_xlabel(f"realised {row}")
-        axes.set_ylabel(f"requested {row}" if axes.get_ylabel() else "")
-        return
-    layers = sorted({entry.layer for entry in entries})
-    style.layer_axis(axes, layers, _WIDTH, labelled=bottom)
-    if row == "share of squared norm":
-        axes.set_ylim(-0.03, 1.03)
-        return
-    values = {"kurtosis": "offdiagonal_kurtosis"}.get(row, row)
-    _finish(axes, row, np.array([getattr(entry, values) for entry in entries]))
+def _share_axes(axes: Axes, entries: Sequence[Entry], bottom: bool) -> None:
+    style.layer_axis(axes, sorted({entry.layer for entry in entries}), _WIDTH, labelled=bottom)
+    axes.set_ylim(-0.03, 1.03)
 
 
-def _finish(axes: Axes, row: str, values: np.ndarray) -> None:
+def _by_layer(name: str) -> Callable[[Axes, Sequence[Entry], bool], None]:
+    def finish(axes: Axes, entries: Sequence[Entry], bottom: bool) -> None:
+        style.layer_axis(axes, sorted({entry.layer for entry in entries}), _WIDTH, labelled=bottom)
+        ends = [f"{name}_low", f"{name}_high"] if name in ("alpha", "beta") else [name]
+        _value_axis(axes, name, np.concatenate([_values(entries, end) for end in ends]))
+
+    return finish
+
+
+def _values(entries: Sequence[Entry], name: str) -> Array:
+    """Return a statistic of every entry, NaN where it is not defined."""
+    return np.array([getattr(entry, name) for entry in entries], dtype=np.float64)
+
+
+def _value_axis(axes: Axes, name: str, values: Array) -> None:
+    """Scale y for a statistic: alpha logarithmic, what has both signs or long tails linear around 0 only."""
+    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     positive = values[values > 0]
-    if row == "alpha" and positive.size:
+    if name == "alpha" and positive.size:
         style.log_y_axis(axes, float(positive.min()), float(positive.max()))
         return
     axes.axhline(0, color=style.FAINT, linewidth=0.7, zorder=0.5)
-    if row == "kurtosis":
+    if name == "offdiagonal_kurtosis":
         style.arcsinh_y_axis(axes, values, linear_width=1.0)
-    elif row == "beta":
+    elif name == "beta":
         style.arcsinh_y_axis(axes, values, linear_width=float(np.median(np.abs(values))) or 1.0)
     else:
         style.linear_y_axis(axes, min(-0.1, float(values.min())), max(0.1, float(values.max())))

@@ -1,0 +1,206 @@
+"""What `attnlens fit-params` and `attnlens compare` do: fit, print, write."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from attnlens.circuits import Fold, Kind
+from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.cli.inspecting import figure_folder, format_layers
+from attnlens.cli.terminal import number, print_wide
+from attnlens.comparing import Comparison, compare
+from attnlens.fitting import fit_params
+from attnlens.inspection import UNSAID
+from attnlens.layouts.flags import FLAGS
+from attnlens.params import Entry, InitParams, Per, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_UNSAID = {FLAGS[flag] for flag in UNSAID}
+_MARKS = {"identity": "+", "negative identity": "-", "none": "·", "not described by this model": "?"}
+_LEGEND = "  ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
+
+
+def run_fit(
+    models: Sequence[str],
+    checkpoint: Path | None,
+    *,
+    per: Per,
+    fold: Fold,
+    level: float,
+    seed: int,
+    num_heads: int | None,
+    offline: bool,
+    remote: bool,
+    output: Path,
+    figures: Path | None,
+    format_: str,
+    dpi: int,
+    as_json: bool,
+    command: list[str],
+) -> None:
+    """Fit one or more models, print the fit by layer (or the file itself), write the parameter file and figures."""
+    params = fit_params(
+        *models,
+        checkpoint=checkpoint,
+        per=per,
+        fold=fold,
+        level=level,
+        seed=seed,
+        num_heads=num_heads,
+        offline=offline,
+        remote=remote,
+        command=shlex.join(command),
+        progress=tracked("layers"),
+    )
+    for source in params.sources:
+        for message in caveats(source):
+            note(f"{source.model}: {message}")
+    params.save(output)
+    if as_json:
+        write_stdout(params.to_json())
+    else:
+        for place in range(len(params.sources)):
+            print_wide(fit_table(params, place))
+        print_wide(pooled_table(params))
+    from attnlens.figures import save_figures
+    from attnlens.figures.fits import draw_fits
+
+    folder = figure_folder(figures, "+".join(source.model for source in params.sources))
+    save_figures(draw_fits(params), folder, format_, dpi)
+    note(f"wrote {output}, and figures to {folder}")
+
+
+def caveats(source: Source) -> list[str]:
+    """Say in words what is not in the fit of a model: modules not read, and what the products leave out."""
+    unread = [f"not read: {what}" for what in source.not_read]
+    said = [(why, layers) for why, layers in source.left_out.items() if why not in _UNSAID]
+    return unread + [f"{why}: layers {format_layers(layers)}" for why, layers in said]
+
+
+def fit_table(params: InitParams, source: int) -> Table:
+    """Build the table of one model: per layer QK and OV with verdicts, realised beside requested."""
+    entries = [entry for entry in params.entries if entry.source == source and entry.fold == params.fold]
+    percent = f"{params.level:.0%}"
+    table = Table(
+        title=f"[bold]{escape(params.sources[source].model)}[/bold]: {params.fold} products, M ~ α Z + β I",
+        caption=f"QK: mean over heads; OV: sum over heads with its {percent} interval; request: (α, β) to draw with\n"
+        f"a mark a head: {_LEGEND}",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_style="",
+    )
+    for name in ("layer", "QK α", "QK β", "request"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("QK", overflow="fold", min_width=6)
+    for name in ("OV α", "OV β", f"β {percent}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("OV verdict", no_wrap=True)
+    for layer in dict.fromkeys(entry.layer for entry in entries):
+        qk = _entries(entries, layer, "qk", "each")
+        total = _entries(entries, layer, "ov", "all")
+        cells = [str(layer), *_means(qk, "alpha", "beta"), _asked(qk), "".join(_MARKS[entry.verdict] for entry in qk)]
+        cells += _means(total, "alpha", "beta")
+        cells += [f"[{number(e.beta_low)}, {number(e.beta_high)}]" for e in total] or [""]
+        cells += [e.verdict for e in total] or [""]
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
+
+
+def pooled_table(params: InitParams) -> Table:
+    """Build the table of what is pooled over layers, heads and models, in requests."""
+    names = {("qk", "each"): "QK, per head", ("ov", "each"): "OV, per head", ("ov", "all"): "OV, layer sum"}
+    table = Table(
+        title="Pooled requests", title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False
+    )
+    for name in ("circuit", "n", "α ± sd", "β ± sd", "between models α, β", "verdicts"):
+        table.add_column(name, no_wrap=name != "verdicts")
+    for pooled in params.pooled:
+        alpha, beta = pooled.alpha, pooled.beta
+        spread = "one model"
+        if alpha.between_model_sd is not None and beta.between_model_sd is not None:
+            spread = f"{number(alpha.between_model_sd)}, {number(beta.between_model_sd)}"
+        counts = Counter(entry.verdict for entry in params.select(pooled.circuit, pooled.head))
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+        cells = [names[pooled.circuit, pooled.head], str(alpha.n), f"{number(alpha.mean)} ± {number(alpha.sd)}"]
+        table.add_row(*cells, f"{number(beta.mean)} ± {number(beta.sd)}", spread, verdicts)
+    return table
+
+
+def run_compare(
+    models: Sequence[str],
+    *,
+    fold: Fold,
+    checkpoints: Sequence[Path],
+    offline: bool,
+    remote: bool,
+    figures: Path | None,
+    format_: str,
+    dpi: int,
+    as_json: bool,
+) -> None:
+    """Compare models: print the distances, draw the profiles side by side."""
+    comparison = compare(
+        *models, fold=fold, checkpoints=checkpoints, offline=offline, remote=remote, progress=tracked("layers")
+    )
+    if as_json:
+        import json
+
+        write_stdout(
+            json.dumps({"fold": fold, "models": comparison.models, "distances": comparison.distances}, indent=1)
+        )
+    else:
+        print_wide(distance_table(comparison))
+    from attnlens.figures import save_figures
+    from attnlens.figures.fits import draw_comparison
+
+    folder = figure_folder(figures, "+".join(comparison.models))
+    save_figures({"comparison": draw_comparison(comparison)}, folder, format_, dpi)
+    note(f"wrote comparison.{format_} to {folder}")
+
+
+def distance_table(comparison: Comparison) -> Table:
+    """Build the table of distances between each pair of models."""
+    table = Table(
+        title=f"Distance between {comparison.fold} structures",
+        caption="identity: rms over depth of the difference in identity cosine / bound, 0 to 2\n"
+        "noise: the same of log10 alpha",
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("first", "second", "circuit", "identity", "noise"):
+        table.add_column(name, justify="right" if name in ("identity", "noise") else "left")
+    for row in comparison.distances:
+        noise = "" if row["log_alpha"] is None else f"{row['log_alpha']:.3f}"
+        table.add_row(
+            escape(row["first"]), escape(row["second"]), row["circuit"].upper(), f"{row['identity_share']:.3f}", noise
+        )
+    return table
+
+
+def _entries(entries: Sequence[Entry], layer: int, circuit: Kind, head: Literal["each", "all"]) -> list[Entry]:
+    return [e for e in entries if (e.layer, e.circuit) == (layer, circuit) and (e.head == "all") == (head == "all")]
+
+
+def _means(entries: Sequence[Entry], *names: str) -> list[str]:
+    if not entries:
+        return [""] * len(names)
+    return [number(sum(getattr(entry, name) for entry in entries) / len(entries)) for name in names]
+
+
+def _asked(entries: Sequence[Entry]) -> str:
+    return "({}, {})".format(*_means(entries, "request_alpha", "request_beta")) if entries else ""
