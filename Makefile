@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check format figures catalogue clean
+.PHONY: demo test check format figures tables catalogue clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnlens needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -29,7 +29,11 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 figures: $(VENV)/installed  ## Make the README's figures again
-	$(BIN)/attnlens inspect --output figures/readme
+	$(BIN)/attnlens inspect
+	cp figures/embedded/depth_profile.png figures/readme/
+
+tables: $(VENV)/installed  ## Write the tables of README and docs that follow from the registries
+	$(BIN)/python scripts/registry_tables.py
 
 catalogue: $(VENV)/installed  ## Build the catalogue of the installed timm that the package ships: some five minutes
 	$(BIN)/python scripts/ship_catalogue.py

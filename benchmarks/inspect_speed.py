@@ -1,6 +1,6 @@
 """Time and memory of `inspect` against the plain dense way, on the same machine in one run.
 
-    python benchmarks/inspect_speed.py   # about four minutes, 5 GB of temporary disk
+    python benchmarks/inspect_speed.py   # some four minutes, 5 GB of temporary disk
     python benchmarks/inspect_speed.py --skip-giant
 
 Writes benchmarks/results/inspect_speed.json. Three measurements, each a median of several runs in fresh processes:
@@ -46,12 +46,12 @@ import sys, time
 from attnlens.inspection import measure_layer
 from attnlens.opening import open_model
 from attnlens.layouts import read_heads
-from attnlens.circuits import layer_ov
+from attnlens.threads import over_threads
 opened = open_model("vit_base_patch16_224", sys.argv[1])
 start = time.perf_counter()
-rows = []
-for layer, spec in opened.architecture.indexed():
-    rows += measure_layer(read_heads(spec, opened.checkpoint, layer), ("raw",))[0]
+def measure(indexed):
+    return measure_layer(read_heads(indexed[1], opened.checkpoint, indexed[0]), ("raw",))[0]
+rows = [row for found in over_threads(measure, opened.architecture.indexed()) for row in found]
 print(time.perf_counter() - start, sum(1 for row in rows if row[1] != "all"))
 """
 
@@ -151,12 +151,27 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
+def record(result: dict[str, object]) -> None:
+    """Write what has been measured so far."""
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip-giant", action="store_true")
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     result: dict[str, object] = {}
+    load = os.getloadavg()[0]
+    result["machine"] = {
+        "cpu_count": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("attnlens", "numpy", "scipy", "torch", "timm")},
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "load_before": load,
+        "command": "python " + " ".join(sys.argv),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = random_checkpoint("vit_base_patch16_224", folder)
@@ -169,6 +184,7 @@ def main() -> None:
             "dense_measured_on": int(dense[1]),
             "ratio": dense[0] / statistics.median(factored[0]),
         }
+        record(result)
         command = [sys.executable, "-c", "from attnlens.cli import main; main()", "inspect", "vit_base_patch16_224"]
         command += ["--checkpoint", str(base), "--output", str(folder / "out")]
         ours = repeat(arguments.runs, lambda: [wall(command)])[0]
@@ -178,26 +194,19 @@ def main() -> None:
             "dense_seconds": summary(plain),
             "ratio": statistics.median(plain) / statistics.median(ours),
         }
+        record(result)
         if not arguments.skip_giant:
             giant = random_checkpoint("vit_giant_patch14_224", folder)
-            lean, heavy = (repeat(1, lambda code=code: numbers(code, giant)) for code in (GIANT, GIANT_DENSE))
+            lean, heavy = numbers(GIANT, giant), numbers(GIANT_DENSE, giant)
             result["giant"] = {
-                "seconds": lean[0][0],
-                "private_mb": lean[1][0],
-                "rows": int(lean[2][0]),
-                "dense_seconds": heavy[0][0],
-                "dense_private_mb": heavy[1][0],
-                "memory_ratio": heavy[1][0] / lean[1][0],
+                "seconds": lean[0],
+                "private_mb": lean[1],
+                "rows": int(lean[2]),
+                "dense_seconds": heavy[0],
+                "dense_private_mb": heavy[1],
+                "memory_ratio": heavy[1] / lean[1],
             }
-    result["machine"] = {
-        "cpu_count": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("attnlens", "numpy", "scipy", "torch", "timm")},
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "command": "python " + " ".join(sys.argv),
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    record(result)
     print(json.dumps(result, indent=1))
 
 
