@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from attnlens.inspection import Progress
 
 _TREND_DEGREE = 2
+_NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
 _NEAREST_SHARE_OF_BOUND = 0.99
 
@@ -263,12 +264,13 @@ def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
 
 
 def _pool(circuit: Kind, heads: Heads, entries: Sequence[Entry]) -> Pooled:
+    noisy = [entry for entry in entries if entry.request_alpha > 0]
     return Pooled(
         circuit=circuit,
         head=heads,
         alpha=_summary(entries, "request_alpha"),
         beta=_summary(entries, "request_beta"),
-        alpha_trend=_trend(entries, "request_alpha"),
+        log_alpha_trend=_trend(noisy, "request_alpha", np.log) if noisy else _NO_NOISE,
         beta_trend=_trend(entries, "request_beta"),
     )
 
@@ -281,10 +283,10 @@ def _summary(entries: Sequence[Entry], name: str) -> Summary:
     return Summary(mean=float(values.mean()), sd=_sd(values), between_model_sd=between, n=len(values))
 
 
-def _trend(entries: Sequence[Entry], name: str) -> Trend:
+def _trend(entries: Sequence[Entry], name: str, of: Callable[[Array], Array] = np.asarray) -> Trend:
     """Fit a polynomial of relative depth by least squares, of a degree the number of distinct depths allows."""
     depth = np.array([entry.depth for entry in entries])
-    values = np.array([getattr(entry, name) for entry in entries])
+    values = of(np.array([getattr(entry, name) for entry in entries]))
     degree = min(_TREND_DEGREE, len(set(depth.tolist())) - 1)
     coefficients = np.polynomial.polynomial.polyfit(depth, values, degree)
     residual = values - np.polynomial.polynomial.polyval(depth, coefficients)

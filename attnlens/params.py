@@ -8,6 +8,7 @@ another model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -118,14 +119,21 @@ class Summary(_Part):
 
 
 class Pooled(_Part):
-    """One circuit's requests, pooled over all layers (and heads) of all models, and their trend with depth."""
+    """One circuit's requests, pooled over all layers (and heads) of all models, and their trend with depth.
+
+    The trend of alpha is that of its logarithm: at no depth does it ask for less than no noise.
+    """
 
     circuit: Kind
     head: Literal["each", "all"]
     alpha: Summary
     beta: Summary
-    alpha_trend: Trend
+    log_alpha_trend: Trend
     beta_trend: Trend
+
+    def at(self, depth: float) -> tuple[float, float]:
+        """Return the (alpha, beta) to request at a relative depth."""
+        return math.exp(self.log_alpha_trend(depth)), self.beta_trend(depth)
 
 
 class LayerSummary(_Part):
@@ -176,6 +184,12 @@ class InitParams(_Part):
             if entry.source >= len(self.sources):
                 raise ValueError(f"entries.{place}.source is {entry.source}, but there are {len(self.sources)} sources")
         return self
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from attnlens.reporting.notebook import params_html
+
+        return params_html(self)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> InitParams:
@@ -281,7 +295,7 @@ class InitParams(_Part):
             return np.empty((0, 2))
         if self.per == "model":
             return np.array([[pooled.alpha.mean, pooled.beta.mean]])
-        return np.array([[max(pooled.alpha_trend(t), 0.0), pooled.beta_trend(t)]])
+        return np.array([pooled.at(t)])
 
 
 def relative_depth(layer: int, depth: int) -> float:

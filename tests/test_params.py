@@ -81,7 +81,7 @@ def changed(params, change):
         (lambda d: d["entries"][5].update(source=7), "entries.5.source is 7, but there are 1 sources"),
         (lambda d: d.update(per="neuron"), "per: Input should be 'head', 'layer' or 'model'"),
         (lambda d: d.update(entries=[]), "entries: List should have at least 1 item"),
-        (lambda d: d["pooled"][0]["alpha_trend"].update(coefficients=[]), "pooled.0.alpha_trend.coefficients: List"),
+        (lambda d: d["pooled"][0]["log_alpha_trend"].update(coefficients=[]), "pooled.0.log_alpha_trend.coeff"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_place(fitted, tmp_path, change, message):
@@ -175,6 +175,10 @@ def test_another_width_or_head_dim_changes_no_request(fitted):
         np.testing.assert_array_equal(here.ov, wide.ov)
 
 
+def at(pooled, t):
+    return np.exp(np.polyval(pooled.log_alpha_trend.coefficients[::-1], t)), pooled.beta_trend(t)
+
+
 @pytest.mark.parametrize("per", ["head", "layer"])
 def test_another_depth_gets_the_depth_trend(fitted, per):
     params = under(fitted, per)
@@ -182,9 +186,8 @@ def test_another_depth_gets_the_depth_trend(fitted, per):
     requests = params.for_model(vit(depth=7))
     for layer, request in enumerate(requests):
         t = layer / 6
-        expected = trend["qk", "each"].alpha_trend(t), trend["qk", "each"].beta_trend(t)
-        np.testing.assert_allclose(request.qk, np.tile(expected, (3, 1)))
-        np.testing.assert_allclose(request.ov, (trend["ov", "all"].alpha_trend(t), trend["ov", "all"].beta_trend(t)))
+        np.testing.assert_allclose(request.qk, np.tile(at(trend["qk", "each"], t), (3, 1)))
+        np.testing.assert_allclose(request.ov, at(trend["ov", "all"], t))
 
 
 def test_the_trend_is_the_least_squares_parabola_of_relative_depth(fitted):
@@ -196,12 +199,23 @@ def test_the_trend_is_the_least_squares_parabola_of_relative_depth(fitted):
     assert trend.residual_sd == pytest.approx(np.std(residual))
 
 
-def test_a_trend_below_zero_asks_for_no_noise():
-    params = attnlens.fit_params(small_vit())
-    falling = params.pooled[0].model_copy(update={"alpha_trend": Trend(coefficients=[1.0, -2.0], residual_sd=0.0)})
-    params = params.model_copy(update={"pooled": [falling, *params.pooled[1:]]})
-    alphas = [request.qk[0, 0] for request in params.for_model(vit(depth=5))]
-    assert alphas == pytest.approx([1.0, 0.5, 0.0, 0.0, 0.0])
+def test_the_trend_of_alpha_is_that_of_its_logarithm_and_never_asks_for_less_than_no_noise(fitted):
+    entries = fitted.select("qk", "each")
+    expected = np.polyfit([e.depth for e in entries], np.log([e.request_alpha for e in entries]), 2)[::-1]
+    trend = next(p for p in fitted.pooled if p.circuit == "qk").log_alpha_trend
+    np.testing.assert_allclose(trend.coefficients, expected, rtol=1e-6)
+    falling = fitted.pooled[0].model_copy(update={"log_alpha_trend": Trend(coefficients=[0.0, -9.0], residual_sd=0.0)})
+    params = fitted.model_copy(update={"pooled": [falling, *fitted.pooled[1:]]})
+    alphas = [request.qk[0, 0] for request in params.for_model(vit(depth=4))]
+    assert alphas == pytest.approx(np.exp([0.0, -3.0, -6.0, -9.0]))
+
+
+def test_a_circuit_without_noise_has_a_trend_that_asks_for_none():
+    model = small_vit()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.weight)
+    requests = attnlens.fit_params(model).for_model(vit(depth=5))
+    assert max(request.qk[:, 0].max() for request in requests) < 1e-300
 
 
 def test_per_layer_draws_every_head_with_the_layers_mean(fitted):
@@ -223,13 +237,13 @@ def test_several_models_of_one_depth_give_layer_means_per_layer_and_the_trend_pe
         both = np.concatenate([asked(pooled, "qk", "each", layer, source) for source in (0, 1)])
         np.testing.assert_allclose(by_layer[layer].qk, np.tile(both.mean(0), (3, 1)))
         t = relative_depth(layer, 3)
-        np.testing.assert_allclose(by_head[layer].qk, np.tile([trend.alpha_trend(t), trend.beta_trend(t)], (3, 1)))
+        np.testing.assert_allclose(by_head[layer].qk, np.tile(at(trend, t), (3, 1)))
 
 
 def test_a_network_of_one_layer_stands_in_the_middle():
     assert relative_depth(0, 1) == 0.5
     params = attnlens.fit_params(small_vit(depth=1))
-    assert [len(p.alpha_trend.coefficients) for p in params.pooled] == [1, 1, 1]
+    assert [len(p.log_alpha_trend.coefficients) for p in params.pooled] == [1, 1, 1]
     (request,) = params.for_model(vit(depth=1))
     np.testing.assert_array_equal(request.qk, asked(params, "qk", "each", 0))
 
