@@ -6,18 +6,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnlens.comparing import compare
     from attnlens.errors import AttnlensError
+    from attnlens.fitting import fit_params
+    from attnlens.inits import create_model, init_, initialisers, verify_init
     from attnlens.inspection import Inspection, inspect
+    from attnlens.params import InitParams
 
 __version__ = "0.1.0"
 
 # Public name -> the module it lives in: imported at first use, so that `import attnlens` costs nothing.
 _PUBLIC = {
     "AttnlensError": "errors",
+    "InitParams": "params",
     "Inspection": "inspection",
+    "compare": "comparing",
+    "create_model": "inits",
+    "fit_params": "fitting",
+    "init_": "inits",
+    "initialisers": "inits",
     "inspect": "inspection",
+    "verify_init": "inits",
 }
-__all__ = ["AttnlensError", "Inspection", "__version__", "inspect"]
+__all__ = [
+    "AttnlensError",
+    "InitParams",
+    "Inspection",
+    "__version__",
+    "compare",
+    "create_model",
+    "fit_params",
+    "init_",
+    "initialisers",
+    "inspect",
+    "verify_init",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,22 @@
+"""Initialisers of attention weights: one registry, one signature, and a report of what was realised."""
+
+from attnlens.inits.apply import create_model, init_
+from attnlens.inits.folding import UnusableScaleError
+from attnlens.inits.registry import initialisers
+from attnlens.inits.report import InitReport, ProductReport, Skipped
+from attnlens.inits.saving import init_file
+from attnlens.inits.verify import Check, VerifyReport, verify_init
+
+__all__ = [
+    "Check",
+    "InitReport",
+    "ProductReport",
+    "Skipped",
+    "UnusableScaleError",
+    "VerifyReport",
+    "create_model",
+    "init_",
+    "init_file",
+    "initialisers",
+    "verify_init",
+]

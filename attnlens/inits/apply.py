@@ -1,0 +1,204 @@
+"""Running an initialiser over a live network: read, plan, write, read back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from attnlens.architecture import describe_module, suggest
+from attnlens.checkpoints import ModuleWeights
+from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.heads import Array, HeadWeights
+from attnlens.inits.folding import folding_notes, gains, silent_roles, unfolded
+from attnlens.inits.meaning import layer_notes, whole_layer_reason
+from attnlens.inits.plan import Layer, Network, Plan, Rule, without_silent
+from attnlens.inits.registry import find_initialiser
+from attnlens.inits.report import InitReport, ProductReport, Skipped, measure
+from attnlens.inits.streams import Streams
+from attnlens.layouts import AttentionSpec, read_heads, write_heads
+from attnlens.layouts.interpret import Tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+T = TypeVar("T")
+
+
+def init_(module: nn.Module, init: str = "mimetic", *, seed: int = 0, **options: Any) -> InitReport:
+    """Initialise the attention weights of a network in place and report what it has now.
+
+    Works on every layer whose layout can be written (a timm network, `torch.nn.MultiheadAttention`, ...); nothing
+    outside attention is touched. ``init`` and ``options``: see `attnlens.inits.initialisers` and docs/inits.md. Numbers
+    come from generators of this call's own on the CPU, one per layer and head: the same seed gives the same weights on
+    any device, and torch's global state is left alone.
+
+    Raises `UsageError` for a name or option that is not known, `UnsupportedAttentionError` where nothing can be
+    initialised, `UnusableScaleError` where an effective product cannot be reached. Layers are written one after the
+    other: after an error, build the network again.
+    """
+    chosen = find_initialiser(init)
+    architecture = describe_module(module)
+    tensors = ModuleWeights(module)
+    _check_storage(tensors, architecture.specs)
+    network = Network(architecture, tensors, Streams(seed), lambda: module)
+    rule = chosen.rule(network, options)
+    layers = architecture.indexed()
+    results = run_each([partial(_initialise, rule, network, index, spec) for index, spec in layers], tensors, layers)
+    skipped = [Skipped(architecture.order.index(r.path), r.path, "", r.reason) for r in architecture.refused]
+    skipped += [item for result in results for item in result.skipped]
+    products = tuple(row for result in results for row in result.products)
+    if not any(result.written for result in results):
+        raise UnsupportedAttentionError(
+            f"nothing in {architecture.name} was initialised: {skipped[0].name} {skipped[0].reason}"
+        )
+    notes: dict[str, tuple[int, ...]] = {}
+    for (index, _), result in zip(layers, results, strict=True):
+        for note in result.notes:
+            notes[note] = (*notes.get(note, ()), index)
+    settled = {**{k: v for k, v in chosen.options.items() if k in options or _plain(v)}, **options}
+    return InitReport(init, seed, settled, rule.fold, products, tuple(skipped), notes)
+
+
+def create_model(
+    name: str, init: str = "mimetic", seed: int = 0, *, init_options: dict[str, Any] | None = None, **timm_kwargs: Any
+) -> nn.Module:
+    """Create a timm model and initialise its attention: `timm.create_model` followed by `init_`.
+
+    The whole network is a function of ``seed``: timm's own draws are made under it as well, and torch's global
+    generators are put back as they were. With ``init="default"`` the network is what timm made under that seed, so two
+    arms of a comparison share all but their attention. ``timm_kwargs`` go to timm, ``init_options`` to the initialiser.
+    """
+    chosen = find_initialiser(init)  # a misspelt name should not cost the building of a network
+    model = build_model(name, seed, timm_kwargs)
+    if chosen.name != "default":
+        init_(model, init, seed=seed, **(init_options or {}))
+    elif init_options:
+        raise UsageError("initialiser 'default' has no options")
+    return model
+
+
+def build_model(name: str, seed: int, timm_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Return `timm.create_model` under a seed; raises `ModelNotFoundError` with the nearest names."""
+    with seeded(seed):
+        import timm
+
+        base = name.removeprefix("timm/").partition(".")[0]
+        if ":" not in name and not timm.is_model(base):
+            raise ModelNotFoundError(f"timm has no architecture named {base!r}{suggest(base, timm.list_models())}")
+        return timm.create_model(name, **timm_kwargs)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block with torch's global generators seeded, and put them back afterwards."""
+    import torch
+
+    Streams(seed)  # checks it
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Result(NamedTuple):
+    written: bool
+    products: list[ProductReport]
+    skipped: list[Skipped]
+    notes: tuple[str, ...]
+
+
+def _initialise(rule: Rule, network: Network, index: int, spec: AttentionSpec) -> _Result:
+    """Plan a layer, write it, and measure what the network holds then."""
+    reason = whole_layer_reason(spec)
+    if reason:
+        return _Result(False, [], [Skipped(index, spec.path, "", reason)], ())
+    layer = make_layer(network, index, spec)
+    plan = without_silent(rule.plan(layer), silent_roles(spec, network.tensors))
+    skipped = [Skipped(index, spec.path, circuit, reason) for circuit, reason in plan.skipped]
+    roles = plan.weights()
+    if not roles:
+        return _Result(False, [], skipped, plan.notes)
+    by = gains(layer.weights, rule.fold)
+    write_heads(spec, planned_heads(layer, plan, rule), network.tensors)  # type: ignore[arg-type]
+    now = read_heads(spec, network.tensors, index)
+    notes = (*plan.notes, *folding_notes(by, roles), *layer_notes(spec, roles))
+    return _Result(True, measure(layer, now, plan, rule.fold), skipped, notes)
+
+
+def make_layer(network: Network, index: int, spec: AttentionSpec) -> Layer:
+    """Read a layer as it is now."""
+    device = device_of(network.tensors, spec)
+    weights = read_heads(spec, network.tensors, index)
+    return Layer(index, spec, weights, network.streams, device, batched=device.type != "cpu")
+
+
+def planned_heads(layer: Layer, plan: Plan, rule: Rule) -> HeadWeights:
+    """Return the weights a plan asks the network to hold: raw, with the biases that go with them."""
+    by = gains(layer.weights, rule.fold)
+    new = unfolded(plan.weights(), by)
+    names = {"q": ("W_Q", "b_Q"), "k": ("W_K", "b_K"), "v": ("W_V", "b_V"), "o": ("W_O", "b_O")}
+    changes: dict[str, Any] = {}
+    for role, (weight, bias) in names.items():
+        slot = layer.spec.slots().get(role)
+        stored = getattr(layer.weights, bias)
+        changes[bias] = None  # None leaves the stored bias as it is
+        if role in new:
+            changes[weight] = new[role]
+            if stored is not None and slot is not None and slot.bias:
+                changes[bias] = _new_bias(plan.biases.get(role), stored, by.get(role), role)
+    return layer.weights.replace(**changes)
+
+
+def _new_bias(planned: Array | None, stored: Array, gain: Any, role: str) -> Array:
+    if planned is None:
+        return np.zeros_like(stored)
+    return planned * gain.inverse() if role == "o" and gain is not None else planned
+
+
+def run_each(jobs: Sequence[Callable[[], T]], tensors: Tensors, layers: Sequence[tuple[int, AttentionSpec]]) -> list[T]:
+    """Run a job for each layer: side by side on a CPU, with one thread of linear algebra each; in turn on a GPU."""
+    import torch
+
+    before = torch.get_num_threads()
+    if any(device_of(tensors, spec).type != "cpu" for _, spec in layers):
+        return [job() for job in jobs]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(before) as pool:
+            return list(pool.map(lambda job: job(), jobs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_of(tensors: Tensors, spec: AttentionSpec) -> torch.device:
+    """Return the device a layer's weights are on; arrays of a file are on the CPU."""
+    import torch
+
+    stored = tensors[spec.q.named(spec.q.tensor)[0]]
+    return stored.device if isinstance(stored, torch.Tensor) else torch.device("cpu")
+
+
+def _check_storage(tensors: ModuleWeights, specs: tuple[AttentionSpec, ...]) -> None:
+    """Refuse weights that cannot be written in place: on the meta device, or stored in integers."""
+    for spec in specs:
+        for slot in spec.slots().values():
+            for name in slot.named(slot.tensor):
+                stored = tensors[name]
+                if stored.is_meta:
+                    raise UsageError(
+                        f"{name} is on the meta device and holds no numbers: materialise it first, as with "
+                        "module.to_empty(device='cpu') and its own initialisation"
+                    )
+                if not stored.is_floating_point():
+                    raise UsageError(f"{name} is stored as {stored.dtype}: initialise before quantising")
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))

@@ -1,0 +1,104 @@
+"""The initialisers by name: what each accepts, and errors that say so."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from attnlens.errors import UsageError
+from attnlens.inits.plan import Network, Rule
+
+Make = Callable[..., Rule]
+_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teachers", "default")
+
+
+@dataclass(frozen=True)
+class Initialiser:
+    """A named initialiser: ``make(network, **options)`` settles its options and returns its rule."""
+
+    name: str
+    make: Make
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the accepted options with their defaults."""
+        parameters = list(inspect.signature(self.make).parameters.values())[1:]
+        return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether further options are those of another initialiser that this one is built on."""
+        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.make).parameters.values())
+
+    @property
+    def summary(self) -> str:
+        """Return the first sentence of its documentation."""
+        return (inspect.getdoc(self.make) or "").split("\n\n")[0].replace("\n", " ")
+
+    def rule(self, network: Network, options: Mapping[str, Any]) -> Rule:
+        """Settle the options; raises `UsageError` naming an option that is not accepted, or one that is missing."""
+        known = self.options
+        unknown = [name for name in options if name not in known]
+        if unknown and not self.passes_on:
+            close = get_close_matches(unknown[0], known, n=1, cutoff=0.6)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(
+                f"initialiser {self.name!r} has no option {unknown[0]!r}{hint}: it accepts {', '.join(known) or 'none'}"
+            )
+        needed = [name for name, default in known.items() if default is inspect.Parameter.empty]
+        missing = [name for name in needed if name not in options]
+        if missing:
+            raise UsageError(f"initialiser {self.name!r} needs the option {missing[0]!r}")
+        return self.make(network, **options)
+
+
+_KNOWN: dict[str, Initialiser] = {}
+
+
+def initialiser(name: str) -> Callable[[Make], Make]:
+    """Register ``make(network, *, option=default, ...) -> Rule`` under a name."""
+
+    def register(make: Make) -> Make:
+        _KNOWN[name] = Initialiser(name, make)
+        return make
+
+    return register
+
+
+def initialisers() -> dict[str, Initialiser]:
+    """Return every initialiser by name."""
+    for module in _MODULES:
+        import_module(f"attnlens.inits.{module}")
+    return dict(_KNOWN)
+
+
+def find_initialiser(name: str) -> Initialiser:
+    """Return an initialiser; raises `UsageError` with the nearest names where there is none of that name."""
+    known = initialisers()
+    if name not in known:
+        close = get_close_matches(str(name).replace("_", "-"), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+        raise UsageError(f"no initialiser is named {name!r}: {hint}")
+    return known[name]
+
+
+def choose(option: str, value: Any, accepted: tuple[str, ...]) -> Any:
+    """Return the value of an option that is one of a few words; raises `UsageError` otherwise."""
+    if value not in accepted:
+        raise UsageError(f"{option} = {value!r} is not accepted: pass {' or '.join(map(repr, accepted))}")
+    return value
+
+
+def number(option: str, value: Any, least: float | None = None) -> float:
+    """Return the value of a numeric option; raises `UsageError` where it is none, not finite, or below ``least``."""
+    import math
+
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"{option} = {value!r} is not accepted: pass a finite number")
+    if least is not None and value < least:
+        raise UsageError(f"{option} = {value!r} is not accepted: pass a number of at least {least:g}")
+    return float(value)

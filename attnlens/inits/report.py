@@ -1,0 +1,225 @@
+"""What an initialisation did: requested and realised parameters of every product, read back from the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from attnlens.circuits import Fold, Kind, qk_circuit
+from attnlens.heads import Array, HeadWeights, expand_groups
+from attnlens.inits.folding import folded
+from attnlens.inits.plan import ALL_HEADS, Layer, Plan, Request
+from attnlens.inverse import Parameters, realised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WIDE = 512
+"""Above this width products of a layer are formed in float32: a relative error of 4e-7 that float64 would not show."""
+_UNKNOWN = Parameters(math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class ProductReport:
+    """One product, QK of a head or OV of a layer (``head`` is ``all``); NaN where a number is not known.
+
+    ``requested`` parameters are those of the draw, ``expected`` what it realises on average at this rank, ``alpha`` and
+    ``beta`` what the network has. ``relative_error`` is ||M - A|| / ||A|| in Frobenius norm, A the requested matrix
+    (for QK its best approximation of the head's rank): what storing the weights in the network's dtype cost.
+    """
+
+    layer: int
+    name: str
+    circuit: Kind
+    head: int | str
+    requested_alpha: float
+    requested_beta: float
+    expected_alpha: float
+    expected_beta: float
+    alpha: float
+    beta: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A product, or with an empty ``circuit`` a whole layer, that was left as it was, and why."""
+
+    layer: int
+    name: str
+    circuit: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What `init_` did to a network."""
+
+    init: str
+    seed: int
+    options: Mapping[str, Any]
+    fold: Fold
+    products: tuple[ProductReport, ...]
+    skipped: tuple[Skipped, ...] = ()
+    notes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """What else a reader must know, with the layers it is true of."""
+
+    @property
+    def worst_error(self) -> float:
+        """Return the largest relative error of a product, NaN where none is known."""
+        known = [p.relative_error for p in self.products if not math.isnan(p.relative_error)]
+        return max(known, default=math.nan)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data; a number that is not known is null."""
+        data = asdict(self)
+        data["options"] = {name: describe_option(value) for name, value in self.options.items()}
+        data["notes"] = {note: list(layers) for note, layers in self.notes.items()}
+        for row in data["products"]:
+            row.update({k: None for k, v in row.items() if isinstance(v, float) and math.isnan(v)})
+        return data
+
+    def __str__(self) -> str:
+        """Say in a few lines what was done."""
+        lines = [f"{self.init}, seed {self.seed}, {self.fold} products"]
+        for circuit, unit in (("qk", "heads"), ("ov", "layers")):
+            rows = [p for p in self.products if p.circuit == circuit]
+            if rows:
+                alpha, beta = (sum(getattr(p, name) for p in rows) / len(rows) for name in ("alpha", "beta"))
+                lines.append(f"{circuit.upper()}: mean alpha {alpha:.4f}, beta {beta:+.4f} over {len(rows)} {unit}")
+        if not math.isnan(self.worst_error):
+            lines.append(f"largest relative error of a product: {self.worst_error:.1e}")
+        lines += [f"skipped {s.name} {s.circuit}: {s.reason}".replace("  ", " ") for s in self.skipped]
+        lines += [f"{note} (layers {', '.join(map(str, layers))})" for note, layers in self.notes.items()]
+        return "\n".join(lines)
+
+
+def describe_option(value: Any) -> Any:
+    """Return an option's value as JSON, a module or parameter object by its class."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, list | tuple):
+        return [describe_option(item) for item in value]
+    return str(value) if hasattr(value, "__fspath__") else f"<{type(value).__name__}>"
+
+
+def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[ProductReport]:
+    """Measure the planned products of a layer as the network holds them now."""
+    requests = {(request.circuit, request.head): request for request in plan.requests}
+    rows = []
+    planned = plan.weights()
+
+    def row(circuit: Kind, head: int | str, found: Parameters, error: float) -> ProductReport:
+        request = requests.get((circuit, head))
+        asked = _UNKNOWN if request is None else Parameters(request.alpha, request.beta)
+        expected = _UNKNOWN if request is None else expected_parameters(layer, request)
+        return ProductReport(layer.index, layer.spec.path, circuit, head, *asked, *expected, *found, error)
+
+    if "q" in planned:
+        wanted = (planned["q"], expand_groups(planned["k"], layer.weights.num_heads))
+        product = qk_circuit(now, fold)
+        errors = factored_errors((product.A, product.B), wanted)
+        for head, found in enumerate(factored_parameters(product.A, product.B)):
+            rows.append(row("qk", head, found, float(errors[head])))
+    if "v" in planned and layer.weights.W_O is not None:
+        have = folded(now, fold)
+        left, right = side_by_side(have["v"], have["o"], layer.weights.num_value_heads)
+        total = product_matrix(left, right)
+        if plan.total is not None:
+            wanted_total = _tensor(plan.total)
+        else:
+            new = {"v": planned["v"], "o": planned.get("o", have["o"])}
+            wanted_total = product_matrix(*side_by_side(new["v"], new["o"], layer.weights.num_value_heads))
+        error = float((total - wanted_total).norm() / wanted_total.norm())
+        rows.append(row("ov", ALL_HEADS, dense_parameters(total), error))
+        if ("ov", 0) in requests:
+            values, outputs = expand_groups(have["v"], layer.weights.num_value_heads), have["o"].swapaxes(1, 2)
+            for head, found in enumerate(factored_parameters(values, outputs)):
+                rows.append(row("ov", head, found, math.nan))
+    return rows
+
+
+def expected_parameters(layer: Layer, request: Request) -> Parameters:
+    """Return what a request realises at the layer's rank; NaN for heads that share keys: no closed form is known."""
+    weights = layer.weights
+    if request.circuit == "qk":
+        width, rank, shared = weights.embed_dim, weights.head_dim, layer.query_groups > 1
+    else:
+        whole = request.head == ALL_HEADS
+        width, shared = weights.out_dim, not whole and layer.value_groups > 1
+        rank = layer.values_width if whole else weights.value_dim
+    return _UNKNOWN if shared else expected_at(request.alpha, request.beta, min(rank, width), width)
+
+
+@lru_cache(maxsize=4096)
+def expected_at(alpha: float, beta: float, rank: int, width: int) -> Parameters:
+    """Return `inverse.realised`, and its limit, a random projection times beta, at alpha = 0."""
+    if alpha == 0 and rank < width:
+        kept = rank / width
+        return Parameters(abs(beta) * math.sqrt(kept * (1 - kept)), beta * kept)
+    return realised(alpha, beta, rank, width)
+
+
+def factored_parameters(A: Array, B: Array) -> list[Parameters]:
+    """Return alpha and beta of each product A[h] @ B[h]^T from its factors, as `attnlens.diagonal` defines them."""
+    a, b = _tensor(A), _tensor(B)
+    d = a.shape[-2]
+    if d != b.shape[-2]:
+        return [_UNKNOWN] * a.shape[0]
+    diagonal = (a * b).sum(-1)
+    square = ((a.mT @ a) * (b.mT @ b)).sum((-2, -1))
+    return _parameters(diagonal, square, d)
+
+
+def dense_parameters(M: Tensor) -> Parameters:
+    """Return alpha and beta of a matrix; NaN where it is not square."""
+    if M.shape[0] != M.shape[1]:
+        return _UNKNOWN
+    M = M.double()
+    return _parameters(M.diagonal()[None], (M**2).sum()[None], M.shape[0])[0]
+
+
+def _parameters(diagonal: Tensor, square: Tensor, d: int) -> list[Parameters]:
+    beta = diagonal.mean(-1)
+    off = (square - (diagonal**2).sum(-1)).clamp_min(0)
+    alpha = (off / max(d - 1, 1)).sqrt()
+    return [Parameters(float(a), float(b)) for a, b in zip(alpha, beta, strict=True)]
+
+
+def factored_errors(have: tuple[Array, Array], wanted: tuple[Array, Array]) -> Array:
+    """Return ||A B^T - C D^T|| / ||C D^T|| of each product in a stack, in Frobenius norm, without forming any.
+
+    With E = A - C and F = B - D the difference is E B^T + C F^T: two small terms and no cancellation, so that float32
+    gives the error itself to six digits.
+    """
+    A, B = (_tensor(factor) for factor in have)
+    C, D = (_tensor(factor) for factor in wanted)
+    E, F, B, C, D = (A - C).float(), (B - D).float(), B.float(), C.float(), D.float()
+
+    def inner(X: Tensor, Y: Tensor, Z: Tensor, W: Tensor) -> Tensor:  # <X Z^T, Y W^T>
+        return ((X.mT @ Y) * (Z.mT @ W)).sum((-2, -1))
+
+    difference = inner(E, E, B, B) + inner(C, C, F, F) + 2 * inner(E, C, B, F)
+    return (difference.clamp_min(0).sqrt() / inner(C, C, D, D).sqrt()).double().numpy()
+
+
+def side_by_side(values: Array, outputs: Array, heads: int) -> tuple[Array, Array]:
+    """Return ``[d, n]`` and ``[n, out]`` whose product is sum_h W_V[h] @ W_O[h]."""
+    expanded = expand_groups(values, heads)
+    return expanded.transpose(1, 0, 2).reshape(expanded.shape[1], -1), outputs.reshape(-1, outputs.shape[2])
+
+
+def product_matrix(left: Array, right: Array) -> Tensor:
+    """Return left @ right as a torch matrix, in float32 where it is wide."""
+    a, b = _tensor(left), _tensor(right)
+    return (a.float() @ b.float()) if a.shape[0] > _WIDE else a @ b
+
+
+def _tensor(array: Array) -> Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,40 @@
+"""Random streams: one generator per purpose, layer and head, so that no result depends on the order of the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from attnlens.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+PURPOSES = ("qk", "ov", "columns", "qk_left", "qk_right", "ov_left", "ov_right", "padding")
+"""What is drawn; a new purpose goes to the end, or every seed changes its meaning."""
+_HEADS = 4096
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of one seed."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UsageError(f"seed = {self.seed!r}: pass a whole number of at least 0")
+
+    def generator(self, purpose: str, layer: int, head: int = 0) -> torch.Generator:
+        """Return a fresh CPU generator for one purpose, layer and head.
+
+        torch's CPU generator takes 32 bits. They are the seed's hash plus the place of (layer, purpose, head) in one
+        row, so no two streams of a seed ever coincide, as hashes of all four would do now and then.
+        """
+        import numpy as np
+        import torch
+
+        assert 0 <= head < _HEADS, "more heads than the streams are laid out for"
+        place = (layer * len(PURPOSES) + PURPOSES.index(purpose)) * _HEADS + head
+        start = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+        return torch.Generator().manual_seed((start + place) % 2**32)
