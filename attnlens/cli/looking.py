@@ -1,0 +1,221 @@
+"""The commands that look at models: inspect, list-models, fit-params, compare, report, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnlens.cli.app import app
+from attnlens.cli.options import (
+    CheckpointOption,
+    Debug,
+    Dpi,
+    FigureFormat,
+    Figures,
+    FoldChoice,
+    FormatChoice,
+    Model,
+    NumHeads,
+    Offline,
+    PerChoice,
+    ProductFold,
+    Remote,
+)
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    checkpoint: CheckpointOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for figures and tables; default: figures/<model>.")
+    ] = None,
+    num_heads: NumHeads = None,
+    fold: Annotated[
+        FoldChoice,
+        typer.Option(
+            help="raw products; effective ones with norm gain and LayerScale folded in; centred: effective, with "
+            "LayerNorm's centring too; both: raw and effective; all: the three."
+        ),
+    ] = FoldChoice.both,
+    layers: Annotated[str | None, typer.Option(help="Layers to read, e.g. 0-3,11; default: all.")] = None,
+    layer_spectra: Annotated[
+        bool, typer.Option("--layer-spectra", help="Also the eigenvalue statistics of layer sums: O(d^3) a layer.")
+    ] = False,
+    include_channel: Annotated[
+        bool, typer.Option("--include-channel", help="Also read channel attention, labelled as what it is.")
+    ] = False,
+    include_linear: Annotated[
+        bool, typer.Option("--include-linear", help="Also read linear attention, labelled as what it is.")
+    ] = False,
+    offline: Offline = False,
+    remote: Remote = False,
+    crop: Annotated[int, typer.Option(min=2, help="Dimensions of each product the heatmaps show.")] = 64,
+    format_: Annotated[FormatChoice, typer.Option("--format", help="Format of the figures.")] = FormatChoice.png,
+    dpi: Annotated[int, typer.Option(min=20, max=1200, help="Resolution of the figures.")] = 150,
+    json_: Annotated[bool, typer.Option("--json", help="Print stats.json on stdout in place of the table.")] = False,
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """Fit every head's QK and OV circuit to alpha * noise + beta * identity: table, CSV, JSON and figures."""
+    from attnlens.cli.inspecting import run_inspect
+
+    run_inspect(
+        model,
+        checkpoint,
+        output=output,
+        num_heads=num_heads,
+        fold=fold.value,
+        layers=layers,
+        layer_spectra=layer_spectra,
+        include=[kind for kind, asked in (("channel", include_channel), ("linear", include_linear)) if asked],
+        offline=offline,
+        remote=remote,
+        crop=crop,
+        format_=format_.value,
+        dpi=dpi,
+        as_json=json_,
+        command=["attnlens", *sys.argv[1:]],
+    )
+
+
+@app.command()
+def list_models(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(help="Part of a name (tags count), or a shell pattern for all of it: 'vit_*dinov2*'."),
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Only architectures with attention of this layout family.")] = None,
+    cached: Annotated[bool, typer.Option("--cached", help="Only those with weights in the local cache.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build the catalogue of the installed timm anew: takes minutes.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """List timm's architectures with attention: depth, heads, width, how much of each is read, pretrained tags."""
+    from attnlens.cli.listing import run_list
+
+    run_list(pattern, family=family, cached=cached, as_json=json_, rebuild=rebuild)
+
+
+@app.command()
+def fit_params(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="As for inspect; several are pooled.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    per: Annotated[
+        PerChoice,
+        typer.Option(help="What an initialiser takes: QK head by head and OV by layer; layer means; one pair for all."),
+    ] = PerChoice.head,
+    fold: Annotated[ProductFold, typer.Option(help="Which products are fitted.")] = ProductFold.effective,
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Coverage of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the sampled statistics.")] = 0,
+    num_heads: NumHeads = None,
+    offline: Offline = False,
+    remote: Remote = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parameter file to write.")] = Path("params.json"),
+    figures: Figures = None,
+    format_: FigureFormat = FormatChoice.png,
+    dpi: Dpi = 150,
+    json_: Annotated[bool, typer.Option("--json", help="Print the file on stdout in place of the table.")] = False,
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """Fit alpha and beta with intervals and verdicts, and write the parameter file that drives an initialiser."""
+    from attnlens.cli.fitting import run_fit
+
+    run_fit(
+        models or [],
+        checkpoint,
+        per=per.value,
+        fold=fold.value,
+        level=level,
+        seed=seed,
+        num_heads=num_heads,
+        offline=offline,
+        remote=remote,
+        output=output,
+        figures=figures,
+        format_=format_.value,
+        dpi=dpi,
+        as_json=json_,
+        command=["attnlens", *sys.argv[1:]],
+    )
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL MODEL...", help="As for inspect.")],
+    checkpoints: Annotated[
+        list[Path] | None, typer.Option("--checkpoint", "-c", help="A file for each MODEL, in their order.")
+    ] = None,
+    fold: Annotated[ProductFold, typer.Option(help="Which products are compared.")] = ProductFold.effective,
+    offline: Offline = False,
+    remote: Remote = False,
+    figures: Figures = None,
+    format_: FigureFormat = FormatChoice.png,
+    dpi: Dpi = 150,
+    json_: Annotated[bool, typer.Option("--json", help="Print the distances as JSON.")] = False,
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """Compare models: depth profiles side by side, and a distance between their structures."""
+    from attnlens.cli.fitting import run_compare
+
+    run_compare(
+        models,
+        fold=fold.value,
+        checkpoints=checkpoints or [],
+        offline=offline,
+        remote=remote,
+        figures=figures,
+        format_=format_.value,
+        dpi=dpi,
+        as_json=json_,
+    )
+
+
+@app.command()
+def report(
+    model: Model = None,
+    checkpoint: CheckpointOption = None,
+    compare: Annotated[
+        list[str] | None, typer.Option("--compare", metavar="MODEL", help="A model to show beside it; may be repeated.")
+    ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option("--train", metavar="RESULTS_DIR", help="Output folder of train-compare, to show its curves."),
+    ] = None,
+    num_heads: NumHeads = None,
+    offline: Offline = False,
+    remote: Remote = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """Write one self-contained HTML page about a model: every head's fit, verdict, heatmaps and spectra, by depth."""
+    from attnlens.cli.reporting import run_report
+
+    run_report(
+        model,
+        checkpoint,
+        compare=compare or [],
+        train=train,
+        num_heads=num_heads,
+        offline=offline,
+        remote=remote,
+        output=output,
+        command=["attnlens", *sys.argv[1:]],
+    )
+
+
+@app.command()
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """Say which versions, devices and caches attnlens finds here, what is missing, and how to get it."""
+    from attnlens.cli.doctor import run_doctor
+
+    run_doctor(as_json=json_)
