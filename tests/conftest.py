@@ -1,11 +1,14 @@
-"""Shared fixtures: random heads of prime sizes, a small live ViT, the real weights where they are at hand."""
+"""Shared fixtures: random heads of prime sizes, the command line in process, the real weights if at hand."""
 
 import os
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from attnlens import cli
 from attnlens.heads import HeadWeights
 from tests.hub_server import Hub, serve
 
@@ -55,6 +58,31 @@ def hub_environment(hub, tmp_path):
     """Return the environment in which a subprocess uses `hub` and the caches of this test."""
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     return {**{name: value for name, value in os.environ.items() if not name.startswith("HF_")}, **own}
+
+
+class Done(NamedTuple):
+    """What a command in process left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command in process, in an empty folder; return its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["attnlens", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Done(code, *capsys.readouterr())
+
+    return call
 
 
 def random_heads(seed=0, *, heads=6, kv_heads=3, embed_dim=13, head_dim=5, value_dim=7, out_dim=13, layer=2):

@@ -6,12 +6,12 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import pytest
 
 from attnlens import catalogue as module
-from attnlens import cli
 from attnlens.catalogue import Catalogue, Entry, build_catalogue, load_catalogue, shipped_file, summarise
 from attnlens.errors import ModelNotFoundError, UsageError
 
@@ -186,21 +186,10 @@ def test_the_shipped_catalogue_equals_a_fresh_build_of_a_sample():
 
 
 @pytest.fixture
-def listing(monkeypatch, capsys):
+def listing(monkeypatch, run):
     """Run `attnlens list-models` in process on the small catalogue; return exit code, stdout and stderr."""
     monkeypatch.setattr("attnlens.cli.listing.load_catalogue", lambda *_, **__: SMALL)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["attnlens", "list-models", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run, "list-models")
 
 
 def test_a_pipe_gets_tab_separated_lines(listing):

@@ -9,28 +9,9 @@ import torch
 from safetensors.torch import save_model
 
 import attnlens
-from attnlens import cli
 from attnlens.cli.inspecting import format_layers, parse_layers
 from attnlens.errors import UsageError
 from tests.test_inspect import SMALL, small_vit
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in process, in an empty folder; return its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["attnlens", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

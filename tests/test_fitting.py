@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_model
 
 import attnlens
-from attnlens import cli
 from attnlens.circuits import layer_ov, qk_circuit
 from attnlens.diagonal import fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
@@ -236,24 +235,6 @@ def test_dinov2_has_none_exactly_where_the_null_is_not_rejected(dinov2):
 # The commands.
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in process, in an empty folder; return its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["attnlens", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     paths = []
@@ -376,3 +357,19 @@ def test_importing_the_package_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_bare_file_is_fitted_by_its_names(tmp_path, run):
+    save_model(small_vit(), tmp_path / "bare.safetensors")
+    code, _, err = run("fit-params", "bare.safetensors", "--num-heads", "3", "-o", "params.json")
+    assert code == 0, err
+    assert InitParams.load(tmp_path / "params.json").sources[0].num_heads == [3, 3, 3]
+    assert run("fit-params", "bare.safetensors").code == 2
+
+
+@pytest.mark.parametrize("command", [["fit-params", "test_vit"], ["compare", "test_vit", "test_vit2"]])
+def test_offline_goes_to_no_network(run, hub, command):
+    code, _, err = run(*command, "--offline")
+    assert code == 1
+    assert "offline" in err
+    assert hub.log == []

@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from typing import NamedTuple
 
 import pytest
 import timm
@@ -11,7 +9,6 @@ import torch
 from safetensors import safe_open
 
 from attnlens.checkpoints import open_checkpoint
-from attnlens.cli import main
 from attnlens.errors import UsageError
 from attnlens.fitting import fit_params
 from attnlens.inits import init_, init_file, verify_init
@@ -173,26 +170,6 @@ def test_effective_products_with_a_channel_that_cannot_be_set():
     assert verify_init(model, init="mimetic", fold="effective").passed
 
 
-class Done(NamedTuple):
-    returncode: int | str | None
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Return a function that runs the command line in an empty folder and returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["attnlens", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return Done(exit_.value.code, *capsys.readouterr())
-
-    return call
-
-
 def test_the_commands_write_and_check_a_file_that_timm_loads_strictly(run, tmp_path):
     source = vit(3)
     init_(source, "mimetic")
@@ -200,8 +177,8 @@ def test_the_commands_write_and_check_a_file_that_timm_loads_strictly(run, tmp_p
     arguments = [item for name, value in SMALL.items() for item in ("--model-arg", f"{name}={value}")]
     made = run("init", "vit_tiny_patch16_224", "--init", "fitted", "--params", "params.json", "--seed", 4,
                "--output", "model.safetensors", *arguments)  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    assert "QK: mean alpha" in made.stdout
+    assert made.code == 0, made.err
+    assert "QK: mean alpha" in made.out
     path = tmp_path / "model.safetensors"
     loaded = timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **SMALL)
     metadata = safe_open(path, "pt").metadata()
@@ -212,34 +189,34 @@ def test_the_commands_write_and_check_a_file_that_timm_loads_strictly(run, tmp_p
     assert set(open_checkpoint(path)) == set(loaded.state_dict())
 
     checked = run("verify-init", "model.safetensors")  # architecture, seed, options: from the file
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "passed: 18 of 18 checks" in checked.stdout
+    assert checked.code == 0, checked.out + checked.err
+    assert "passed: 18 of 18 checks" in checked.out
 
     with torch.no_grad():
         loaded.blocks[2].attn.proj.weight.mul_(1.001)
     save_weights(loaded, tmp_path / "spoilt.safetensors", metadata)
     failed = run("verify-init", "vit_tiny_patch16_224", "--checkpoint", "spoilt.safetensors", "--json")
-    assert failed.returncode == 1  # the file's shapes are not the plain architecture's
+    assert failed.code == 1  # the file's shapes are not the plain architecture's
 
     spoilt = run("verify-init", "spoilt.safetensors", "--json")
-    assert spoilt.returncode == 1
-    report = json.loads(spoilt.stdout)
+    assert spoilt.code == 1
+    report = json.loads(spoilt.out)
     assert [(c["layer"], c["circuit"]) for c in report["checks"] if c["problem"]] == [(2, "ov")]
 
     (tmp_path / "params.json").write_text((tmp_path / "params.json").read_text() + "\n")
     changed = run("verify-init", "model.safetensors")
-    assert changed.returncode == 2
-    assert "of another content" in changed.stderr
+    assert changed.code == 2
+    assert "of another content" in changed.err
 
 
 def test_the_commands_work_without_a_model(run):
     made = run("init", "--seed", 1, "--output", "model.safetensors")
-    assert made.returncode == 0, made.stderr
-    assert run("verify-init", "model.safetensors").returncode == 0
+    assert made.code == 0, made.err
+    assert run("verify-init", "model.safetensors").code == 0
     trained = run("verify-init")  # the shipped ViT is a trained one
-    assert trained.returncode == 1
-    assert "FAILED: 0 of 24 checks" in trained.stdout
-    assert trained.stderr.count("Traceback") == 0
+    assert trained.code == 1
+    assert "FAILED: 0 of 24 checks" in trained.out
+    assert trained.err.count("Traceback") == 0
 
 
 @pytest.mark.parametrize(
@@ -254,8 +231,8 @@ def test_the_commands_work_without_a_model(run):
 )
 def test_wrong_usage_is_told_in_one_line(run, tmp_path, arguments, code, text):
     result = run(*arguments)
-    assert (result.returncode, len(result.stderr.strip().splitlines())) == (code, 1)
-    assert text in result.stderr
+    assert (result.code, len(result.err.strip().splitlines())) == (code, 1)
+    assert text in result.err
     assert not list(tmp_path.iterdir())
 
 
