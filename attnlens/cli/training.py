@@ -1,0 +1,81 @@
+"""What `attnlens train-compare` does: settle the options, train, print the report, say how to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from attnlens.cli.console import note, write_stdout
+from attnlens.errors import UsageError
+from attnlens.training.comparison import Options, train_compare
+
+EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
+
+
+def run_train_compare(
+    options: Options,
+    *,
+    arms: str | None,
+    contrasts: str | None,
+    tune_lr: str | None,
+    output: Path | None,
+    resume: bool,
+    time_budget: float | None,
+    workers: int | None,
+    save_weights: bool,
+    command: Sequence[str],
+) -> None:
+    """Run or resume a comparison; the report goes to stdout, everything else to stderr."""
+    if arms is not None:
+        options = replace(options, arms=_words("--arms", arms))
+    if contrasts is not None:
+        options = replace(options, contrasts=[_pair(text) for text in _words("--contrasts", contrasts)])
+    if tune_lr is not None:
+        options = replace(options, tune_lr=[_rate(text) for text in _words("--tune-lr", tune_lr)])
+    name = Path(options.dataset).name.split(".")[0] or "comparison"
+    folder = output if output is not None else Path("comparisons") / name
+    told = shlex.join(command)
+    found = train_compare(
+        options,
+        folder,
+        resume=resume,
+        time_budget=time_budget,
+        workers=workers,
+        save_weights=save_weights,
+        command=told,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        write_stdout(found.report)
+        note(f"wrote {folder}")
+        if found.stopped:
+            again = told if resume else f"{told} --resume"
+            note(f"stopped ({found.stopped}) before all runs were done. To go on: {again}")
+    sys.exit(EXIT_CODES[found.stopped])
+
+
+def _words(option: str, text: str) -> list[str]:
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise UsageError(f"{option} is empty: separate what you name with commas")
+    return found
+
+
+def _pair(text: str) -> tuple[str, str]:
+    arm, _, other = text.partition(":")
+    if not arm or not other or ":" in other:
+        raise UsageError(f"--contrasts {text} is no pair: write ARM:OTHER, as in mimetic:default")
+    return arm, other
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise UsageError(f"--tune-lr {text} is no number: write rates like 5e-4,1e-3,2e-3") from error
+    if not 0 < value < float("inf"):
+        raise UsageError(f"--tune-lr {text} is no learning rate: pass numbers above 0")
+    return value

@@ -1,0 +1,132 @@
+"""The live table of a comparison on stderr, and plain lines where no person is watching."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from attnlens.training.config import Config
+from attnlens.training.running import Unit
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_RECENT = 20
+"""Epochs the rate of images is averaged over."""
+
+
+class Display:
+    """Arms, epoch, accuracy so far, images/s and time left. `listen` is called by every worker."""
+
+    def __init__(self, config: Config, total_runs: int, done: int, *, title: str) -> None:
+        self.config, self.title = config, title
+        self.total_images = total_runs * config.recipe.epochs * config.steps * config.recipe.batch_size
+        self.images_left = self.total_images * (total_runs - done) / max(total_runs, 1)
+        self.total = dict.fromkeys(config.arms, total_runs // len(config.arms))
+        self.ended = dict.fromkeys(config.arms, 0)
+        self.epoch: dict[tuple[str, int], int] = {}
+        self.accuracy: dict[str, dict[int, float]] = {arm: {} for arm in config.arms}
+        self.state = dict.fromkeys(config.arms, "")
+        self.ticks = [(time.monotonic(), 0)]
+        self._lock = threading.Lock()
+        self._live: Any = None
+
+    def already(self, arm: str, seed: int, accuracy: float | None) -> None:
+        """Count a run that had ended before."""
+        self.ended[arm] += 1
+        if accuracy is not None:
+            self.accuracy[arm][seed] = accuracy
+
+    def listen(self, unit: Unit, what: dict[str, Any]) -> None:
+        """Take note of a unit's epoch or end."""
+        with self._lock:
+            if "ended" in what:
+                self._end(unit, what["records"])
+            else:
+                now = time.monotonic()
+                self.ticks = [*self.ticks[-_RECENT:], (now, self.ticks[-1][1] + what["images"])]
+                self.images_left -= what["images"]
+                for run, accuracy in zip(unit, what["accuracies"], strict=True):
+                    self.epoch[run.arm, run.seed] = what["epoch"]
+                    if accuracy is not None:
+                        self.accuracy[run.arm][run.seed] = accuracy
+            if self._live is not None:
+                self._live.update(self.table())
+
+    def _end(self, unit: Unit, records: Sequence[Sequence[dict[str, Any]]]) -> None:
+        for run, lines in zip(unit, records, strict=True):
+            self.ended[run.arm] += 1
+            self.epoch.pop((run.arm, run.seed), None)
+            if lines[-1]["status"] == "diverged":
+                self.state[run.arm] = f"seed {run.seed} diverged"
+                self.accuracy[run.arm].pop(run.seed, None)
+                told = f"diverged in epoch {lines[-1]['epoch']}"
+            else:
+                told = f"accuracy {100 * lines[-1]['accuracy']:.1f}%"
+            if self._live is None:
+                left = f", {_clock(self.time_left())} left" if self.time_left() else ""
+                line = f"{self.title}: {run.name} {told} ({sum(self.ended.values())} of {sum(self.total.values())}"
+                sys.stderr.write(f"{line}, {self.rate():.0f} images/s{left})\n")
+
+    def rate(self) -> float:
+        """Return images trained a second, over all workers, lately."""
+        (begin, first), (end, last) = self.ticks[0], self.ticks[-1]
+        return (last - first) / (end - begin) if end > begin else 0.0
+
+    def time_left(self) -> float | None:
+        """Return seconds to go at that rate, None where it is not known."""
+        rate = self.rate()
+        return max(self.images_left, 0.0) / rate if rate else None
+
+    def table(self) -> RenderableType:
+        """Build the table as it stands."""
+        from rich import box
+        from rich.table import Table
+
+        left = self.time_left()
+        table = Table(
+            title=self.title,
+            caption=f"{self.rate():.0f} images/s, {_clock(left)} left; accuracy is on the test images, mean of the "
+            "runs so far",
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for name in ("arm", "runs", "epoch", "accuracy", ""):
+            table.add_column(name, justify="left" if name in ("arm", "") else "right", no_wrap=True)
+        for arm in self.config.arms:
+            now = sorted({epoch for (name, _), epoch in self.epoch.items() if name == arm})
+            accuracy = self.accuracy[arm].values()
+            table.add_row(
+                arm,
+                f"{self.ended[arm]}/{self.total[arm]}",
+                f"{'-'.join(dict.fromkeys((str(now[0]), str(now[-1]))))}/{self.config.recipe.epochs}" if now else "",
+                f"{100 * fmean(accuracy):.1f}%" if accuracy else "",
+                self.state[arm],
+            )
+        return table
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keep the table on stderr while a person is watching."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        with Live(self.table(), console=Console(stderr=True), refresh_per_second=4) as self._live:
+            yield
+        self._live = None
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}" if minutes >= 60 else f"{minutes}:{second:02}"

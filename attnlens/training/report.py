@@ -1,0 +1,251 @@
+"""``report.md``: what was done, what was found, and what the intervals allow to say, nothing more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
+from attnlens.training.config import AUGMENTATIONS
+from attnlens.training.results import Summary
+from attnlens.training.statistics import LEVEL, SCREENING_BELOW, Contrast, EpochsTo, GapClosed, Mean
+
+_ALPHA = 1 - LEVEL
+LrTable = Mapping[str, Mapping[float, float]]
+"""Mean accuracy on the tuning split by arm and learning rate."""
+
+
+def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
+    """Return the report's text."""
+    parts = [
+        f"# {summary.config.dataset}: {', '.join(summary.config.arms)}",
+        _state(summary),
+        "## What the intervals allow to say",
+        "\n".join(f"- {line}" for line in conclusions(summary)),
+        "## Test accuracy at the last epoch",
+        _accuracies(summary),
+        "## Declared contrasts",
+        _contrasts(summary),
+    ]
+    if summary.gaps:
+        parts += ["## Share of the gap to the pre-trained model closed", _gaps(summary.gaps)]
+    parts += [f"## Epochs to {_percent(summary.config.target)}", _epochs(summary.epochs, summary.config.eval_every)]
+    if tuning:
+        parts += ["## Learning rates, chosen on the tuning split", _tuning(tuning, summary.lrs)]
+    parts += ["## Conditions", _conditions(summary), "## Limits", _limits(summary)]
+    return "\n\n".join(parts) + "\n"
+
+
+def conclusions(summary: Summary) -> list[str]:
+    """Return a sentence a contrast, in words its interval allows."""
+    return [conclusion(contrast, len(summary.contrasts)) for contrast in summary.contrasts] or [
+        "No contrast was declared."
+    ]
+
+
+def conclusion(contrast: Contrast, family: int) -> str:
+    """Say what one contrast shows: a difference, a hint, or nothing with what the interval still allows."""
+    one, n = contrast.difference, contrast.difference.n
+    names = f"**{contrast.arm}** against **{contrast.other}**"
+    if n < 2:
+        return f"{names}: {n} pair{'s' * (n != 1)} of finished runs, too few for an interval. Nothing can be said."
+    prefix = f"{names}{_role(contrast)}: " + (f"screening only, n = {n}. " if n < SCREENING_BELOW else "")
+    interval = f"{_points(one.mean)} points, {LEVEL:.0%} interval {_points(one.low)} to {_points(one.high)}"
+    tail = f" (n = {n}, Holm-corrected p {_equals(contrast.t_holm)}, sign-flip p {_equals(contrast.sign_flip_p)})"
+    if one.low <= 0 <= one.high:
+        return f"{prefix}no difference was shown: {interval}{tail}."
+    word = "more" if one.mean > 0 else "less"
+    if contrast.t_holm < _ALPHA:
+        return f"{prefix}{contrast.arm} was {word} accurate: {interval}{tail}."
+    return (
+        f"{prefix}the interval points to {contrast.arm} being {word} accurate, {interval}, but this does not survive "
+        f"the correction over {family} contrasts{tail}."
+    )
+
+
+def _role(contrast: Contrast) -> str:
+    if CONTROLS.get(contrast.arm) == contrast.other:
+        return " (same singular values, random directions: what the structure adds to the scale)"
+    return ""
+
+
+def _state(summary: Summary) -> str:
+    config, ended = summary.config, sum(map(len, summary.finished.values()))
+    asked = f"{config.seeds} seeds an arm, {config.recipe.epochs} epochs, on {config.dataset}"
+    parts = [f"{ended} of {summary.expected} runs finished; {asked}."]
+    if not summary.complete:
+        parts.append("**Unfinished: everything below changes when the remaining runs are done.**")
+    if summary.screening:
+        parts.append(
+            f"**Screening: with fewer than {SCREENING_BELOW} seeds no sign-flip p-value can go under .05. Directions, "
+            "not results.**"
+        )
+    for arm, seed, epoch in summary.diverged:
+        parts.append(
+            f"**{arm}, seed {seed}, diverged in epoch {epoch}: it is left out of every number below, so they describe "
+            "the seeds that finished.**"
+        )
+    return "\n\n".join(parts)
+
+
+def _accuracies(summary: Summary) -> str:
+    rows = [
+        [
+            arm,
+            str(mean.n),
+            _percent(mean.mean),
+            _number(100 * mean.sd),
+            _interval(mean, _percent),
+            ", ".join(f"{100 * value:.1f}" for _, value in sorted(summary.finished[arm].items())),
+        ]
+        for arm, mean in summary.means.items()
+    ]
+    return _table(["arm", "n", "mean", "sd", f"{LEVEL:.0%} interval", "by seed"], rows)
+
+
+def _contrasts(summary: Summary) -> str:
+    rows = [
+        [
+            f"{one.arm} - {one.other}",
+            str(one.difference.n),
+            _points(one.difference.mean),
+            _interval(one.difference, _points),
+            _p(one.t_p),
+            _p(one.t_holm),
+            _p(one.sign_flip_p),
+            _p(one.sign_flip_holm),
+        ]
+        for one in summary.contrasts
+    ]
+    head = ["contrast", "n", "points", f"{LEVEL:.0%} interval", "p", "Holm", "sign-flip p", "Holm"]
+    return f"{_table(head, rows)}\n\nPaired by seed; t intervals, not corrected. Holm over the {len(rows)} contrasts."
+
+
+def _gaps(gaps: Sequence[GapClosed]) -> str:
+    rows = [
+        [gap.arm, str(gap.n), *([f"not given: {gap.refused}", ""] if gap.refused else [_number(gap.share, 2), ""])]
+        for gap in gaps
+    ]
+    for row, gap in zip(rows, gaps, strict=True):
+        if not gap.refused:
+            row[3] = f"{_number(gap.low, 2)} to {_number(gap.high, 2)}"
+    return (
+        f"{_table(['arm', 'n', 'share', f'{LEVEL:.0%} bootstrap interval'], rows)}\n\n"
+        f"(arm - {BASELINE}) / ({PRETRAINED} - {BASELINE}), not clipped, seeds resampled whole. Percentile intervals "
+        "of few seeds are too narrow."
+    )
+
+
+def _epochs(found: Sequence[EpochsTo], every: int) -> str:
+    rows = []
+    for one in found:
+        median = "not reached by half of the seeds" if one.median is None else f"{one.median:g}"
+        rows.append([one.arm, f"{one.reached} of {len(one.by_seed)}", median])
+    return (
+        f"{_table(['arm', 'reached', 'median epoch'], rows)}\n\n"
+        f"Fixed beforehand, read at the measured epochs (every {every}). A seed that never reached it counts as later "
+        "than every number."
+    )
+
+
+def _tuning(tuning: LrTable, chosen: Mapping[str, float]) -> str:
+    grid = sorted({lr for row in tuning.values() for lr in row})
+    rows = [
+        [arm, *(_percent(row[lr]) if lr in row else "diverged" for lr in grid), f"{chosen[arm]:g}"]
+        for arm, row in tuning.items()
+        if arm in chosen
+    ]
+    return (
+        f"{_table(['arm', *(f'{lr:g}' for lr in grid), 'chosen'], rows)}\n\n"
+        "Accuracy on a tenth of the training images, held out for this, with seeds that are used for nothing else."
+    )
+
+
+def _conditions(summary: Summary) -> str:
+    config, recipe, shape = summary.config, summary.config.recipe, summary.config.shape
+    images = config.steps * recipe.batch_size * recipe.epochs
+    source = ", ".join(f"{key} {value}" for key, value in config.source.items())
+    decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
+    lr = "chosen per arm" if config.lr_grid else f"{recipe.lr:g}"
+    sizes = (
+        f"width {shape.embed_dim}, depth {shape.depth}, {shape.num_heads} heads, patch {shape.patch_size} of "
+        f"{shape.image_size} px, {shape.tokens} tokens"
+    )
+    warmup = f"linear warm-up over {recipe.warmup:.0%} of the steps, cosine to {recipe.min_lr:g}"
+    rows = [
+        ["data", f"{config.dataset}: {config.train_images} training and {config.test_images} test images"],
+        ["data sha256", config.data_sha256],
+        ["network", f"plain ViT, {sizes}, average pooling, fixed 2-D sin-cos positions"],
+        ["pre-trained source", source],
+        ["training", f"AdamW, lr {lr}, {decay}, {warmup}, batch {recipe.batch_size}"],
+        ["augmentation", AUGMENTATIONS[recipe.augment]],
+        ["epochs", f"{recipe.epochs}, of which {images / config.train_images:.2f} effective; the last one counts"],
+        ["pairing", _pairing(summary)],
+        ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],
+        ["engine", f"{config.precision}, {'compiled' if config.compiled else 'eager'}, stacks of {config.stack}"],
+        ["training time", f"{summary.train_seconds:.0f} s over all runs, evaluation not counted"],
+        ["device", "; ".join(summary.devices)],
+        ["versions", ", ".join(f"{name} {version}" for name, version in summary.versions.items())],
+        ["command", "; ".join(f"`{command}`" for command in summary.commands)],
+        ["config sha256", config.sha256()],
+    ]
+    return _table(["", ""], rows)
+
+
+def _pairing(summary: Summary) -> str:
+    if not summary.streams:
+        return "nothing to compare yet"
+    least, most = min(summary.streams.values()), max(summary.streams.values())
+    count = str(least) if least == most else f"{least} to {most}"
+    return f"hashes of order and augmentation equal in every epoch, over the {count} arms of each seed"
+
+
+def _limits(summary: Summary) -> str:
+    config = summary.config
+    lines = [
+        "One data set, one network size, one recipe, one horizon: another choice may order the arms differently.",
+        "The intervals cover the spread over seeds (order, augmentation, initial weights), not over test images.",
+        "Accuracies on these images, decoded as hashed above, stand beside no published number.",
+    ]
+    if not config.lr_grid:
+        lines.append("The learning rate was the same for every arm and tuned for none (`--tune-lr` does that).")
+    if PRETRAINED in config.arms:
+        lines.append(
+            f"{PRETRAINED} starts from weights that were trained before: its epochs here come on top of those. It is "
+            "where a good start can lead, not a rival under equal conditions."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)])
+
+
+def _interval(mean: Mean, show: object) -> str:
+    if mean.n < 2 or not callable(show):
+        return "none"
+    return f"{show(mean.low)} to {show(mean.high)}"
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return "none" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _percent(value: float) -> str:
+    return "none" if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def _points(value: float) -> str:
+    return "none" if math.isnan(value) else f"{100 * value:+.1f}"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return "none"
+    return "< .0001" if value < 1e-4 else f"{value:.4f}".lstrip("0") if value < 1 else "1"
+
+
+def _equals(value: float) -> str:
+    shown = _p(value)
+    return shown if shown.startswith("<") else f"= {shown}"

@@ -1,0 +1,43 @@
+"""alpha and beta of every layer of a network in training, by the code `attnlens inspect` measures with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnlens.circuits import Fold, layer_ov, qk_circuit
+from attnlens.diagonal import fit_diagonal
+from attnlens.layouts import AttentionSpec, read_heads
+
+if TYPE_CHECKING:
+    from attnlens.training.arms import Source
+
+FOLDS: tuple[Fold, ...] = ("raw", "effective")
+Structure = dict[str, dict[str, list[float]]]
+
+
+def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mapping[str, Any]) -> Structure:
+    """Return, by fold, a value a layer of ``qk_alpha``, ``qk_beta`` (mean over heads), ``ov_alpha``, ``ov_beta`` (sum).
+
+    A layer without a known norm in front, or without an output projection, is left out.
+    """
+    found: Structure = {fold: {"qk_alpha": [], "qk_beta": [], "ov_alpha": [], "ov_beta": []} for fold in FOLDS}
+    for layer, spec in specs:
+        weights = read_heads(spec, tensors, layer)
+        if weights.W_O is None or "norm_unknown" in weights.leaves_out:
+            continue
+        for fold in FOLDS:
+            qk, ov = fit_diagonal(qk_circuit(weights, fold), None), fit_diagonal(layer_ov(weights, fold), None)
+            for name, value in (
+                ("qk_alpha", qk.alpha.mean()),
+                ("qk_beta", qk.beta.mean()),
+                ("ov_alpha", ov.alpha),
+                ("ov_beta", ov.beta),
+            ):
+                found[fold][name].append(float(f"{float(value):.6g}"))
+    return found
+
+
+def source_structure(source: Source) -> Structure:
+    """Measure the pre-trained model itself."""
+    return measure_structure(source.opened.architecture.indexed(), source.opened.checkpoint)
