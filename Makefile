@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check format figures tables catalogue clean
+.PHONY: demo test test-browser check docs format figures tables catalogue clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnlens needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -13,22 +13,35 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
-demo: $(VENV)/installed  ## Inspect the ViT shipped with the package: table on the terminal, figures in figures/
+demo: $(VENV)/installed  ## Look at the ViT shipped with the package: table on the terminal, figures and report in figures/
 	$(BIN)/attnlens inspect
+	$(BIN)/attnlens report --output figures/embedded/report.html
 
 test: $(VENV)/installed  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-check: $(VENV)/installed  ## Lint, format and type checks
+test-browser: $(VENV)/installed  ## Try the report in Chromium, which is installed from Debian's packages where it is missing
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null; then \
+	  command -v apt-get >/dev/null || { echo "no apt-get here: install chromium and chromedriver by hand"; exit 1; }; \
+	  sudo=$$(command -v sudo || true); \
+	  $$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends chromium chromium-driver; \
+	fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_report_browser.py
+
+check: $(VENV)/installed docs  ## Lint, format and type checks; the site, a warning being an error
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed  ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-figures: $(VENV)/installed  ## Make the README's figures again
+figures: $(VENV)/installed  ## Make the figures of README and docs again
+	$(BIN)/python docs/example.py docs/gallery > docs/gallery/example.txt
 	$(BIN)/attnlens inspect
 	cp figures/embedded/depth_profile.png figures/readme/
 
@@ -39,4 +52,4 @@ catalogue: $(VENV)/installed  ## Build the catalogue of the installed timm that 
 	$(BIN)/python scripts/ship_catalogue.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist site

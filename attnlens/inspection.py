@@ -124,6 +124,12 @@ class Inspection:
                 found.setdefault(reason, []).append(layer)
         return found
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from attnlens.reporting.notebook import inspection_html
+
+        return inspection_html(self)
+
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights as JSON-ready data (the content of ``stats.json``)."""
         return {

@@ -1,0 +1,194 @@
+"""What `attnlens doctor` does: look at versions, devices and caches without importing torch unless a GPU is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from attnlens import __version__
+from attnlens.cli.console import write_stdout
+
+OPTIONAL = {
+    "pandas": ("StatsTable.to_pandas", "pip install pandas"),
+    "scikit-learn": ("train-compare --dataset digits", "pip install scikit-learn"),
+    "torchvision": ("train-compare --dataset cifar10 and cifar100", "pip install torchvision"),
+    "datasets": ("train-compare --dataset hfds/...", "pip install datasets"),
+}
+"""Package -> what needs it, how to get it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, whether that is well, and what to do if not."""
+
+    part: str
+    name: str
+    found: str
+    ok: bool
+    needed: bool = True
+    remedy: str = ""
+
+
+def run_doctor(*, as_json: bool) -> None:
+    """Print every finding; exit with 1 where something that attnlens needs is missing."""
+    findings = list(look())
+    if as_json:
+        data = {"schema": "attnlens.doctor", "schema_version": 1, "findings": [asdict(f) for f in findings]}
+        write_stdout(json.dumps(data, indent=1))
+    else:
+        _print(findings)
+    if any(finding.needed and not finding.ok for finding in findings):
+        sys.exit(1)
+
+
+def look() -> Iterator[Finding]:
+    """Yield every finding."""
+    yield Finding("attnlens", "attnlens", __version__, ok=True)
+    yield Finding("attnlens", "Python", f"{platform.python_version()} on {platform.platform()}", ok=True)
+    yield from _required()
+    yield from _optional()
+    yield from _devices()
+    yield from _shipped()
+    yield from _caches()
+
+
+def _required() -> Iterator[Finding]:
+    """Compare what is installed with what the package's metadata asks for."""
+    from packaging.requirements import Requirement
+
+    for requirement in sorted(map(Requirement, requires("attnlens") or ()), key=lambda r: r.name):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        ok = found is not None and requirement.specifier.contains(found, prereleases=True)
+        needs = "" if ok else f" (needs {requirement.specifier})"
+        remedy = "" if ok else f"pip install '{requirement.name}{requirement.specifier}'"
+        yield Finding("required", requirement.name, f"{found or 'missing'}{needs}", ok=ok, remedy=remedy)
+
+
+def _optional() -> Iterator[Finding]:
+    for name, (use, remedy) in OPTIONAL.items():
+        found = _version(name)
+        said = found or f"missing: only for {use}"
+        yield Finding("optional", name, said, ok=found is not None, needed=False, remedy="" if found else remedy)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Finding]:
+    """Ask the driver which GPUs there are, and only then, torch whether it can use them."""
+    yield Finding("device", "cpu", f"{_cores()} cores", ok=True)
+    gpus = _gpus()
+    if not gpus:
+        remedy = "inspect, fit-params, init and report do not need one; train-compare runs on the CPU"
+        yield Finding("device", "cuda", "no NVIDIA GPU found", ok=False, needed=False, remedy=remedy)
+        return
+    import torch
+
+    usable = torch.cuda.is_available()
+    said = f"{'; '.join(gpus)}; torch {torch.__version__} {'uses it' if usable else 'cannot use it'}"
+    remedy = "" if usable else "install a torch built for the driver's CUDA version"
+    yield Finding("device", "cuda", said, ok=usable, needed=False, remedy=remedy)
+
+
+def _cores() -> int | None:
+    """Return the cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _gpus() -> list[str]:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    query = [command, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603  # fixed words
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _shipped() -> Iterator[Finding]:
+    from attnlens.catalogue import shipped_file
+    from attnlens.opening import EMBEDDED
+
+    weights = EMBEDDED / "model.safetensors"
+    whole = weights.is_file()
+    remedy = "" if whole else "install attnlens again: its own model is missing"
+    yield Finding("data", "shipped model", str(weights) if whole else "missing", ok=whole, remedy=remedy)
+    if _version("timm") is None:
+        return
+    known = shipped_file().is_file()
+    said = "shipped for this timm" if known else "none for this timm"
+    remedy = "" if known else "attnlens list-models builds it once, in some minutes"
+    yield Finding("data", "catalogue", said, ok=known, needed=False, remedy=remedy)
+
+
+def _caches() -> Iterator[Finding]:
+    from platformdirs import user_cache_path
+
+    hub = Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
+    for name, folder, change in (
+        ("attnlens cache", user_cache_path("attnlens"), "XDG_CACHE_HOME"),
+        ("Hugging Face hub cache", hub, "HF_HOME or HF_HUB_CACHE"),
+    ):
+        writable = _writable(folder)
+        said = f"{folder}, {_held(folder)}" if writable else f"{folder} cannot be written"
+        remedy = "" if writable else f"set {change} to a folder you can write to"
+        yield Finding("cache", name, said, ok=writable, needed=False, remedy=remedy)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    said = "HF_HUB_OFFLINE is set: only the cache is used" if offline else "used for names that are not in the cache"
+    yield Finding("cache", "network", said, ok=True, needed=False)
+
+
+def _hub_home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether the folder, or the nearest one above it that exists, can be written."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def _held(folder: Path) -> str:
+    if not folder.is_dir():
+        return "empty"
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return f"{sum(sizes) / 1e6:.1f} MB in {len(sizes)} files"
+
+
+def _print(findings: list[Finding]) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from attnlens.cli.terminal import print_wide
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "part", "name", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        mark = "[green]✓[/green]" if finding.ok else "[red]✗[/red]" if finding.needed else "[dim]–[/dim]"
+        table.add_row(mark, finding.part, *map(escape, (finding.name, finding.found, finding.remedy)))
+    print_wide(table)
+    missing = [finding for finding in findings if finding.needed and not finding.ok]
+    write_stdout(
+        f"{len(missing)} needed {'part is' if len(missing) == 1 else 'parts are'} missing: see “what to do”"
+        if missing
+        else "everything attnlens needs is here; `attnlens --install-completion` adds completion to your shell"
+    )

@@ -1,0 +1,76 @@
+"""The pages: the site builds without a warning, the example and every worked block run as printed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attnlens
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def test_the_example_runs_as_printed(tmp_path):
+    command = [sys.executable, str(DOCS / "example.py"), str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == (DOCS / "gallery" / "example.txt").read_text(), "run `make figures`"
+    made = {path.name for path in tmp_path.iterdir()}
+    shown = {path.name for path in (DOCS / "gallery").glob("*.png")} - {"report.png", "dinov2_depth_profile.png"}
+    assert made == shown | {"report.html"}
+
+
+@pytest.mark.slow
+def test_every_command_of_the_quick_start_runs_as_printed_without_a_network(tmp_path):
+    lines = re.findall(r"^    (attnlens .*?)(?:  +#.*)?$", (DOCS / "quickstart.md").read_text(), re.MULTILINE)
+    local = [line for line in lines if "vit_base" not in line and "weights.safetensors" not in line]
+    assert len(local) >= 8
+    program = str(Path(sys.executable).parent / "attnlens")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for line in local:
+        command = [program, *shlex.split(line)[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"figures", "params.json", "report.html", "model.safetensors", "comparison"}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_worked_extension_runs_and_is_short(number):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    assert len(blocks[number].splitlines()) < 40
+    subprocess.run([sys.executable, "-W", "error", "-c", blocks[number]], check=True, capture_output=True)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    assert set(re.findall(r"[\w]+\.md", navigation)) == {path.name for path in DOCS.glob("*.md")}
+
+
+def test_the_python_page_covers_what_the_package_offers():
+    text = (DOCS / "api.md").read_text()
+    missing = [name for name in attnlens.__all__ if not name.startswith("__") and f".{name}\n" not in text]
+    assert [name for name in missing if name != "AttnlensError"] == []
+    assert "::: attnlens.errors\n" in text
+
+
+def test_the_site_builds_without_a_warning_and_holds_every_command(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install --group docs")
+    from attnlens.cli.app import app
+
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    commands = (tmp_path / "site" / "cli" / "index.html").read_text()
+    for info in app.registered_commands:
+        name = info.name or info.callback.__name__.replace("_", "-")
+        assert f"attnlens {name}" in commands
+    assert "--train" in commands
+    assert "doc-function" in (tmp_path / "site" / "api" / "index.html").read_text()
+    assert (tmp_path / "site" / "gallery" / "report.html").stat().st_size > 500_000
