@@ -150,10 +150,15 @@ def pretrained_tags(name: str) -> dict[str, dict[str, str | None]]:
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """Return the end of a message about an unknown architecture: the nearest names, else where all are listed."""
+    """Return the end of a message about an unknown architecture: the nearest names, else where all are listed.
+
+    Names near as a whole come first, then those that begin alike: a short name is often the start of a long one.
+    """
     from difflib import get_close_matches
 
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    starts = {other[: len(name) + 2]: other for other in reversed(known)}
+    alike = [starts[start] for start in get_close_matches(name, starts, n=3, cutoff=0.75)]
+    close = get_close_matches(name, known, n=3, cutoff=0.85) or alike or get_close_matches(name, known, n=3, cutoff=0.5)
     return f": did you mean {', '.join(close)}?" if close else ": see `attnlens list-models`"
 
 

@@ -71,6 +71,7 @@ def test_layers_and_fold_choose_what_is_in_the_table(run, folder):
     ("arguments", "code", "message"),
     [
         (("inspect", "vit_bas_patch16_224"), 1, "did you mean vit_base_patch16_224"),
+        (("inspect", "vit_bse"), 1, "did you mean vit_base_"),
         (("inspect", "absent.safetensors"), 1, "absent.safetensors"),
         (("inspect", "--layers", "3-1"), 2, "--layers '3-1' is not understood: give indices and ranges, e.g. 0-3,11"),
         (("inspect", "--layers", "99"), 2, "layer 99 of embedded cannot be read"),
