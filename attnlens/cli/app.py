@@ -13,6 +13,7 @@ app = typer.Typer(
     help="Look inside pre-trained attention weights: how much of W_Q W_K^T and W_V W_proj is identity plus noise.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing and laying out rich doubles the time of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -26,7 +26,7 @@ from attnlens.cli.options import (
 )
 
 
-@app.command()
+@app.command(short_help="Fit every head: table, CSV, JSON and figures.")
 def inspect(
     model: Model = None,
     checkpoint: CheckpointOption = None,
@@ -81,7 +81,7 @@ def inspect(
     )
 
 
-@app.command()
+@app.command(short_help="List timm's architectures with attention.")
 def list_models(
     pattern: Annotated[
         str | None,
@@ -101,7 +101,7 @@ def list_models(
     run_list(pattern, family=family, cached=cached, as_json=json_, rebuild=rebuild)
 
 
-@app.command()
+@app.command(short_help="Judge every fit; write a parameter file.")
 def fit_params(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="As for inspect; several are pooled.")
@@ -146,7 +146,7 @@ def fit_params(
     )
 
 
-@app.command()
+@app.command(short_help="Compare models by depth.")
 def compare(
     models: Annotated[list[str], typer.Argument(metavar="MODEL MODEL...", help="As for inspect.")],
     checkpoints: Annotated[
@@ -177,7 +177,7 @@ def compare(
     )
 
 
-@app.command()
+@app.command(short_help="Write one HTML page about a model.")
 def report(
     model: Model = None,
     checkpoint: CheckpointOption = None,
@@ -210,7 +210,7 @@ def report(
     )
 
 
-@app.command()
+@app.command(short_help="Say what is installed and what is missing.")
 def doctor(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
     debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help

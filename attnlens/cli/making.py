@@ -21,7 +21,7 @@ from attnlens.cli.options import (
 )
 
 
-@app.command()
+@app.command(short_help="Write weights that start from an initialiser.")
 def init(
     model: Annotated[
         str | None,
@@ -54,7 +54,7 @@ def init(
     )
 
 
-@app.command()
+@app.command(short_help="Check a network against an initialiser.")
 def verify_init(
     model: Model = None,
     checkpoint: CheckpointOption = None,
@@ -76,7 +76,7 @@ def verify_init(
     run_verify(model, checkpoint, init=init, params=params, options=options or [], seed=seed, as_json=json_)
 
 
-@app.command()
+@app.command(short_help="Train from several starts and compare them.")
 def train_compare(
     dataset: Annotated[
         str,
