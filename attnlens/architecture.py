@@ -1,7 +1,7 @@
-"""What a model's attention looks like: its layers' layouts, found once on the meta device and cached by timm version.
+"""What a model's layers look like: its attention and its depthwise filters, found once on the meta device and cached.
 
 Describing an architecture needs torch and timm; reading its weights does not. The description is plain JSON in the
-user's cache folder, so the second inspection of an architecture imports neither.
+user's cache folder by timm version, so the second inspection of an architecture imports neither.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import ModelNotFoundError, OutputError, UnsupportedAttentionError
 from attnlens.files import write_text_atomic
+from attnlens.filters.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Refusal
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's attention layers in module order, what was refused, and where timm says its weights are."""
+    """A model's attention and filter layers in module order, what was refused, and where timm says its weights are."""
 
     name: str
     specs: tuple[AttentionSpec, ...]
@@ -36,6 +37,9 @@ class Architecture:
     """Shape of every tensor the layers read: what a file must hold to be of this architecture."""
     weights: dict[str, Any]
     """timm's pretrained tags: ``{tag: {"hf_hub_id": ..., "url": ...}}``, the default tag first."""
+    filters: tuple[FilterSpec, ...] = ()
+    """Layers of depthwise filters: a layer's index is its place here."""
+    refused_filters: tuple[Refusal, ...] = ()
 
     def indexed(self) -> tuple[tuple[int, AttentionSpec], ...]:
         """Pair each readable layer with its index among all attention modules."""
@@ -55,6 +59,8 @@ class Architecture:
             tuple(data["order"]),
             data["shapes"],
             data["weights"],
+            tuple(FilterSpec.from_json(spec) for spec in data["filters"]),
+            tuple(Refusal(**refusal) for refusal in data["refused_filters"]),
         )
 
 
@@ -62,7 +68,7 @@ def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -
     """Describe a timm architecture, with ``model_args`` passed to its constructor; from the cache where it can be.
 
     Raises `ModelNotFoundError` with the nearest names when timm does not know it, `UnsupportedAttentionError` when
-    it holds no attention at all.
+    it holds neither attention nor depthwise filters.
     """
     cached = _cache_file(name, model_args or {})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -74,11 +80,14 @@ def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -
 
 
 def describe_module(module: nn.Module, name: str | None = None) -> Architecture:
-    """Describe a live module: its attention layers, and the norms around them from a meta-device copy's forward pass.
+    """Describe a live module: its depthwise filters, its attention layers, and the norms around them.
+
+    The norms come from the forward pass of a copy on the meta device.
 
     The input size comes from the module's patch embedding or ``pretrained_cfg`` (timm), else 3 x 224 x 224 is tried;
     where no forward pass is possible the layers carry the flag ``norm_unknown`` and have no effective fold.
     """
+    from attnlens.filters.finding import filter_modules
     from attnlens.layouts.rules import attention_modules
     from attnlens.layouts.surroundings import trace_surroundings, with_surroundings
 
@@ -87,14 +96,29 @@ def describe_module(module: nn.Module, name: str | None = None) -> Architecture:
     refused = tuple(item for item in found if isinstance(item, Refusal))
     config = getattr(module, "pretrained_cfg", None) or {}
     title = name or str(config.get("architecture") or type(module).__name__)
-    if not found:
-        raise UnsupportedAttentionError(f"{title} holds no attention module that is known: there is nothing to inspect")
-    skeleton = _on_meta(module)
+    depthwise = list(filter_modules(module))
+    filters = tuple(item for item in depthwise if isinstance(item, FilterSpec))
+    if not found and not depthwise:
+        raise UnsupportedAttentionError(
+            f"{title} holds no attention module that is known and no depthwise convolution: there is nothing to inspect"
+        )
     stored = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    around = trace_surroundings(skeleton, [spec.path for spec in specs], _input_shape(module))
-    specs = [with_surroundings(spec, around.get(spec.path) if around else None, skeleton) for spec in specs]
-    shapes = {tensor: list(stored[tensor].shape) for spec in specs for tensor in spec.tensors()}
-    return Architecture(title, tuple(specs), refused, tuple(item.path for item in found), shapes, {})
+    if specs:
+        skeleton = _on_meta(module)
+        around = trace_surroundings(skeleton, [spec.path for spec in specs], _input_shape(module))
+        specs = [with_surroundings(spec, around.get(spec.path) if around else None, skeleton) for spec in specs]
+    tensors = [name for spec in specs for name in spec.tensors()] + [name for f in filters for name in f.tensors()]
+    shapes = {name: list(stored[name].shape) for name in tensors}
+    return Architecture(
+        title,
+        tuple(specs),
+        refused,
+        tuple(item.path for item in found),
+        shapes,
+        {},
+        filters,
+        tuple(item for item in depthwise if isinstance(item, Refusal)),
+    )
 
 
 def _input_shape(module: Any) -> tuple[int, ...]:
@@ -164,9 +188,11 @@ def suggest(name: str, known: list[str]) -> str:
 
 @cache
 def rules_digest() -> str:
-    """Hash the layout code, so that a description made by other rules is never believed."""
+    """Hash the code that finds layers, so that a description made by other rules is never believed."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "layouts").glob("*.py")):
+    package = Path(__file__).parent
+    filters = [package / "filters" / name for name in ("finding.py", "spec.py")]
+    for path in (*sorted((package / "layouts").glob("*.py")), *filters):
         digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:12]

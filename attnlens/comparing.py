@@ -12,7 +12,7 @@ import numpy as np
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import UsageError
 from attnlens.heads import Array
-from attnlens.inspection import Inspection, Progress, inspect
+from attnlens.inspection import Inspection, Progress, inspect, need_attention
 from attnlens.params import relative_depth
 from attnlens.table import ALL_HEADS, StatsTable
 
@@ -76,7 +76,8 @@ def compare(
         raise UsageError(f"{len(checkpoints)} checkpoints for {len(models)} models: give one for each, in their order")
     files = checkpoints or [None] * len(models)
     how: dict[str, Any] = {"fold": fold, "offline": offline, "remote": remote, "progress": progress}
-    return compare_inspections([inspect(model, file, **how) for model, file in zip(models, files, strict=True)], fold)
+    found = [need_attention(inspect(model, file, **how), "compare") for model, file in zip(models, files, strict=True)]
+    return compare_inspections(found, fold)
 
 
 def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Comparison:

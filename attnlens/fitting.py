@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, qk_circuit
 from attnlens.diagonal import DiagonalFit, fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.filters.entries import Estimator, FilterEntry
+from attnlens.filters.fitting import filter_trend, fit_filter_entries
 from attnlens.heads import Array, HeadWeights
 from attnlens.inference import Inference, infer
 from attnlens.inverse import Parameters, UnreachableParametersError, request
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
     from attnlens.inspection import Progress
 
-_TREND_DEGREE = 2
 _NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
 _NEAREST_SHARE_OF_BOUND = 0.99
@@ -55,44 +56,54 @@ def fit_params(
     level: float = 0.95,
     seed: int = 0,
     num_heads: int | None = None,
+    shrinkage: Estimator = "ledoit-wolf",
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
     progress: Progress = iter,
 ) -> InitParams:
-    """Fit alpha and beta of every circuit of one or more models, and what to ask of an initialiser.
+    """Fit every circuit, and every layer of depthwise filters, of one or more models: what to ask of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
     on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones: `attnlens.inverse.request`.
-    ``per`` says what an initialiser takes from the file: see `InitParams.requests`. ``num_heads``, ``offline`` and
-    ``remote`` are those of `attnlens.inspect`.
+    ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
+    layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
+    ``num_heads``, ``offline`` and ``remote`` are those of `attnlens.inspect`.
 
     Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
     """
+    if shrinkage not in get_args(Estimator):
+        raise UsageError(f"shrinkage = {shrinkage!r} is not known: choose {', '.join(get_args(Estimator))}")
     if checkpoint is not None and len(models) > 1:
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
     access = Access(offline=offline, remote=remote)
     everything: list[Entry] = []
+    filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
         opened = open_model(model, checkpoint, num_heads, access)
         found, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += found
+        own, unread = fit_filter_entries(opened, len(sources), shrinkage, progress)
+        if not found and not own:
+            raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {unread[0]}")
+        filters += own
         sources.append(
             Source(
                 model=opened.name,
                 provenance=opened.provenance(),
                 num_layers=len(opened.architecture.order),
                 num_heads=heads,
-                **_caveats(opened, fold),
+                num_filter_layers=len(opened.architecture.filters),
+                **_caveats(opened, fold, unread),
             )
         )
     entries = [entry for entry in everything if entry.fold == fold]
     groups = [(circuit, heads) for circuit, heads in _GROUPS if _group(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
-        schema_version=1,
+        schema_version=2,
         fold=fold,
         per=per,
         level=level,
@@ -101,6 +112,8 @@ def fit_params(
         entries=everything,
         layers=list(_layer_summaries(entries)),
         pooled=[_pool(circuit, heads, _group(entries, circuit, heads)) for circuit, heads in groups],
+        filters=filters,
+        filter_trend=filter_trend(filters),
     )
 
 
@@ -130,8 +143,13 @@ def _group(entries: Iterable[Entry], circuit: Kind, heads: Heads) -> list[Entry]
 def _fit_model(
     opened: OpenedModel, source: int, fold: Fold, level: float, seed: int, progress: Progress
 ) -> tuple[list[Entry], list[int]]:
-    """Fit every circuit of one model, raw and under ``fold``; p-values are corrected over each kind of circuit."""
+    """Fit every circuit of one model, raw and under ``fold``; p-values are corrected over each kind of circuit.
+
+    A model without one has no entries where it has filters, and is refused where it has none.
+    """
     specs = [(layer, spec) for layer, spec in opened.architecture.indexed() if not _unread(spec, fold)]
+    if not specs and opened.architecture.filters:
+        return [], []
     if not specs:
         layer, spec = opened.architecture.indexed()[0]
         raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold)}")
@@ -146,6 +164,8 @@ def _fit_model(
             for circuit, names, product in _circuits(weights, name):
                 if product.is_square:
                     stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+    if not stacks and opened.architecture.filters:
+        return [], heads
     if not stacks:
         raise UnsupportedAttentionError(f"no product of {opened.name} is square: there is no diagonal to fit")
     return [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])], heads
@@ -160,9 +180,9 @@ def _unread(spec: AttentionSpec, fold: Fold) -> str:
     return ""
 
 
-def _caveats(opened: OpenedModel, fold: Fold) -> dict[str, Any]:
+def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str, Any]:
     """Return what of a model is not in its fit: modules that were not read, and what the products leave out."""
-    not_read = [f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused]
+    not_read = [*(f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused), *unread]
     left_out: dict[str, list[int]] = {}
     for layer, spec in opened.architecture.indexed():
         reason = _unread(spec, fold)
@@ -284,13 +304,7 @@ def _summary(entries: Sequence[Entry], name: str) -> Summary:
 
 
 def _trend(entries: Sequence[Entry], name: str, of: Callable[[Array], Array] = np.asarray) -> Trend:
-    """Fit a polynomial of relative depth by least squares, of a degree the number of distinct depths allows."""
-    depth = np.array([entry.depth for entry in entries])
-    values = of(np.array([getattr(entry, name) for entry in entries]))
-    degree = min(_TREND_DEGREE, len(set(depth.tolist())) - 1)
-    coefficients = np.polynomial.polynomial.polyfit(depth, values, degree)
-    residual = values - np.polynomial.polynomial.polyval(depth, coefficients)
-    return Trend(coefficients=coefficients.tolist(), residual_sd=float(residual.std()))
+    return Trend.fit([entry.depth for entry in entries], of(np.array([getattr(entry, name) for entry in entries])))
 
 
 def _sd(values: Array) -> float:

@@ -1,4 +1,4 @@
-"""Inspecting a model: every circuit's statistics in one table, and the circuits themselves on request."""
+"""Inspecting a model: statistics of every circuit and of every layer of filters, and what they are of on request."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from attnlens.circuits import (
 from attnlens.diagonal import DiagonalFit, fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.files import write_text_atomic
+from attnlens.filters.inspecting import FilterInspection, inspect_filters
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.flags import FLAGS
@@ -54,7 +55,10 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found: ``stats`` is the table; circuits and figures are made from the weights on request."""
+    """What `inspect` found: ``stats`` is the table of attention, ``filters`` what there is of depthwise filters.
+
+    Circuits, covariances and figures are made from the weights on request.
+    """
 
     model: str
     stats: StatsTable
@@ -67,10 +71,11 @@ class Inspection:
     checkpoint: Checkpoint = field(repr=False)
     spectra: dict[SpectrumKey, Array] = field(repr=False)
     """Singular values of every head's product, ``[head, rank]``, by (layer, circuit, fold)."""
+    filters: FilterInspection
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Indices of the layers that were read."""
+        """Indices of the attention layers that were read."""
         return tuple(layer for layer, _ in self.specs)
 
     def heads(self, layer: int) -> HeadWeights:
@@ -108,7 +113,7 @@ class Inspection:
         return found
 
     def figures(self, fold: Fold | None = None, size: int = 64) -> Mapping[str, Figure]:
-        """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra``."""
+        """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra``, and what there is of filters."""
         from attnlens.figures import draw_all
 
         return draw_all(self, fold or ("effective" if "effective" in self.folds else self.folds[0]), size)
@@ -145,6 +150,7 @@ class Inspection:
                 for layer, spec in self.specs
             ],
             "stats": self.stats.json_rows(),
+            "filters": self.filters.to_json(),
         }
 
 
@@ -161,7 +167,7 @@ def inspect(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Inspection:
-    """Read a model's attention weights and fit every QK and OV circuit.
+    """Read a model's attention weights and depthwise filters; fit every QK and OV circuit and every covariance.
 
     ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
     None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the
@@ -172,7 +178,9 @@ def inspect(
     also fills the statistics of the layer sums that need every eigenvalue, an O(embed_dim^3) cost a layer.
     ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
     only on request. ``offline`` uses no network; ``remote`` fetches of a safetensors file on a hub, unless it is in the
-    local cache, only the tensors that are read. ``progress`` wraps the iteration over layers.
+    local cache, only the tensors that are read. ``progress`` wraps the iteration over layers. Layers of depthwise
+    convolutions are counted by themselves; what is said of each: `attnlens.filters.measuring.FilterFit`. ``layers``
+    chooses of both kinds.
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
@@ -180,6 +188,7 @@ def inspect(
     names = parse_folds(fold)
     wanted, unwanted = _by_kind(opened, include)
     specs = _chosen(opened, wanted, layers)
+    filters = inspect_filters(opened, layers, progress)
     reading = Lock()
 
     def measure(indexed: tuple[int, AttentionSpec]) -> tuple[list[Row], dict[SpectrumKey, Array]]:
@@ -187,9 +196,9 @@ def inspect(
             weights = read_heads(indexed[1], opened.checkpoint, indexed[0])
         return measure_layer(weights, names, layer_spectra=layer_spectra)
 
-    results = over_threads(measure, specs, progress)
+    results = over_threads(measure, specs, progress) if specs else []
     spectra = {key: values for _, found in results for key, values in found.items()}
-    measured = tuple(name for name in names if any(key[2] == name for key in spectra))
+    measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
         raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
     return Inspection(
@@ -202,17 +211,24 @@ def inspect(
         provenance={**opened.provenance(), **run_provenance()},
         checkpoint=opened.checkpoint,
         spectra=spectra,
+        filters=filters,
     )
 
 
 def save_inspection(inspection: Inspection, folder: str | os.PathLike[str], command: str) -> dict[str, Path]:
-    """Write ``stats.csv`` and ``stats.json`` into ``folder``, each atomically; ``command`` goes into the provenance."""
+    """Write ``stats.json``, ``stats.csv`` of attention and ``filters.csv`` of filters, where there are such layers.
+
+    Each is written atomically into ``folder``; ``command`` goes into the provenance.
+    """
     folder = Path(folder)
     data = inspection.to_json()
     data["provenance"] = {**data["provenance"], "command": command}
-    inspection.stats.to_csv(folder / "stats.csv")
+    tables = {"stats.csv": inspection.stats, "filters.csv": inspection.filters.stats}
+    written = {name: table for name, table in tables.items() if len(table)}
+    for name, table in written.items():
+        table.to_csv(folder / name)
     write_text_atomic(folder / "stats.json", json.dumps(data, indent=1) + "\n")
-    return {name: folder / name for name in ("stats.csv", "stats.json")}
+    return {name: folder / name for name in (*written, "stats.json")}
 
 
 def measure_layer(
@@ -253,7 +269,7 @@ def _by_kind(opened: OpenedModel, include: Sequence[str]) -> tuple[IndexedSpecs,
     refusals = {layer: spec.opt_in_refusal() for layer, spec in indexed if spec.kind not in include}
     unwanted = {layer: refusal for layer, refusal in refusals.items() if refusal is not None}
     wanted = tuple((layer, spec) for layer, spec in indexed if layer not in unwanted)
-    if not wanted:
+    if not wanted and unwanted and not opened.architecture.filters:
         first = next(iter(unwanted.values()))
         raise UnsupportedAttentionError(f"{first.path} {first.reason}")
     return wanted, tuple(unwanted.values())
@@ -262,8 +278,18 @@ def _by_kind(opened: OpenedModel, include: Sequence[str]) -> tuple[IndexedSpecs,
 def _chosen(opened: OpenedModel, specs: IndexedSpecs, layers: Sequence[int] | None) -> IndexedSpecs:
     if layers is None:
         return specs
-    readable = [layer for layer, _ in specs]
+    readable = sorted({layer for layer, _ in specs} | set(range(len(opened.architecture.filters))))
     wrong = [layer for layer in layers if layer not in readable]
     if wrong:
         raise UsageError(f"layer {wrong[0]} of {opened.name} cannot be read: choose from {readable}")
     return tuple((layer, spec) for layer, spec in specs if layer in layers)
+
+
+def need_attention(inspection: Inspection, what: str) -> Inspection:
+    """Return an inspection that holds attention; raises `UnsupportedAttentionError` saying ``what`` is of attention."""
+    if not inspection.specs:
+        raise UnsupportedAttentionError(
+            f"{inspection.model} has depthwise filters and no attention that was read: {what} is of attention. "
+            "`attnlens inspect` shows its filters"
+        )
+    return inspection

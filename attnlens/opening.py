@@ -65,10 +65,11 @@ def open_model(
     if access.offline and access.remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     opened = _open(model, checkpoint, access) if num_heads is None else _open_bare(model, checkpoint, num_heads)
-    if not opened.architecture.specs:
-        first = opened.architecture.refused[0]
+    architecture = opened.architecture
+    if not architecture.specs and not architecture.filters:
+        first = (*architecture.refused, *architecture.refused_filters)[0]
         raise UnsupportedAttentionError(
-            f"no attention layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}"
+            f"no layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}"
         )
     opened = _fitting(opened)
     opened.checkpoint.expect(opened.architecture.shapes)

@@ -3,13 +3,13 @@
 A file holds, per source, layer and head, the realised fit (alpha, beta with intervals) and the *request*: the (alpha,
 beta) to draw with so that the truncated product realises it. Requests are free of width and rank: a full d x d draw
 ``alpha * Z + beta * I`` has the same two numbers whatever d is, so they, and not the realised ones, carry over to
-another model.
+another model. Of depthwise filters it holds the covariance of every layer and a closed form fitted to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import AttnlensError
 from attnlens.files import write_text_atomic
+from attnlens.filters.closed_form import LARGEST, SMALLEST, mixture, side
+from attnlens.filters.entries import FilterEntry, carried_over
+from attnlens.filters.spec import Kernel
 from attnlens.heads import Array
 from attnlens.table import ALL_HEADS
 
@@ -29,11 +32,14 @@ if TYPE_CHECKING:
     from attnlens.architecture import Architecture
 
 SCHEMA = "attnlens.params"
-VERSION = 1
+_TREND_DEGREE = 2
+VERSION = 2
 Per = Literal["head", "layer", "model"]
 
 # Version -> function that turns a file of that version into the next one.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda data: {**data, "filters": [], "filter_trend": None, "schema_version": 2}
+}
 
 
 class ParamsError(AttnlensError, ValueError):
@@ -92,8 +98,9 @@ class Source(_Part):
 
     model: str
     provenance: dict[str, Any]
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=0, description="of attention")
     num_heads: list[int]
+    num_filter_layers: int = Field(default=0, ge=0)
     not_read: list[str] = Field(description="attention modules that were left out, and why")
     left_out: dict[str, list[int]] = Field(description="what the network applies beside the products, and the layers")
 
@@ -107,6 +114,14 @@ class Trend(_Part):
     def __call__(self, depth: float) -> float:
         """Evaluate at a relative depth in [0, 1]."""
         return float(np.polynomial.polynomial.polyval(depth, self.coefficients))
+
+    @classmethod
+    def fit(cls, depths: Sequence[float], values: Array) -> Trend:
+        """Fit by least squares, of a degree the number of distinct depths allows, the second at most."""
+        degree = min(_TREND_DEGREE, len(set(depths)) - 1)
+        coefficients = np.polynomial.polynomial.polyfit(depths, values, degree)
+        residual = values - np.polynomial.polynomial.polyval(np.asarray(depths), coefficients)
+        return cls(coefficients=coefficients.tolist(), residual_sd=float(residual.std()))
 
 
 class Summary(_Part):
@@ -134,6 +149,19 @@ class Pooled(_Part):
     def at(self, depth: float) -> tuple[float, float]:
         """Return the (alpha, beta) to request at a relative depth."""
         return math.exp(self.log_alpha_trend(depth)), self.beta_trend(depth)
+
+
+class FilterTrend(_Part):
+    """How the closed form of depthwise filters goes with relative depth, over the layers of all sources."""
+
+    log_relative_s: Trend
+    isotropic_share: Trend
+    n: int = Field(ge=1, description="layers the width's trend is of")
+
+    def at(self, depth: float) -> tuple[float, float]:
+        """Return s / side^2 and the isotropic share at a relative depth, each within its range."""
+        relative = min(max(math.exp(self.log_relative_s(depth)), SMALLEST), LARGEST)
+        return relative, min(max(self.isotropic_share(depth), 0.0), 1.0)
 
 
 class LayerSummary(_Part):
@@ -168,21 +196,31 @@ class InitParams(_Part):
     """Fitted parameters of one or more models; see the module's text for what carries over and how."""
 
     schema_: Literal["attnlens.params"] = Field(alias="schema")
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     fold: Fold = Field(description="what an initialiser takes; entries of other folds stand beside for comparison")
     per: Per
     level: float = Field(gt=0, lt=1, description="of the intervals")
     created: dict[str, Any]
     sources: list[Source] = Field(min_length=1)
-    entries: list[Entry] = Field(min_length=1)
+    entries: list[Entry]
     layers: list[LayerSummary]
     pooled: list[Pooled]
+    filters: list[FilterEntry]
+    filter_trend: FilterTrend | None
 
     @model_validator(mode="after")
     def _refer_to_sources(self) -> InitParams:
-        for place, entry in enumerate(self.entries):
-            if entry.source >= len(self.sources):
-                raise ValueError(f"entries.{place}.source is {entry.source}, but there are {len(self.sources)} sources")
+        rows: list[tuple[str, Entry | FilterEntry]] = [
+            *((f"entries.{place}", entry) for place, entry in enumerate(self.entries)),
+            *((f"filters.{place}", filters) for place, filters in enumerate(self.filters)),
+        ]
+        if not rows:
+            raise ValueError("entries and filters are both empty")
+        for name, row in rows:
+            if row.source >= len(self.sources):
+                raise ValueError(f"{name}.source is {row.source}, but there are {len(self.sources)} sources")
+        if bool(self.filters) != (self.filter_trend is not None):
+            raise ValueError("filters and filter_trend go together")
         return self
 
     def _repr_html_(self) -> str:
@@ -265,8 +303,9 @@ class InitParams(_Part):
         """
         places = [(layer, spec.q.heads, spec.o.heads if spec.o else 0) for layer, spec in architecture.indexed()]
         depth = len(architecture.order)
-        same_depth = all(source.num_layers == depth for source in self.sources)
-        by_layer = same_depth and (self.per == "layer" or (self.per == "head" and len(self.sources) == 1))
+        depths = [source.num_layers for source in self.sources if source.num_layers]
+        same_depth = all(layers == depth for layers in depths)
+        by_layer = same_depth and (self.per == "layer" or (self.per == "head" and len(depths) == 1))
         found = []
         for layer, heads, value_heads in places:
             t = relative_depth(layer, depth)
@@ -296,6 +335,20 @@ class InitParams(_Part):
         if self.per == "model":
             return np.array([[pooled.alpha.mean, pooled.beta.mean]])
         return np.array([pooled.at(t)])
+
+    def filter_covariance(self, depth: float, kernel: Kernel, form: Literal["full", "parametric"]) -> Array | None:
+        """Return the covariance, with trace 1, to draw a layer of depthwise filters with; None where there is none.
+
+        ``full``: the measured ones, carried over to this relative depth and kernel by `filters.entries.carried_over`.
+        ``parametric``: `filters.closed_form.mixture` with the width and isotropic share of the trend at this depth, s
+        scaled with the square of the kernel's side.
+        """
+        if form == "full":
+            return carried_over(self.filters, depth, kernel)
+        if self.filter_trend is None:
+            return None
+        relative, isotropic = self.filter_trend.at(depth)
+        return mixture(kernel, relative * side(kernel) ** 2, isotropic)
 
 
 def relative_depth(layer: int, depth: int) -> float:

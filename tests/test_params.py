@@ -52,7 +52,7 @@ def test_the_file_is_plain_json_with_schema_version_and_provenance(fitted):
     data = json.loads(fitted.to_json())
     assert (data["schema"], data["schema_version"], data["per"], data["fold"]) == (
         "attnlens.params",
-        1,
+        2,
         "head",
         "effective",
     )
@@ -123,14 +123,14 @@ def test_a_file_that_cannot_be_read_or_written_is_one_line(fitted, tmp_path):
         fitted.save(tmp_path / "file" / "params.json")
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, "1", None, True, 1.5])
+@pytest.mark.parametrize("version", [0, 3, -1, "2", None, True, 1.5])
 def test_a_version_that_is_not_known_is_refused(fitted, version):
-    with pytest.raises(ParamsError, match=r"has schema_version .*this attnlens reads \[1\]: update attnlens"):
+    with pytest.raises(ParamsError, match=r"has schema_version .*this attnlens reads \[1, 2\]: update attnlens"):
         InitParams.parse(changed(fitted, lambda data: data.update(schema_version=version)))
 
 
 def test_an_older_version_is_migrated_step_by_step(fitted, monkeypatch):
-    """No older version has been released: two made-up ones show that a file passes through every step in order."""
+    """Before version 1 there was none: two made-up ones show that a file passes through every step in order."""
     old = json.loads(fitted.to_json())
     old.update(schema_version=-1, product=old.pop("fold"))
     old["kind"] = old.pop("per")
@@ -142,10 +142,10 @@ def test_an_older_version_is_migrated_step_by_step(fitted, monkeypatch):
         assert "fold" in data
         return {**{k: v for k, v in data.items() if k != "kind"}, "per": data["kind"], "schema_version": 1}
 
-    monkeypatch.setattr(params_module, "MIGRATIONS", {-1: from_first, 0: from_second})
+    monkeypatch.setattr(params_module, "MIGRATIONS", {-1: from_first, 0: from_second, **params_module.MIGRATIONS})
     assert InitParams.parse(json.dumps(old)) == fitted
     old["schema_version"] = -2
-    with pytest.raises(ParamsError, match=r"schema_version -2; this attnlens reads \[-1, 0, 1\]"):
+    with pytest.raises(ParamsError, match=r"schema_version -2; this attnlens reads \[-1, 0, 1, 2\]"):
         InitParams.parse(json.dumps(old))
 
 

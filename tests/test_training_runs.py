@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from attnlens import inspect
 from attnlens.errors import OutputError, UsageError
 from attnlens.training import running
-from attnlens.training.comparison import best_lrs, default_contrasts, lr_table
+from attnlens.training.comparison import best_lrs, lr_table
 from attnlens.training.config import TUNING_SEEDS, Run
 from attnlens.training.control import Control
 from attnlens.training.engine import Stack
 from attnlens.training.running import OutOfMemoryError, units_of
+from attnlens.training.settling import default_contrasts
 from attnlens.training.store import ResumeError
 from tests.conftest import ROOT
 from tests.training_setup import compare, config, small, write_source

@@ -1,4 +1,4 @@
-"""The `attnlens` application; its commands are in `looking` and `making`."""
+"""The `attnlens` application; its commands are in `looking`, `making` and `signalling`."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def _options(
 
 
 # The commands register themselves: looking first, so that help lists them first.
-from attnlens.cli import looking, making  # noqa: E402, F401
+from attnlens.cli import looking, making, signalling  # noqa: E402, F401

@@ -13,9 +13,11 @@ from rich.table import Table
 
 from attnlens.circuits import Fold, Kind
 from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.cli.filters import fit_filter_table
 from attnlens.cli.inspecting import figure_folder, format_layers
 from attnlens.cli.terminal import number, print_wide
 from attnlens.comparing import Comparison, compare
+from attnlens.filters.entries import Estimator
 from attnlens.fitting import fit_params
 from attnlens.inspection import UNSAID
 from attnlens.layouts.flags import FLAGS
@@ -38,6 +40,7 @@ def run_fit(
     level: float,
     seed: int,
     num_heads: int | None,
+    shrinkage: Estimator,
     offline: bool,
     remote: bool,
     output: Path,
@@ -56,6 +59,7 @@ def run_fit(
         level=level,
         seed=seed,
         num_heads=num_heads,
+        shrinkage=shrinkage,
         offline=offline,
         remote=remote,
         command=shlex.join(command),
@@ -69,8 +73,12 @@ def run_fit(
         write_stdout(params.to_json())
     else:
         for place in range(len(params.sources)):
-            print_wide(fit_table(params, place))
-        print_wide(pooled_table(params))
+            if any(entry.source == place for entry in params.entries):
+                print_wide(fit_table(params, place))
+            if any(entry.source == place for entry in params.filters):
+                print_wide(fit_filter_table(params, place))
+        if params.pooled:
+            print_wide(pooled_table(params))
     from attnlens.figures import save_figures
     from attnlens.figures.fits import draw_fits
 

@@ -17,7 +17,8 @@ from attnlens.cli.console import note, write_stdout
 from attnlens.cli.inspecting import format_layers
 from attnlens.cli.terminal import number, print_wide
 from attnlens.errors import UsageError
-from attnlens.inits import Check, VerifyReport, init_file, verify_init
+from attnlens.inits import Check, VerifyReport, init_file, initialisers, verify_init
+from attnlens.inits.registry import find_initialiser
 
 
 def run_init(
@@ -84,8 +85,10 @@ def _chosen(
     """Return the initialiser's name (``fitted`` where parameters are given) and its options."""
     settled = parse_pairs("--option", options)
     if params is not None:
-        if init not in (None, "fitted", "norm-matched"):
-            raise UsageError(f"--params goes with --init fitted, not with {init!r}")
+        chosen = find_initialiser(init or "fitted")
+        if "params" not in chosen.options and not chosen.passes_on:
+            able = [name for name, one in initialisers().items() if "params" in one.options or one.passes_on]
+            raise UsageError(f"--params goes with --init {', '.join(able)}, not with {init!r}")
         settled["params"] = str(params)
     return init or ("fitted" if params is not None else default), settled
 
@@ -108,10 +111,13 @@ def verify_table(report: VerifyReport) -> Table:
     """Build the table: a row for each layer and circuit, means over its heads and the worst deviation."""
     seed = "no seed" if report.seed is None else f"seed {report.seed}"
     how = "whole matrices" if report.whole else "statistics"
+    products = any(check.circuit in ("qk", "ov") for check in report.checks)
+    what = f"{report.fold} products" if products else "depthwise filters"
     table = Table(
-        title=f"[bold]{escape(report.model)}[/bold] against {report.init}, {seed}: {report.fold} products, {how}",
+        title=f"[bold]{escape(report.model)}[/bold] against {report.init}, {seed}: {what}, {how}",
         caption="means over heads; worst: largest deviation, of the matrix relative to its\n"
-        "norm, else of α and β in units of their tolerance",
+        "norm, else of α and β in units of their tolerance; of filters without a seed,\n"
+        "of their covariance relative to its norm",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -124,9 +130,8 @@ def verify_table(report: VerifyReport) -> Table:
     groups = dict.fromkeys((check.layer, check.circuit, isinstance(check.head, str)) for check in report.checks)
     for layer, circuit, summed in groups:
         rows = [c for c in report.checks if (c.layer, c.circuit, isinstance(c.head, str)) == (layer, circuit, summed)]
-        title = (
-            f"{circuit.upper()} sum" if circuit == "ov" and summed else {"bias": "biases"}.get(circuit, circuit.upper())
-        )
+        titles = {"bias": "biases", "filters": "filters", "ov": "OV sum" if summed else "OV"}
+        title = titles.get(circuit, circuit.upper())
         pairs = [_pair(rows, kind) for kind in ("requested_", "expected_", "")]
         passed = sum(row.passed for row in rows)
         mark = f"{passed}/{len(rows)}" if passed == len(rows) else f"[bold red]{passed}/{len(rows)}[/bold red]"

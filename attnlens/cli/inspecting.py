@@ -57,13 +57,24 @@ def run_inspect(
     if as_json:
         write_stdout(written["stats.json"].read_text())
     else:
-        from attnlens.cli.terminal import print_table
-
-        print_table(inspection, shown)
+        print_tables(inspection, shown)
     from attnlens.figures import save_figures
 
     save_figures(inspection.figures(shown, crop), folder, format_, dpi)
-    note(f"wrote stats.csv, stats.json and figures ({shown}, {format_}) to {folder}")
+    *tables, last = written
+    drawn = f"{shown}, {format_}" if inspection.specs else format_
+    note(f"wrote {', '.join([*tables, last])} and figures ({drawn}) to {folder}")
+
+
+def print_tables(inspection: Inspection, fold: Fold) -> None:
+    """Print the table of attention, where any was read, and that of depthwise filters."""
+    from attnlens.cli.filters import filter_table
+    from attnlens.cli.terminal import print_table, print_wide
+
+    if inspection.specs:
+        print_table(inspection, fold)
+    if inspection.filters.specs:
+        print_wide(filter_table(inspection.filters, inspection.model))
 
 
 def fetched(provenance: dict[str, Any]) -> str:
@@ -81,8 +92,11 @@ def figure_folder(given: Path | None, model: str) -> Path:
 
 def caveats(inspection: Inspection) -> list[str]:
     """Say in words what was refused, guessed or left out of the products: one line a reason."""
-    refused = [f"not read: {r.path} ({r.module_class}) {r.reason}" for r in inspection.refused]
-    return refused + [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
+    filters = inspection.filters
+    unread = (*inspection.refused, *filters.refused)
+    said = [f"not read: {r.path} ({r.module_class}) {r.reason}" for r in unread]
+    said += [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
+    return said + [f"{why}: layers of filters {format_layers(own)}" for why, own in filters.left_out().items()]
 
 
 def parse_layers(text: str | None) -> list[int] | None:

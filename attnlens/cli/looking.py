@@ -23,10 +23,11 @@ from attnlens.cli.options import (
     PerChoice,
     ProductFold,
     Remote,
+    ShrinkageChoice,
 )
 
 
-@app.command(short_help="Fit every head: table, CSV, JSON and figures.")
+@app.command(short_help="Fit every head and filter covariance: table, CSV, JSON, figures.")
 def inspect(
     model: Model = None,
     checkpoint: CheckpointOption = None,
@@ -41,7 +42,9 @@ def inspect(
             "LayerNorm's centring too; both: raw and effective; all: the three."
         ),
     ] = FoldChoice.both,
-    layers: Annotated[str | None, typer.Option(help="Layers to read, e.g. 0-3,11; default: all.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to read, of attention and of filters, e.g. 0-3,11; default: all.")
+    ] = None,
     layer_spectra: Annotated[
         bool, typer.Option("--layer-spectra", help="Also the eigenvalue statistics of layer sums: O(d^3) a layer.")
     ] = False,
@@ -59,7 +62,10 @@ def inspect(
     json_: Annotated[bool, typer.Option("--json", help="Print stats.json on stdout in place of the table.")] = False,
     debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
 ) -> None:
-    """Fit every head's QK and OV circuit to alpha * noise + beta * identity: table, CSV, JSON and figures."""
+    """Fit every head's QK and OV circuit to alpha * noise + beta * identity: table, CSV, JSON and figures.
+
+    Of depthwise convolutions (ConvNeXt, ConvMixer, ...) the covariance of each layer's filters is measured.
+    """
     from attnlens.cli.inspecting import run_inspect
 
     run_inspect(
@@ -115,6 +121,9 @@ def fit_params(
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Coverage of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampled statistics.")] = 0,
     num_heads: NumHeads = None,
+    shrinkage: Annotated[
+        ShrinkageChoice, typer.Option(help="Of the covariances of depthwise filters towards equal variances.")
+    ] = ShrinkageChoice.ledoit_wolf,
     offline: Offline = False,
     remote: Remote = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Parameter file to write.")] = Path("params.json"),
@@ -135,6 +144,7 @@ def fit_params(
         level=level,
         seed=seed,
         num_heads=num_heads,
+        shrinkage=shrinkage.value,
         offline=offline,
         remote=remote,
         output=output,

@@ -38,7 +38,7 @@ def init(
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
 ) -> None:
-    """Write the weights of a new network whose attention starts from an initialiser, mimetic by default."""
+    """Write the weights of a new network whose attention or filters start from an initialiser, mimetic by default."""
     from attnlens.cli.initialising import run_init
 
     run_init(
@@ -67,7 +67,7 @@ def verify_init(
     json_: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
     debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
 ) -> None:
-    """Compare a network's attention with what an initialiser makes, and name known mistakes: exit code 1 if it fails.
+    """Compare attention or filters with what an initialiser makes, and name known mistakes: exit code 1 if it fails.
 
     A file written by `attnlens init` says itself what to compare it with.
     """
@@ -81,20 +81,26 @@ def train_compare(
     dataset: Annotated[
         str,
         typer.Option(
-            help="digits, cifar10, cifar100, hfds/NAME, or a folder or tar of images in [train/|test/]CLASS folders."
+            help="digits, cifar10, cifar100, hfds/NAME, or a folder or tar of images in [train/|test/]CLASS folders; "
+            "text:FILE, text:FOLDER, text:PATTERN or text:wikitext-103."
         ),
     ] = "digits",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of torchvision's files or of DATASET.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Pre-trained model, as for inspect; default: the ViT shipped with attnlens.")
+        str | None,
+        typer.Option(
+            help="Pre-trained model, as for inspect, default: the ViT shipped with attnlens; or, from drawn weights, "
+            "convmixer-tiny, timm's convmixer_*, and gpt-tiny, the default for text."
+        ),
     ] = None,
     checkpoint: CheckpointOption = None,
     params: ParamsFile = None,
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated; default: default,mimetic,fitted,pretrained,norm-matched,norm-matched-mimetic. Also "
-            "pretrained-attention and every initialiser that needs no option."
+            help="Comma-separated; default: default,mimetic,fitted,pretrained,norm-matched,norm-matched-mimetic, or "
+            "the model's. Also pretrained-attention, mimetic-positive, value-skipinit, no-skips-no-norms, "
+            "e-spa-no-norms, e-spa-no-skips-no-norms, and every initialiser that needs no option."
         ),
     ] = None,
     contrasts: Annotated[
@@ -111,10 +117,16 @@ def train_compare(
     augment: Annotated[AugmentChoice | None, typer.Option(help="Default: the data set's.")] = None,
     patch_size: Annotated[int | None, typer.Option(min=1)] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Resize images to this.")] = None,
-    train_images: Annotated[int | None, typer.Option(min=1, help="Train on so many, equal over classes.")] = None,
-    test_images: Annotated[int | None, typer.Option(min=1, help="Test on so many, equal over classes.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Bytes of a window of text.")] = None,
+    train_images: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many, equal over classes; of a text: windows an epoch.")
+    ] = None,
+    test_images: Annotated[
+        int | None, typer.Option(min=1, help="Test on so many, equal over classes; of a text: windows.")
+    ] = None,
     target: Annotated[
-        float | None, typer.Option(min=0.001, max=0.999, help="The accuracy X of epochs-to-X, fixed beforehand.")
+        float | None,
+        typer.Option(min=0.001, max=8, help="The accuracy, or bits per byte, X of epochs-to-X, fixed beforehand."),
     ] = None,
     eval_every: Annotated[
         int | None, typer.Option(min=1, help="Epochs between measurements; default: some twenty in all.")
@@ -123,6 +135,9 @@ def train_compare(
         str | None, typer.Option(help="Choose each arm's rate from these, e.g. 5e-4,1e-3,2e-3, on a tuning split.")
     ] = None,
     tune_seeds: Annotated[int, typer.Option(min=1, max=9999, help="Seeds of --tune-lr, used for nothing else.")] = 2,
+    freeze_filters: Annotated[
+        bool, typer.Option("--freeze-filters", help="Depthwise filters get no update, in any arm.")
+    ] = False,
     device: Annotated[DeviceChoice, typer.Option()] = DeviceChoice.auto,
     stack: Annotated[
         int | None, typer.Option(min=1, help="Models trained as one; default: 1 on a CPU, the fastest on CUDA.")
@@ -141,7 +156,7 @@ def train_compare(
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
     from attnlens.cli.training import run_train_compare
-    from attnlens.training.comparison import Options
+    from attnlens.training.settling import Options
 
     run_train_compare(
         Options(
@@ -160,11 +175,13 @@ def train_compare(
             augment=None if augment is None else augment.value,
             patch_size=patch_size,
             image_size=image_size,
+            context=context,
             train_images=train_images,
             test_images=test_images,
             target=target,
             eval_every=eval_every,
             tune_seeds=tune_seeds,
+            freeze_filters=freeze_filters,
             device=device.value,
             stack=stack,
             compiled=compiled,

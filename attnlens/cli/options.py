@@ -64,6 +64,14 @@ class ProductFold(StrEnum):
     effective = "effective"
 
 
+class ShrinkageChoice(StrEnum):
+    """Estimators of a covariance."""
+
+    ledoit_wolf = "ledoit-wolf"
+    oas = "oas"
+    none = "none"
+
+
 Figures = Annotated[
     Path | None, typer.Option("--figures", help="Folder for the figures; default: figures/<model>.", show_default=False)
 ]

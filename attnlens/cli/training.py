@@ -11,7 +11,8 @@ from pathlib import Path
 
 from attnlens.cli.console import note, write_stdout
 from attnlens.errors import UsageError
-from attnlens.training.comparison import Options, train_compare
+from attnlens.training.comparison import train_compare
+from attnlens.training.settling import Options
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
@@ -36,7 +37,7 @@ def run_train_compare(
         options = replace(options, contrasts=[_pair(text) for text in _words("--contrasts", contrasts)])
     if tune_lr is not None:
         options = replace(options, tune_lr=[_rate(text) for text in _words("--tune-lr", tune_lr)])
-    name = Path(options.dataset).name.split(".")[0] or "comparison"
+    name = Path(options.dataset.removeprefix("text:")).name.split(".")[0].replace("*", "") or "comparison"
     folder = output if output is not None else Path("comparisons") / name
     told = shlex.join(command)
     found = train_compare(

@@ -1,4 +1,4 @@
-"""Figures of an inspection: heatmaps of the circuits, their fit against depth, their spectra.
+"""Figures of an inspection: heatmaps of circuits and of filter covariances, their fits against depth, their spectra.
 
 Results in, `matplotlib.figure.Figure` out. pyplot is never imported and the caller's rc settings stay as they are.
 """
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import UsageError
 from attnlens.figures import style
+from attnlens.figures.filters import draw_filters
 from attnlens.figures.heatmaps import Shape, draw_heatmap
 from attnlens.figures.profiles import draw_profile
 from attnlens.figures.saving import save_figures
@@ -26,8 +27,9 @@ __all__ = ["draw_all", "save_figures"]
 
 
 def draw_all(inspection: Inspection, fold: Fold, size: int = 64) -> dict[str, Figure]:
-    """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra``.
+    """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
+    Where depthwise filters were, ``filter_covariance``, ``filter_profile`` and ``filter_spectra``.
     The heatmaps show the top-left ``size x size`` corner of every product under ``fold``, the spectra are of ``fold``
     too, and the profile compares all folds that were measured. Raises `UsageError` for a fold that was not measured or
     a size below 1.
@@ -37,12 +39,16 @@ def draw_all(inspection: Inspection, fold: Fold, size: int = 64) -> dict[str, Fi
     if size < 1:
         raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
     notes = _notes(inspection)
+    filters = draw_filters(inspection.filters, model=inspection.model) if inspection.filters.specs else {}
+    if not inspection.specs:
+        return filters
     with style.look():
         return {
             "qk_heatmap": _heatmap(inspection, "qk", fold, size, notes),
             "ov_heatmap": _heatmap(inspection, "ov", fold, size, notes),
             "depth_profile": draw_profile(inspection.stats, inspection.folds, model=inspection.model, notes=notes),
             "spectra": draw_spectra(inspection.spectra, fold, model=inspection.model, notes=notes),
+            **filters,
         }
 
 

@@ -42,10 +42,18 @@ class _Row(NamedTuple):
 
 
 def draw_fits(params: InitParams) -> dict[str, Figure]:
-    """Draw ``fit_profile``, ``realised_requested`` and ``tails`` of a parameter file, a colour a model."""
+    """Draw ``fit_profile``, ``realised_requested`` and ``tails`` of a parameter file, a colour a model.
+
+    Where it holds depthwise filters, also ``filter_fit`` of each model (numbered where there are several).
+    """
+    from attnlens.figures.filters import draw_filter_fits
+
+    filters = draw_filter_fits(params)
+    if not params.entries:
+        return filters
     missed = any(not entry.reachable for entry in params.entries)
     with style.look():
-        return {
+        return filters | {
             "fit_profile": _grid(
                 params,
                 f"Fit by depth: a point a head with its {params.level:.0%} interval, a line through the layers' means; "

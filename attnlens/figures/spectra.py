@@ -40,21 +40,29 @@ def draw_spectra(spectra: Mapping[tuple[int, Kind, Fold], Array], fold: Fold, *,
     figure = style.new_figure(total, bottom + 15 + style.text_height(notes, 7))
     heading.write(figure)
     style.add_text(figure, 20, bottom, notes, 7, color=style.FAINT)
-    colours = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.9, 256)))
-    depth = Normalize(layers[0], max(layers[-1], layers[0] + 1))
+    colours, depth = depth_colours(layers)
     for i, circuit in enumerate(circuits):
         axes = style.add_axes(figure, left + i * (width + gap), top, width, height)
         own = {layer: values for (layer, kind), values in chosen.items() if kind == circuit}
-        _lines(axes, own, colours, depth)
+        draw_lines(axes, own, colours, depth)
         axes.set_title(f"{TITLES[circuit]}: {style.CIRCUIT_WORDS[circuit]}", loc="left", pad=5)
         if i == 0:
             axes.set_ylabel("singular value")
     if len(layers) > 1:
-        _depth_bar(figure, style.add_axes(figure, bar, top, 18, height), ScalarMappable(depth, colours), layers)
+        depth_bar(figure, style.add_axes(figure, bar, top, 18, height), ScalarMappable(depth, colours), layers)
     return figure
 
 
-def _lines(axes: Axes, spectra: Mapping[int, Array], colours: ListedColormap, depth: Normalize) -> None:
+def depth_colours(layers: list[int]) -> tuple[ListedColormap, Normalize]:
+    """Return the colours of depth, early layers dark and late ones light, and their scale."""
+    colours = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+    return colours, Normalize(layers[0], max(layers[-1], layers[0] + 1))
+
+
+def draw_lines(
+    axes: Axes, spectra: Mapping[int, Array], colours: ListedColormap, depth: Normalize, of: str = "singular value"
+) -> None:
+    """Draw each layer's spectra ``[head, value]`` into axes, coloured by depth."""
     lines: list[tuple[int, int, Array]] = []
     largest = max(float(values.max()) for values in spectra.values()) or 1.0
     rank = max(values.shape[-1] for values in spectra.values())
@@ -77,10 +85,11 @@ def _lines(axes: Axes, spectra: Mapping[int, Array], colours: ListedColormap, de
     axes.set_xlim(1 - 0.02 * rank, rank * 1.02)
     step = style.label_step(range(1, rank + 1), rank / 8)
     axes.set_xticks([1, *range(step, rank + 1, step)] if step > 1 else range(1, rank + 1))
-    axes.set_xlabel("index of singular value")
+    axes.set_xlabel(f"index of {of}")
 
 
-def _depth_bar(figure: Figure, cax: Axes, colours: ScalarMappable, layers: list[int]) -> None:
+def depth_bar(figure: Figure, cax: Axes, colours: ScalarMappable, layers: list[int]) -> None:
+    """Draw the colour bar of depth."""
     bar = figure.colorbar(colours, cax=cax)
     bar.set_ticks(style.layer_ticks(layers, cax.get_window_extent().height, 26))
     bar.minorticks_off()

@@ -6,23 +6,26 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from attnlens.architecture import describe_module, suggest
+from attnlens.architecture import Architecture, describe_module, suggest
 from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.filters import FilterSpec, read_filters, write_filters
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.folding import folding_notes, gains, silent_roles, unfolded
 from attnlens.inits.meaning import layer_notes, whole_layer_reason
-from attnlens.inits.plan import Layer, Network, Plan, Rule, without_silent
+from attnlens.inits.plan import FilterLayer, FilterPlan, Layer, Network, Plan, Rule, without_silent
 from attnlens.inits.registry import find_initialiser
-from attnlens.inits.report import InitReport, ProductReport, Skipped, measure
+from attnlens.inits.report import FilterReport, InitReport, ProductReport, Skipped, measure, measure_filters
 from attnlens.inits.streams import Streams
 from attnlens.layouts import AttentionSpec, read_heads, write_heads
 from attnlens.layouts.interpret import Tensors
+from attnlens.params import relative_depth
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +35,13 @@ T = TypeVar("T")
 
 
 def init_(module: nn.Module, init: str = "mimetic", *, seed: int = 0, **options: Any) -> InitReport:
-    """Initialise the attention weights of a network in place and report what it has now.
+    """Initialise the attention weights, or the depthwise filters, of a network in place and report what it has now.
 
     Works on every layer whose layout can be written (a timm network, `torch.nn.MultiheadAttention`, ...); nothing
-    outside attention is touched. ``init`` and ``options``: see `attnlens.inits.initialisers` and docs/inits.md. Numbers
-    come from generators of this call's own on the CPU, one per layer and head: the same seed gives the same weights on
-    any device, and torch's global state is left alone.
+    outside attention and, for initialisers of filters, outside depthwise convolutions is touched. ``init`` and
+    ``options``: see `attnlens.inits.initialisers` and docs/inits.md. Numbers come from generators of this call's own on
+    the CPU, one per layer and head: the same seed gives the same weights on any device, and torch's global state is
+    left alone.
 
     Raises `UsageError` for a name or option that is not known, `UnsupportedAttentionError` where nothing can be
     initialised, `UnusableScaleError` where an effective product cannot be reached. Layers are written one after the
@@ -46,24 +50,26 @@ def init_(module: nn.Module, init: str = "mimetic", *, seed: int = 0, **options:
     chosen = find_initialiser(init)
     architecture = describe_module(module)
     tensors = ModuleWeights(module)
-    _check_storage(tensors, architecture.specs)
+    _check_storage(tensors, architecture)
     network = Network(architecture, tensors, Streams(seed), lambda: module)
     rule = chosen.rule(network, options)
-    layers = architecture.indexed()
-    results = run_each([partial(_initialise, rule, network, index, spec) for index, spec in layers], tensors, layers)
-    skipped = [Skipped(architecture.order.index(r.path), r.path, "", r.reason) for r in architecture.refused]
-    skipped += [item for result in results for item in result.skipped]
-    products = tuple(row for result in results for row in result.products)
+    layers = planned_layers(rule, network, init)
+    jobs: list[Callable[[], _Result]] = [partial(_initialise, rule, network, *place) for place in layers.attention]
+    jobs += [partial(_initialise_filters, rule, network, *place) for place in layers.filters]
+    results = run_each(jobs, tensors, layers.specs())
+    skipped = [*layers.refused, *(item for result in results for item in result.skipped)]
     if not any(result.written for result in results):
         raise UnsupportedAttentionError(
             f"nothing in {architecture.name} was initialised: {skipped[0].name} {skipped[0].reason}"
         )
     notes: dict[str, tuple[int, ...]] = {}
-    for (index, _), result in zip(layers, results, strict=True):
+    for (index, _), result in zip((*layers.attention, *layers.filters), results, strict=True):
         for note in result.notes:
             notes[note] = (*notes.get(note, ()), index)
     settled = {**{k: v for k, v in chosen.options.items() if k in options or _plain(v)}, **options}
-    return InitReport(init, seed, settled, rule.fold, products, tuple(skipped), notes)
+    products = tuple(row for result in results for row in result.products)
+    filters = tuple(row for result in results for row in result.filters)
+    return InitReport(init, seed, settled, rule.fold, products, tuple(skipped), notes, filters)
 
 
 def create_model(
@@ -107,29 +113,88 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class PlannedLayers:
+    """The layers a rule plans, each with its index among those of its kind, and the refused ones of these kinds."""
+
+    attention: tuple[tuple[int, AttentionSpec], ...]
+    filters: tuple[tuple[int, FilterSpec], ...]
+    refused: tuple[Skipped, ...]
+
+    def specs(self) -> list[AttentionSpec | FilterSpec]:
+        """Return every layer's spec."""
+        return [*(spec for _, spec in self.attention), *(spec for _, spec in self.filters)]
+
+
+def planned_layers(rule: Rule, network: Network, init: str) -> PlannedLayers:
+    """Return the layers a rule plans; raises `UnsupportedAttentionError` where the network has none of their kind."""
+    architecture = network.architecture
+    attention = architecture.indexed() if rule.plan else ()
+    filters = tuple(enumerate(architecture.filters)) if rule.filters else ()
+    order = [*architecture.order, *(r.path for r in architecture.refused_filters)]
+    refusals = [*(architecture.refused if rule.plan else ()), *(architecture.refused_filters if rule.filters else ())]
+    refused = tuple(Skipped(order.index(r.path), r.path, "", r.reason) for r in refusals)
+    if not attention and not filters and not refused:
+        kinds = " or ".join(
+            word for word, plans in (("attention", rule.plan), ("depthwise convolution", rule.filters)) if plans
+        )
+        raise UnsupportedAttentionError(
+            f"initialiser {init!r} is for {kinds}, and {architecture.name} has none that is known"
+        )
+    return PlannedLayers(attention, filters, refused)
+
+
 class _Result(NamedTuple):
     written: bool
-    products: list[ProductReport]
     skipped: list[Skipped]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    products: tuple[ProductReport, ...] = ()
+    filters: tuple[FilterReport, ...] = ()
+
+
+def _initialise_filters(rule: Rule, network: Network, index: int, spec: FilterSpec) -> _Result:
+    """Plan a layer of depthwise filters, write it, and measure what the network holds then."""
+    assert rule.filters is not None
+    layer = make_filter_layer(network, index, spec)
+    plan = rule.filters(layer)
+    if plan.filters is None:
+        return _Result(False, [Skipped(index, spec.path, "filters", plan.skipped)])
+    write_filters(spec, plan.filters, network.tensors, planned_bias(spec, plan))  # type: ignore[arg-type]
+    now = read_filters(spec, network.tensors)
+    notes = tuple(f"filters: {note}" for note in (*plan.notes, *([spec.label] if spec.label else [])))
+    return _Result(True, [], notes, filters=(measure_filters(layer, now, plan),))
+
+
+def make_filter_layer(network: Network, index: int, spec: FilterSpec) -> FilterLayer:
+    """Read a layer of depthwise filters as it is now."""
+    depth = relative_depth(index, len(network.architecture.filters))
+    return FilterLayer(index, spec, depth, read_filters(spec, network.tensors), network.streams)
+
+
+def planned_bias(spec: FilterSpec, plan: FilterPlan) -> Array | None:
+    """Return the bias a plan asks for, zero where it says nothing; None where the layer has none."""
+    if not spec.bias:
+        return None
+    return np.zeros(spec.filters) if plan.bias is None else plan.bias
 
 
 def _initialise(rule: Rule, network: Network, index: int, spec: AttentionSpec) -> _Result:
     """Plan a layer, write it, and measure what the network holds then."""
     reason = whole_layer_reason(spec)
     if reason:
-        return _Result(False, [], [Skipped(index, spec.path, "", reason)], ())
+        return _Result(False, [Skipped(index, spec.path, "", reason)])
+    assert rule.plan is not None
     layer = make_layer(network, index, spec)
     plan = without_silent(rule.plan(layer), silent_roles(spec, network.tensors))
     skipped = [Skipped(index, spec.path, circuit, reason) for circuit, reason in plan.skipped]
     roles = plan.weights()
     if not roles:
-        return _Result(False, [], skipped, plan.notes)
+        return _Result(False, skipped, plan.notes)
     by = gains(layer.weights, rule.fold)
     write_heads(spec, planned_heads(layer, plan, rule), network.tensors)  # type: ignore[arg-type]
     now = read_heads(spec, network.tensors, index)
     notes = (*plan.notes, *folding_notes(by, roles), *layer_notes(spec, roles))
-    return _Result(True, measure(layer, now, plan, rule.fold), skipped, notes)
+    return _Result(True, skipped, notes, products=tuple(measure(layer, now, plan, rule.fold)))
 
 
 def make_layer(network: Network, index: int, spec: AttentionSpec) -> Layer:
@@ -162,12 +227,12 @@ def _new_bias(planned: Array | None, stored: Array, gain: Any, role: str) -> Arr
     return planned * gain.inverse() if role == "o" and gain is not None else planned
 
 
-def run_each(jobs: Sequence[Callable[[], T]], tensors: Tensors, layers: Sequence[tuple[int, AttentionSpec]]) -> list[T]:
+def run_each(jobs: Sequence[Callable[[], T]], tensors: Tensors, specs: Sequence[AttentionSpec | FilterSpec]) -> list[T]:
     """Run a job for each layer: side by side on a CPU, with one thread of linear algebra each; in turn on a GPU."""
     import torch
 
     before = torch.get_num_threads()
-    if any(device_of(tensors, spec).type != "cpu" for _, spec in layers):
+    if any(device_of(tensors, spec).type != "cpu" for spec in specs):
         return [job() for job in jobs]
     torch.set_num_threads(1)
     try:
@@ -177,27 +242,27 @@ def run_each(jobs: Sequence[Callable[[], T]], tensors: Tensors, layers: Sequence
         torch.set_num_threads(before)
 
 
-def device_of(tensors: Tensors, spec: AttentionSpec) -> torch.device:
+def device_of(tensors: Tensors, spec: AttentionSpec | FilterSpec) -> torch.device:
     """Return the device a layer's weights are on; arrays of a file are on the CPU."""
     import torch
 
-    stored = tensors[spec.q.named(spec.q.tensor)[0]]
+    stored = tensors[spec.tensors()[0]]
     return stored.device if isinstance(stored, torch.Tensor) else torch.device("cpu")
 
 
-def _check_storage(tensors: ModuleWeights, specs: tuple[AttentionSpec, ...]) -> None:
+def _check_storage(tensors: ModuleWeights, architecture: Architecture) -> None:
     """Refuse weights that cannot be written in place: on the meta device, or stored in integers."""
-    for spec in specs:
-        for slot in spec.slots().values():
-            for name in slot.named(slot.tensor):
-                stored = tensors[name]
-                if stored.is_meta:
-                    raise UsageError(
-                        f"{name} is on the meta device and holds no numbers: materialise it first, as with "
-                        "module.to_empty(device='cpu') and its own initialisation"
-                    )
-                if not stored.is_floating_point():
-                    raise UsageError(f"{name} is stored as {stored.dtype}: initialise before quantising")
+    slots = [slot for spec in architecture.specs for slot in spec.slots().values()]
+    names = [name for slot in slots for name in slot.named(slot.tensor)]
+    for name in (*names, *(spec.tensor for spec in architecture.filters)):
+        stored = tensors[name]
+        if stored.is_meta:
+            raise UsageError(
+                f"{name} is on the meta device and holds no numbers: materialise it first, as with "
+                "module.to_empty(device='cpu') and its own initialisation"
+            )
+        if not stored.is_floating_point():
+            raise UsageError(f"{name} is stored as {stored.dtype}: initialise before quantising")
 
 
 def _plain(value: Any) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 
 from attnlens.errors import UsageError
 from attnlens.heads import Array
-from attnlens.inits.plan import Layer, Network, Plan, Rule
+from attnlens.inits.filters import turned
+from attnlens.inits.plan import FilterLayer, FilterPlan, Layer, Network, Plan, Rule
 from attnlens.inits.registry import find_initialiser, initialiser
 from attnlens.inits.truncation import haar
 
@@ -21,7 +22,8 @@ def norm_matched(network: Network, *, of: str = "mimetic", **options: Any) -> Ru
     Per head ``W_Q' = O_1 W_Q``, ``W_K' = O_2 W_K`` with O_1, O_2 independent and uniform among the orthogonal matrices,
     so W_QK' = O_1 W_QK O_2^T; per layer ``W_V' = O_3 W_V``, ``W_O' = W_O O_4``. The factors of ``of`` are those it
     has with the same seed: spectra, norms of weights, heads and units are equal to it exactly, and beta is zero up to
-    sampling. ``of`` names the initialisation, further options are its own. Biases: as ``of``.
+    sampling. Of depthwise filters each keeps its norm and gets a direction of its own, uniform on the sphere.
+    ``of`` names the initialisation, further options are its own. Biases: as ``of``.
     """
     inner = find_initialiser(of)
     if of == "norm-matched":
@@ -29,6 +31,7 @@ def norm_matched(network: Network, *, of: str = "mimetic", **options: Any) -> Ru
     rule = inner.rule(network, options)
 
     def plan(layer: Layer) -> Plan:
+        assert rule.plan is not None
         drawn = rule.plan(layer)
         turned = {name: getattr(drawn, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
         if drawn.W_Q is not None and drawn.W_K is not None:
@@ -39,7 +42,14 @@ def norm_matched(network: Network, *, of: str = "mimetic", **options: Any) -> Ru
             turned["W_O"] = _turned_together(layer, "ov_right", drawn.W_O.swapaxes(1, 2)).swapaxes(1, 2)
         return replace(drawn, **turned, total=None, requests=())
 
-    return Rule(plan, rule.fold, replays=rule.replays)
+    def filters(layer: FilterLayer) -> FilterPlan:
+        assert rule.filters is not None
+        drawn = rule.filters(layer)
+        if drawn.filters is None:
+            return drawn
+        return replace(drawn, filters=turned(layer, drawn.filters), covariance=np.eye(layer.spec.positions))
+
+    return Rule(rule.plan and plan, rule.fold, replays=rule.replays, filters=rule.filters and filters)
 
 
 def _turned(layer: Layer, purpose: str, head: int, weight: Array) -> Array:

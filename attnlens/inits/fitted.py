@@ -11,11 +11,15 @@ import numpy as np
 from attnlens.architecture import Architecture
 from attnlens.circuits import Fold
 from attnlens.errors import UsageError
+from attnlens.filters.spec import Kernel
 from attnlens.heads import Array
 from attnlens.inits.mimetic import merged
 from attnlens.inits.plan import ALL_HEADS, Layer, Network, Plan, Request, Rule
 from attnlens.inits.products import Columns, Noise, Pair, ov_reason, plan_ov, plan_ov_heads, plan_qk
 from attnlens.inits.registry import choose, initialiser
+
+Form = Literal["full", "parametric"]
+"""Of the covariance of depthwise filters: as it was measured, or the closed form fitted to it."""
 
 
 class _LayerRequest(Protocol):
@@ -39,6 +43,10 @@ class Params(Protocol):
 
     def requests(self, architecture: Architecture, /) -> tuple[Any, ...]:
         """Return one `LayerRequest` for each readable layer of an architecture."""
+        ...
+
+    def filter_covariance(self, depth: float, kernel: Kernel, form: Form, /) -> Array | None:
+        """Return the covariance to draw a layer's depthwise filters with; None where there is none."""
         ...
 
 

@@ -1,4 +1,7 @@
-"""What an initialiser is given and what it returns: one layer in, its new factors out, in the coordinates of a fold."""
+"""What an initialiser is given and what it returns: one layer in, its new weights out.
+
+Factors of an attention layer are in the coordinates of a fold; filters of a depthwise layer are as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from attnlens.architecture import Architecture
 from attnlens.circuits import Fold, Kind
+from attnlens.filters.spec import FilterSpec
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.streams import Streams
 from attnlens.layouts import AttentionSpec
@@ -113,10 +117,38 @@ def without_silent(plan: Plan, silent: Collection[str]) -> Plan:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """An initialiser with its options settled: what it will do to each layer."""
+class FilterLayer:
+    """One layer of depthwise filters to initialise: its place, and its filters as they are now."""
 
-    plan: Callable[[Layer], Plan]
+    index: int
+    spec: FilterSpec
+    depth: float
+    """Relative depth among the network's layers of filters: index / (number of them - 1)."""
+    filters: Array
+    """``[filter, height, width]``"""
+    streams: Streams
+
+
+@dataclass(frozen=True)
+class FilterPlan:
+    """A layer's new filters ``[filter, height, width]``; None leaves it as it is, and ``skipped`` says why.
+
+    ``covariance`` is the one they were drawn with, ``[position, position]`` of any scale, where there is one. Biases
+    become zero, unless ``bias`` says otherwise.
+    """
+
+    filters: Array | None = None
+    covariance: Array | None = None
+    bias: Array | None = None
+    skipped: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An initialiser with its options settled: what it will do to each layer of attention, of filters, or of both."""
+
+    plan: Callable[[Layer], Plan] | None = None
     fold: Fold = "raw"
     """Coordinates of the plan: ``effective`` products have norm gain and LayerScale folded in."""
     requests: Callable[[Layer], tuple[Request, ...]] | None = None
@@ -125,6 +157,8 @@ class Rule:
     """Whether the seed matters."""
     replays: bool = True
     """Whether the same seed gives the same plan wherever the network's weights came from."""
+    filters: Callable[[FilterLayer], FilterPlan] | None = None
+    """What it will do to layers of depthwise filters; ``plan`` is for attention. One of the two is there."""
 
 
-__all__ = ["ALL_HEADS", "Layer", "Network", "Plan", "Request", "Rule", "without_silent"]
+__all__ = ["ALL_HEADS", "FilterLayer", "FilterPlan", "Layer", "Network", "Plan", "Request", "Rule", "without_silent"]

@@ -13,7 +13,7 @@ from attnlens.errors import UsageError
 from attnlens.inits.plan import Network, Rule
 
 Make = Callable[..., Rule]
-_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teachers", "default")
+_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teachers", "filters", "default")
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from attnlens.circuits import Fold, Kind, qk_circuit
+from attnlens.filters.covariance import covariance_error, relative_distance, second_moment
 from attnlens.heads import Array, HeadWeights, expand_groups
 from attnlens.inits.folding import folded
-from attnlens.inits.plan import ALL_HEADS, Layer, Plan, Request
+from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Layer, Plan, Request
 from attnlens.inverse import Parameters, realised
 
 if TYPE_CHECKING:
@@ -45,6 +46,28 @@ class ProductReport:
 
 
 @dataclass(frozen=True)
+class FilterReport:
+    """One layer of depthwise filters as the network holds it now; NaN where no covariance was asked for.
+
+    ``rms`` is the root mean square of a weight, ``rms_before`` what it was. With S = F^T F / n of the n filters and
+    Sigma the requested covariance of the same trace, ``covariance_error`` is ||S - Sigma|| / ||Sigma||, and
+    ``expected_error`` its root mean square over draws, sqrt((tr(Sigma)^2 + tr(Sigma^2)) / n) / ||Sigma||.
+    ``relative_error`` is that of the filters against those drawn: what storing them in the network's dtype cost.
+    """
+
+    layer: int
+    name: str
+    filters: int
+    kernel: tuple[int, int]
+    rms_before: float
+    rms: float
+    effective_rank: float
+    covariance_error: float
+    expected_error: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A product, or with an empty ``circuit`` a whole layer, that was left as it was, and why."""
 
@@ -66,35 +89,57 @@ class InitReport:
     skipped: tuple[Skipped, ...] = ()
     notes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """What else a reader must know, with the layers it is true of."""
+    filters: tuple[FilterReport, ...] = ()
+    """Layers of depthwise filters, counted apart from those of attention."""
 
     @property
     def worst_error(self) -> float:
-        """Return the largest relative error of a product, NaN where none is known."""
-        known = [p.relative_error for p in self.products if not math.isnan(p.relative_error)]
-        return max(known, default=math.nan)
+        """Return the largest relative error of a product or of a layer's filters, NaN where none is known."""
+        errors = [*(p.relative_error for p in self.products), *(f.relative_error for f in self.filters)]
+        return max((error for error in errors if not math.isnan(error)), default=math.nan)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data; a number that is not known is null."""
         data = asdict(self)
         data["options"] = {name: describe_option(value) for name, value in self.options.items()}
         data["notes"] = {note: list(layers) for note, layers in self.notes.items()}
-        for row in data["products"]:
+        for row in (*data["products"], *data["filters"]):
             row.update({k: None for k, v in row.items() if isinstance(v, float) and math.isnan(v)})
         return data
 
     def __str__(self) -> str:
         """Say in a few lines what was done."""
-        lines = [f"{self.init}, seed {self.seed}, {self.fold} products"]
+        lines = [f"{self.init}, seed {self.seed}" + (f", {self.fold} products" if self.products else "")]
         for circuit, unit in (("qk", "heads"), ("ov", "layers")):
             rows = [p for p in self.products if p.circuit == circuit]
             if rows:
                 alpha, beta = (sum(getattr(p, name) for p in rows) / len(rows) for name in ("alpha", "beta"))
                 lines.append(f"{circuit.upper()}: mean alpha {alpha:.4f}, beta {beta:+.4f} over {len(rows)} {unit}")
+        if self.filters:
+            lines += self._filter_lines()
         if not math.isnan(self.worst_error):
-            lines.append(f"largest relative error of a product: {self.worst_error:.1e}")
+            lines.append(f"largest relative error of {self._what()}: {self.worst_error:.1e}")
         lines += [f"skipped {s.name} {s.circuit}: {s.reason}".replace("  ", " ") for s in self.skipped]
         lines += [f"{note} (layers {', '.join(map(str, layers))})" for note, layers in self.notes.items()]
         return "\n".join(lines)
+
+    def _filter_lines(self) -> list[str]:
+        count, layers = sum(row.filters for row in self.filters), len(self.filters)
+        found = [f"filters: {count} in {layers} layers, effective rank {_range(self.filters, 'effective_rank')}"]
+        if not math.isnan(self.filters[0].covariance_error):
+            errors = [row.covariance_error / row.expected_error for row in self.filters]
+            found.append(f"error of their covariance: {min(errors):.2f} to {max(errors):.2f} of what sampling makes")
+        return found
+
+    def _what(self) -> str:
+        return " or ".join(
+            word for word, rows in (("a product", self.products), ("a layer's filters", self.filters)) if rows
+        )
+
+
+def _range(rows: Sequence[FilterReport], name: str) -> str:
+    values = [getattr(row, name) for row in rows]
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def describe_option(value: Any) -> Any:
@@ -140,6 +185,28 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
             for head, found in enumerate(factored_parameters(values, outputs)):
                 rows.append(row("ov", head, found, math.nan))
     return rows
+
+
+def measure_filters(layer: FilterLayer, now: Array, plan: FilterPlan) -> FilterReport:
+    """Measure a layer's filters as the network holds them now."""
+    assert plan.filters is not None
+    own = second_moment(now)
+    error, expected = math.nan, math.nan
+    if plan.covariance is not None:
+        error, expected = covariance_error(own, plan.covariance, len(now))
+    trace = float(own.trace())
+    return FilterReport(
+        layer.index,
+        layer.spec.path,
+        len(now),
+        layer.spec.kernel,
+        rms_before=math.sqrt(float((layer.filters**2).mean())),
+        rms=math.sqrt(trace / len(own)),
+        effective_rank=trace**2 / float((own**2).sum()) if trace else math.nan,
+        covariance_error=error,
+        expected_error=expected,
+        relative_error=relative_distance(now, plan.filters),
+    )
 
 
 def expected_parameters(layer: Layer, request: Request) -> Parameters:

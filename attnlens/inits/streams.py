@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     import torch
 
 PURPOSES = ("qk", "ov", "columns", "qk_left", "qk_right", "ov_left", "ov_right", "padding")
-"""What is drawn; a new purpose goes to the end, or every seed changes its meaning."""
+"""What is drawn of attention layers. Their number and order settle what every seed means: none can be added."""
+FILTER_PURPOSES = ("filters", "directions")
+"""What is drawn of layers of depthwise filters, whose streams begin where those of 65,536 attention layers end."""
 _HEADS = 4096
+_HALF = 2**31
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Streams:
         import torch
 
         assert 0 <= head < _HEADS, "more heads than the streams are laid out for"
-        place = (layer * len(PURPOSES) + PURPOSES.index(purpose)) * _HEADS + head
+        half, known = (_HALF, FILTER_PURPOSES) if purpose in FILTER_PURPOSES else (0, PURPOSES)
+        place = half + (layer * len(known) + known.index(purpose)) * _HEADS + head
         start = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
         return torch.Generator().manual_seed((start + place) % 2**32)

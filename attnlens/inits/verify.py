@@ -14,8 +14,10 @@ import numpy as np
 
 from attnlens.circuits import FactoredProduct, Fold, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.filters import FilterSpec
 from attnlens.heads import Array, HeadWeights
-from attnlens.inits.apply import make_layer, planned_heads, run_each
+from attnlens.inits.apply import make_layer, planned_heads, planned_layers, run_each
+from attnlens.inits.checks import MATRIX_TOLERANCE, Check, stored_eps
 from attnlens.inits.folding import gains, scaled, silent_roles
 from attnlens.inits.meaning import whole_layer_reason
 from attnlens.inits.mistakes import (
@@ -36,6 +38,7 @@ from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import ProductReport, Skipped, describe_option, measure
 from attnlens.inits.saving import METADATA_KEY, params_record
 from attnlens.inits.streams import Streams
+from attnlens.inits.verify_filters import verify_filter_layer
 from attnlens.inverse import Parameters
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.interpret import Tensors
@@ -46,45 +49,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-MATRIX_TOLERANCE = 1e-5
-"""||M - A|| / ||A|| at which a product still is the requested one, in float32; narrower types get 4 of their eps."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One product, or with circuit ``bias`` a layer's attention biases, and what was found.
-
-    ``matrix_error`` is ||M - A|| / ||A|| (for biases the largest deviation), NaN where no draw is known to compare
-    with; then alpha and beta decide, within their tolerances of the expected ones. ``problem`` says what is wrong,
-    empty where nothing is; ``mistake`` is one of `MISTAKES` where it is one of them.
-    """
-
-    layer: int
-    name: str
-    circuit: str
-    head: int | str
-    requested_alpha: float = math.nan
-    requested_beta: float = math.nan
-    expected_alpha: float = math.nan
-    expected_beta: float = math.nan
-    alpha: float = math.nan
-    beta: float = math.nan
-    alpha_tolerance: float = math.nan
-    beta_tolerance: float = math.nan
-    matrix_error: float = math.nan
-    matrix_tolerance: float = math.nan
-    problem: str = ""
-    mistake: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problem
-
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a network's attention is, compared with what an initialiser makes of it."""
+    """What a network's attention or its depthwise filters are, compared with what an initialiser makes of them."""
 
     model: str
     init: str
@@ -132,12 +100,15 @@ def verify_init(
     seed: int | None = None,
     **options: Any,
 ) -> VerifyReport:
-    """Compare a network's attention, as it is, with what an initialiser makes; nothing is changed.
+    """Compare a network's attention or depthwise filters, as they are, with what an initialiser makes of them.
+
+    Nothing is changed.
 
     ``model`` and ``checkpoint``: as `attnlens.inspect` takes them. Without ``init``, the initialiser, seed and options
     are those `attnlens init` wrote into the file, else ``mimetic``. With a seed (or an initialiser that draws nothing)
     every product is compared as a whole matrix; without one by alpha, beta and the spread of its diagonal, within the
-    tolerances that `tolerance_at` and `spread_limits` state. Products that fail are matched with the known `MISTAKES`.
+    tolerances that `tolerance_at` and `spread_limits` state, filters by their covariance. Products that fail are
+    matched with the known `MISTAKES`.
 
     Raises what `open_model` and the initialiser raise, and `UsageError` where a file's record cannot be followed.
     """
@@ -148,11 +119,12 @@ def verify_init(
     network = Network(architecture, tensors, Streams(claim.seed or 0), _builder(model, opened))
     rule = chosen.rule(network, claim.options)
     whole = rule.replays and (claim.seed is not None or not rule.random)
-    layers = architecture.indexed()
-    found = run_each([partial(_verify_layer, rule, network, i, spec, whole) for i, spec in layers], tensors, layers)
+    layers = planned_layers(rule, network, claim.init)
+    jobs: list[Callable[[], _Found]] = [partial(_verify_layer, rule, network, *p, whole) for p in layers.attention]
+    jobs += [partial(_verify_filters, rule, network, *place, whole) for place in layers.filters]
+    found = run_each(jobs, tensors, layers.specs())
     checks = _with_repeated_layers([check for result in found for check in result.checks], found)
-    skipped = [Skipped(architecture.order.index(r.path), r.path, "", r.reason) for r in architecture.refused]
-    skipped += [item for result in found for item in result.skipped]
+    skipped = [*layers.refused, *(item for result in found for item in result.skipped)]
     if not checks:
         reason = f": {skipped[0].name} {skipped[0].reason}" if skipped else ""
         raise UnsupportedAttentionError(f"nothing in {opened.name} can be compared with {claim.init!r}{reason}")
@@ -210,13 +182,14 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
     reason = whole_layer_reason(spec)
     if reason:
         return _Found(index, [], [Skipped(index, spec.path, "", reason)])
+    assert rule.plan is not None
     layer = make_layer(network, index, spec)
     plan = without_silent(rule.plan(layer), silent_roles(spec, network.tensors))
     skipped = [Skipped(index, spec.path, circuit, why) for circuit, why in plan.skipped]
     if not plan.weights():
         return _Found(index, [], skipped)
     plan, cut = reachable(plan, layer.weights, rule.fold)
-    planned, eps = planned_heads(layer, plan, rule), stored_eps(spec, network.tensors)
+    planned, eps = planned_heads(layer, plan, rule), _coarsest(spec, network.tensors)
     rows = measure(layer, layer.weights, plan, rule.fold)
     known = not cut and not any(math.isnan(row.expected_alpha) for row in rows)
     twins = rows if known else measure(layer, planned, plan, rule.fold)
@@ -232,6 +205,11 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
     return _Found(index, [*_with_clones(checks, clones(product)), *biases], skipped, product.head(0))
 
 
+def _verify_filters(rule: Rule, network: Network, index: int, spec: FilterSpec, whole: bool) -> _Found:
+    checks, reason = verify_filter_layer(rule, network, index, spec, whole)
+    return _Found(index, checks, [Skipped(index, spec.path, "filters", reason)] if reason else [])
+
+
 def reachable(plan: Plan, weights: HeadWeights, fold: Fold) -> tuple[Plan, bool]:
     """Return what a network can have of a plan: zero where its gain cannot be divided by; and whether that cuts it."""
     by = gains(weights, fold)
@@ -242,18 +220,9 @@ def reachable(plan: Plan, weights: HeadWeights, fold: Fold) -> tuple[Plan, bool]
     return (replace(plan, **changes, total=None), True) if roles else (plan, False)
 
 
-def stored_eps(spec: AttentionSpec, tensors: Tensors) -> float:
+def _coarsest(spec: AttentionSpec, tensors: Tensors) -> float:
     """Return the relative rounding error of the coarsest type a layer's weights are stored in."""
-    import torch
-
-    def eps(stored: Any) -> float:
-        if isinstance(stored, torch.Tensor):
-            return float(torch.finfo(stored.dtype).eps)
-        import ml_dtypes
-
-        return float(ml_dtypes.finfo(stored.dtype).eps)
-
-    return max(eps(tensors[name]) for slot in spec.slots().values() for name in slot.named(slot.tensor))
+    return max(stored_eps(tensors[name]) for slot in spec.slots().values() for name in slot.named(slot.tensor))
 
 
 def _check(

@@ -97,7 +97,7 @@ def _read_weight(slot: Slot, tensors: Tensors) -> Array:
                 "name the architecture this file was made for"
             )
         flat = stored[rows.ravel()] if slot.axis == 0 else stored[:, rows.ravel()].T
-        parts.append(_float64(flat, name).reshape(*rows.shape, -1))
+        parts.append(widened(flat, name).reshape(*rows.shape, -1))
     weight = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if slot.batch_norm:
         gain, _ = _batch_norm(slot, tensors, whole=slot.axis == 1)
@@ -115,9 +115,9 @@ def _write_weight(slot: Slot, weight: Array, tensors: MutableMapping[str, Any]) 
         stored, flat = _matrix(tensors, name), weight[own].reshape(-1, weight.shape[-1])
         place = index[own].ravel()
         if slot.axis == 0:
-            stored[place] = _like(stored, flat)
+            stored[place] = stored_as(stored, flat)
         else:
-            stored[:, place] = _like(stored, flat.T)
+            stored[:, place] = stored_as(stored, flat.T)
 
 
 def _own(slot: Slot, position: int) -> slice:
@@ -150,11 +150,11 @@ def _write_bias(slot: Slot, bias: Array, tensors: MutableMapping[str, Any], whol
             name, offset, bias = f"{slot.batch_norm}.bias", slot.batch_norm_offset, bias + mean * gain
     assert name is not None
     if whole:
-        tensors[name][:] = _like(tensors[name], bias)
+        tensors[name][:] = stored_as(tensors[name], bias)
         return
     for position, own_name in enumerate(slot.named(name)):
         own = _own(slot, position)
-        tensors[own_name][_indices(slot, offset)[own]] = _like(tensors[own_name], bias[own])
+        tensors[own_name][_indices(slot, offset)[own]] = stored_as(tensors[own_name], bias[own])
 
 
 def _batch_norm(slot: Slot, tensors: Tensors, whole: bool) -> tuple[Array, Array]:
@@ -214,10 +214,10 @@ def _input_norm(norm: NormSpec | None, tensors: Tensors) -> InputNorm:
 
 
 def _vector(tensors: Tensors, name: str) -> Array:
-    return _float64(tensors[name], name).reshape(-1)
+    return widened(tensors[name], name).reshape(-1)
 
 
-def _float64(stored: Any, name: str) -> Array:
+def widened(stored: Any, name: str) -> Array:
     """Widen a numpy array or torch tensor to float64 and refuse NaN and Inf."""
     if not isinstance(stored, np.ndarray):
         stored = stored.detach().cpu().double().numpy()
@@ -231,7 +231,7 @@ def _float64(stored: Any, name: str) -> Array:
     return values
 
 
-def _like(stored: Any, values: Array) -> Any:
+def stored_as(stored: Any, values: Array) -> Any:
     """Convert float64 values to the type, dtype and device of a stored array."""
     if isinstance(stored, np.ndarray):
         return values.astype(stored.dtype)

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from attnlens.figures import style
+from attnlens.figures.filters import draw_filter_fits, draw_filter_profile
 from attnlens.figures.fits import draw_fits
 from attnlens.figures.profiles import draw_profile
 from attnlens.inspection import Inspection
@@ -27,6 +28,17 @@ _PARAM_HEAD = (
 )
 
 
+_FILTER_HEAD = {
+    "effective_rank": "effective rank",
+    "effective_rank_null": "of chance",
+    "relative_s": "s ÷ side²",
+    "isotropic_share": "isotropic share",
+    "cosine": "cosine",
+    "explained": "explained",
+    "verdict": "verdict",
+}
+
+
 class _Column(NamedTuple):
     """A column of an inspection's table; ``total``: of the layer's summed product, not of its heads."""
 
@@ -38,7 +50,32 @@ class _Column(NamedTuple):
 
 
 def inspection_html(inspection: Inspection) -> str:
-    """Return an HTML fragment: per layer the mean QK fit and the summed OV fit, a column a fold, and the profiles."""
+    """Return an HTML fragment of what was read: attention, depthwise filters, or one after the other."""
+    parts = [_attention_html(inspection)] if inspection.specs else []
+    return "\n".join([*parts, *([_filters_html(inspection)] if inspection.filters.specs else [])])
+
+
+def _filters_html(inspection: Inspection) -> str:
+    """Return a fragment with a row of statistics a layer of filters, and their profiles."""
+    filters = inspection.filters
+    with style.look():
+        picture = _png(draw_filter_profile(filters.stats, model=inspection.model))
+    return _fragment(
+        title=f"{inspection.model}: covariance of depthwise filters, {len(filters.specs)} of {filters.depth} layers",
+        note="chance: filters of the same norms in random directions; explained: share beyond isotropy",
+        head=["layer", "filters", "kernel", *_FILTER_HEAD.values()],
+        rows=[
+            [str(row["layer"]), str(row["filters"]), f"{row['height']} × {row['width']}"]
+            + [row[name] if isinstance(row[name], str) else shown(row[name]) for name in _FILTER_HEAD]
+            for row in filters.stats.json_rows()
+        ],
+        picture=picture,
+        about=[("provenance", json.dumps(inspection.provenance))],
+    )
+
+
+def _attention_html(inspection: Inspection) -> str:
+    """Return a fragment: per layer the mean QK fit and the summed OV fit, a column a fold, and the profiles."""
     columns = [
         _Column(f"{label} {symbol} {fold}", circuit, label != "QK", fold, name)
         for label, circuit in (("QK", "qk"), ("OV sum", "ov"))
@@ -63,7 +100,37 @@ def inspection_html(inspection: Inspection) -> str:
 
 
 def params_html(params: InitParams) -> str:
-    """Return an HTML fragment: per model and layer the fit, its verdicts and the request, and the fits by depth."""
+    """Return an HTML fragment of what was fitted: attention, depthwise filters, or one after the other."""
+    parts = [_attention_params_html(params)] if params.entries else []
+    return "\n".join([*parts, *([_filter_params_html(params)] if params.filters else [])])
+
+
+def _filter_params_html(params: InitParams) -> str:
+    """Return a fragment: per model and layer the closed form's fit and the shrinkage, and the first model's figure."""
+    taken = ("relative_s", "isotropic_share", "cosine", "explained")
+    names = {"shrinkage": "shrinkage", **{_FILTER_HEAD[name]: name for name in taken}}
+    with style.look():
+        picture = _png(next(iter(draw_filter_fits(params).values())))
+    return _fragment(
+        title=f"{' and '.join(source.model for source in params.sources)}: covariance of depthwise filters",
+        note="shrinkage: of the covariance towards equal variances; explained: share beyond isotropy",
+        head=["model", "layer", "filters", "kernel", *names, "verdict"],
+        rows=[
+            [
+                *(params.sources[entry.source].model, str(entry.layer), str(entry.filters)),
+                "{} × {}".format(*entry.kernel),
+                *(shown(getattr(entry, name)) for name in names.values()),
+                entry.verdict,
+            ]
+            for entry in params.filters
+        ],
+        picture=picture,
+        about=[("created", json.dumps(params.created))],
+    )
+
+
+def _attention_params_html(params: InitParams) -> str:
+    """Return a fragment: per model and layer the fit, its verdicts and the request, and the fits by depth."""
     with style.look():
         picture = _png(draw_fits(params)["fit_profile"])
     return _fragment(

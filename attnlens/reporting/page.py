@@ -20,7 +20,7 @@ from attnlens.circuits import Fold
 from attnlens.comparing import Comparison, compare_inspections
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.fitting import fit_params
-from attnlens.inspection import Inspection, Progress, inspect
+from attnlens.inspection import Inspection, Progress, inspect, need_attention
 from attnlens.params import Entry
 from attnlens.reporting.matrices import CODES, corner_size, draw_data
 from attnlens.reporting.training import read_training
@@ -62,10 +62,10 @@ def build_report(
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    inspection = inspect(model, checkpoint, num_heads=num_heads, **reach)
+    inspection = need_attention(inspect(model, checkpoint, num_heads=num_heads, **reach), "the report")
     fold = _common_fold(inspection)
     entries, unjudged = _judgements(model, checkpoint=checkpoint, num_heads=num_heads, fold=fold, **reach)
-    others = [inspect(other, **reach) for other in compare]
+    others = [need_attention(inspect(other, **reach), "the report") for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
     data = {

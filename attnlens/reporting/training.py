@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from attnlens.errors import AttnlensError
 
@@ -44,10 +44,24 @@ class Mean(_Part):
 
 
 class Arm(_Part):
-    """What the summary says of an arm."""
+    """What the summary says of an arm, by the metric its comparison has."""
 
-    accuracy: Mean
+    accuracy: Mean | None = None
+    bits_per_byte: Mean | None = None
     lr: float | None = None
+
+    @model_validator(mode="after")
+    def _is_measured(self) -> Arm:
+        if self.accuracy is None and self.bits_per_byte is None:
+            raise ValueError("neither accuracy nor bits_per_byte is given")
+        return self
+
+    @property
+    def value(self) -> Mean:
+        """The metric's mean."""
+        found = self.accuracy or self.bits_per_byte
+        assert found is not None
+        return found
 
 
 class Contrast(_Part):
@@ -65,6 +79,7 @@ class Summary(_Part):
 
     complete: bool
     screening: bool
+    metric: str = "accuracy"
     arms: dict[str, Arm]
     contrasts: list[Contrast]
     devices: list[str] = []

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.inits.registry import initialisers
+from attnlens.errors import UnsupportedAttentionError
 from attnlens.layouts import read_heads
-from attnlens.training.config import Shape
-from attnlens.training.network import DRAWING, POSITIONS, build_network
+from attnlens.training.families import build
+from attnlens.training.network import DRAWING, POSITIONS
+from attnlens.training.scratch import Scratch
+from attnlens.training.shapes import AnyShape, Shape
+from attnlens.training.starts import PRETRAINED, start_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from attnlens.params import InitParams
 
 DEFAULT_ARMS = ("default", "mimetic", "fitted", "pretrained", "norm-matched", "norm-matched-mimetic")
-PRETRAINED = "pretrained"
-BASELINE = "default"
 CONTROLS = {"fitted": "norm-matched", "mimetic": "norm-matched-mimetic"}
 """The arm with another's singular values and random singular vectors."""
 
@@ -75,6 +75,23 @@ class Source:
         depth = len(opened.architecture.order)
         return cls(model, checkpoint, opened, found_params, embed_dim, depth, num_heads, ratio)
 
+    @property
+    def name(self) -> str:
+        """Name of the model, as reports call it."""
+        return self.opened.name
+
+    def record(self) -> dict[str, Any]:
+        """Return what a configuration says about it."""
+        return {"model": self.name, "sha256": self.opened.provenance().get("sha256")}
+
+    def fitted(self) -> tuple[str, dict[str, Any]]:
+        """Return the initialiser, with its options, that draws what was fitted."""
+        return "fitted", {"params": self.params}
+
+    def scale(self) -> dict[str, Any]:
+        """Return the options of `norm-matched`: whose scale the control keeps."""
+        return {"of": "fitted", "params": self.params}
+
     def params_sha256(self, model: nn.Module) -> str:
         """Return the hash of the requests the fitted arm draws this network with."""
         found = hashlib.sha256()
@@ -84,51 +101,25 @@ class Source:
         return found.hexdigest()
 
 
-def initialisation(arm: str, source: Source) -> tuple[str, dict[str, Any]] | None:
-    """Return an arm's initialiser and options; None where attention stays as timm draws it (`BASELINE`, `PRETRAINED`).
+def initial_state(arm: str, seed: int, shape: AnyShape, source: Source | Scratch) -> dict[str, Tensor]:
+    """Return the weights and buffers an arm starts from: those of its network under ``seed``, initialised.
 
-    Any initialiser of `attnlens.inits` that needs no option is an arm under its own name. Raises `UsageError`.
-    """
-    named: dict[str, tuple[str, dict[str, Any]] | None] = {
-        BASELINE: None,
-        PRETRAINED: None,
-        "fitted": ("fitted", {"params": source.params}),
-        "norm-matched": ("norm-matched", {"of": "fitted", "params": source.params}),
-        "norm-matched-mimetic": ("norm-matched", {"of": "mimetic"}),
-        "pretrained-attention": ("transfer-attention", {"teacher": source.model, "checkpoint": source.checkpoint}),
-    }
-    if arm in named:
-        return named[arm]
-    known = initialisers()
-    bare = [name for name, one in known.items() if not any(_needed(value) for value in one.options.values())]
-    if arm not in bare:
-        raise UsageError(
-            f"--arms names {arm}, which is no arm: choose from {', '.join(dict.fromkeys([*named, *bare]))}"
-        )
-    return arm, {}
-
-
-def _needed(value: Any) -> bool:
-    import inspect
-
-    return value is inspect.Parameter.empty
-
-
-def initial_state(arm: str, seed: int, shape: Shape, source: Source) -> dict[str, Tensor]:
-    """Return the weights an arm starts from: those of `build_network` under ``seed``, its attention initialised.
-
-    Only attention weights differ between arms of a seed, except in `PRETRAINED`, whose classifier alone is fresh.
+    Arms of one architecture and seed differ in what their initialiser writes alone, except `PRETRAINED`, whose
+    classifier alone is fresh.
     """
     from attnlens.inits import init_
 
-    chosen = initialisation(arm, source)
+    start = start_of(arm, source)
     with DRAWING:
-        model = build_network(shape, seed)
-        if chosen is not None:
-            name, options = chosen
-            init_(model, name, seed=seed, **options)
+        model = build(shape, seed, start.wiring)
+        if start.init is not None:
+            init_(model, start.init, seed=seed, **start.options)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return state | source_weights(source, shape, state) if arm == PRETRAINED else state
+    if arm == PRETRAINED:
+        assert isinstance(source, Source)
+        assert isinstance(shape, Shape)
+        state |= source_weights(source, shape, state)
+    return state
 
 
 def source_weights(source: Source, shape: Shape, like: dict[str, Tensor]) -> dict[str, Tensor]:

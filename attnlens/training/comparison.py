@@ -1,4 +1,4 @@
-"""`train_compare`: one call from a data set and a pre-trained model to a report."""
+"""`train_compare`: one call from a data set and a model to a report."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING
 from attnlens.errors import AttnlensError, UsageError
 from attnlens.files import write_text_atomic
 from attnlens.provenance import run_provenance
-from attnlens.training.arms import BASELINE, CONTROLS, DEFAULT_ARMS, PRETRAINED, Source, initial_state, initialisation
-from attnlens.training.config import AUGMENTATIONS, Augmentation, Config, Recipe, Run, Shape, check_config
+from attnlens.training.arms import Source
+from attnlens.training.config import Config, Run
 from attnlens.training.control import Control, Reason
-from attnlens.training.datasets import Images, load_dataset
+from attnlens.training.datasets import Images
 from attnlens.training.display import Display
-from attnlens.training.engine import Resident
-from attnlens.training.network import build_network
-from attnlens.training.presets import chosen, eval_every, preset_of
+from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.report import LrTable, render_report
+from attnlens.training.resident import resident
 from attnlens.training.results import Summary, results_lines, summarise
-from attnlens.training.running import Session, run_units, units_of
+from attnlens.training.running import Session, run_units
+from attnlens.training.scratch import Scratch
+from attnlens.training.settling import Options, find_source, load_data, settle
 from attnlens.training.spread import Spread, spread
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure
+from attnlens.training.text import Text
 
 if TYPE_CHECKING:
     import torch
@@ -42,38 +44,6 @@ class Comparison:
     summary: Summary
     report: str
     stopped: Reason
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a comparison may be told; None takes the data set's preset (`presets`) or what the source model gives."""
-
-    dataset: str = "digits"
-    data_dir: Path | None = None
-    model: str | None = None
-    checkpoint: Path | None = None
-    params: Path | None = None
-    arms: Sequence[str] = DEFAULT_ARMS
-    contrasts: Sequence[tuple[str, str]] | None = None
-    seeds: int = 6
-    data_seed: int = 0
-    init_seed: int = 0
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float = 0.05
-    augment: Augmentation | None = None
-    patch_size: int | None = None
-    image_size: int | None = None
-    train_images: int | None = None
-    test_images: int | None = None
-    target: float | None = None
-    eval_every: int | None = None
-    tune_lr: Sequence[float] = ()
-    tune_seeds: int = 2
-    device: str = "auto"
-    stack: int | None = None
-    compiled: bool | None = None
 
 
 def train_compare(
@@ -92,7 +62,8 @@ def train_compare(
     """Train every arm with every seed under the same conditions, and write what the runs allow to say to ``output``.
 
     Writes ``config.json``, ``params.json``, ``runs/``, ``results.jsonl``, ``summary.json``, ``summary.csv``,
-    ``report.md``, ``curves.png``, ``structure.png`` and, with ``save_weights``, ``weights/``. Stops cleanly after
+    ``report.md``, ``curves.png``, ``structure.png`` and, with ``save_weights``, ``weights/``; no ``params.json`` where
+    nothing was fitted, and no ``structure.png`` for networks without attention. Stops cleanly after
     ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with ``resume`` goes on. Under torchrun the runs
     are spread over its processes; on a CPU ``workers`` threads train a run each. Neither changes a number.
 
@@ -102,13 +73,12 @@ def train_compare(
     control = Control(time_budget)
     with spread() as place:
         device = _device(options.device, place)
-        images = load_dataset(
-            options.dataset, data_dir=options.data_dir, image_size=options.image_size, cache=cache
-        ).limited(options.train_images, options.test_images)
-        source = Source.of(options.model, options.checkpoint, options.params)
-        config = _agreed(_config(options, images, source, device, output, resume), place)
+        data = load_data(options, cache)
+        source = find_source(options)
+        config, data = settle(options, data, source, device, output, resume=resume)
+        config = _agreed(config, place)
         store = _store(output, config, place, resume=resume)
-        if place.leads:
+        if place.leads and source.params is not None:
             source.params.save(output / "params.json")
         provenance = {
             "versions": run_provenance()["versions"],
@@ -116,12 +86,11 @@ def train_compare(
             "command": command,
         }
 
-        def session(data: Images) -> Session:
+        def session(data: Images | Text) -> Session:
             return Session(
                 config,
                 source,
-                Resident(data, device),
-                len(data.train),
+                resident(data, config, device),
                 device,
                 store,
                 control,
@@ -140,12 +109,12 @@ def train_compare(
                 for arm in config.arms
                 for lr in config.lr_grid
             ]
-            done = _phase(session(images.tuning()), runs, place, workers, done, "tuning", quiet)
+            done = _phase(session(data.tuning()), runs, place, workers, done, "tuning", quiet)
             tuning = lr_table(config, runs, done)
-            lrs |= best_lrs(tuning)
+            lrs |= best_lrs(tuning, config.metric)
         runs = [Run(arm, seed, lrs[arm]) for seed in range(config.seeds) for arm in config.arms]
         if not control.stopping():
-            done = _phase(session(images), runs, place, workers, done, config.dataset, quiet)
+            done = _phase(session(data), runs, place, workers, done, config.dataset, quiet)
         summary = summarise(config, {run.name: done[run.name] for run in runs if run.name in done})
         report = render_report(summary, tuning)
         if place.leads:
@@ -162,9 +131,9 @@ def _phase(
     display = Display(session.config, len(runs), sum(run.name in done for run in runs), title=title)
     for run in runs:
         if run.name in done:
-            display.already(run.arm, run.seed, done[run.name][-1].get("accuracy"))
+            display.already(run.arm, run.seed, session.config.metric.of(done[run.name][-1]))
     session.listen = display.listen
-    units = place.share(units_of(runs, session.config.stack))
+    units = place.share(session.units(runs))
     waiting = [unit for unit in units if not all(run.name in done for run in unit)]
     threads = workers or (torch.get_num_threads() if session.device.type == "cpu" else 1)
     with display.shown() if place.leads and not quiet else nullcontext():
@@ -202,123 +171,48 @@ def _store(output: Path, config: Config, place: Spread, *, resume: bool) -> Stor
     return Store.open(output, config, resume=stored_config(output) is not None)
 
 
-def _config(
-    options: Options, images: Images, source: Source, device: torch.device, output: Path, resume: bool
-) -> Config:
-    """Settle every choice. Raises `UsageError` for what does not go together."""
-    channels, image_size = images.train.shape[1], images.train.shape[-1]
-    preset = preset_of(options.dataset, image_size)
-    given = {name: getattr(options, name) for name in preset._fields}
-    settled = chosen(preset, given)
-    if settled["augment"] not in AUGMENTATIONS:
-        raise UsageError(f"--augment {settled['augment']} is not known: choose from {', '.join(AUGMENTATIONS)}")
-    arms = list(dict.fromkeys(options.arms))
-    for arm in arms:
-        initialisation(arm, source)
-    declared = options.contrasts if options.contrasts is not None else default_contrasts(arms)
-    mean, std = images.moments()
-    shape = Shape(
-        image_size=image_size,
-        patch_size=settled["patch_size"],
-        channels=channels,
-        classes=len(images.classes),
-        embed_dim=source.embed_dim,
-        depth=source.depth,
-        num_heads=source.num_heads,
-        mlp_ratio=source.mlp_ratio,
-    )
-    cuda = device.type == "cuda"
-    config = Config(
-        dataset=images.name,
-        data_sha256=images.sha256(),
-        train_images=len(images.train),
-        test_images=len(images.test),
-        mean=mean,
-        std=std,
-        source={"model": source.opened.name, "sha256": source.opened.provenance().get("sha256")},
-        params_sha256="",
-        shape=shape,
-        recipe=Recipe(
-            epochs=settled["epochs"],
-            batch_size=settled["batch_size"],
-            lr=settled["lr"],
-            weight_decay=options.weight_decay,
-            augment=settled["augment"],
-        ),
-        arms=arms,
-        contrasts=list(declared),
-        seeds=options.seeds,
-        data_seed=options.data_seed,
-        init_seed=options.init_seed,
-        target=settled["target"],
-        eval_every=options.eval_every or eval_every(settled["epochs"], len(images.train), len(images.test)),
-        lr_grid=sorted(set(options.tune_lr)),
-        tune_seeds=options.tune_seeds,
-        device="cuda" if cuda else "cpu",
-        precision="bfloat16" if cuda else "float32",
-        compiled=cuda if options.compiled is None else options.compiled,
-        stack=options.stack or 1,
-    )
-    check_config(config)
-    for arm in (PRETRAINED, "pretrained-attention"):
-        if arm in arms:
-            initial_state(arm, 0, shape, source)  # a source that does not fit should fail now, not in an hour
-    config = config.model_copy(update={"params_sha256": source.params_sha256(build_network(shape, 0))})
-    if options.stack is None and cuda:
-        stored = (stored_config(output) or {}).get("stack") if resume else None
-        from attnlens.training.probing import fastest_stack
-
-        config = config.model_copy(update={"stack": stored or fastest_stack(config, device)})
-    return config
-
-
 def _agreed(config: Config, place: Spread) -> Config:
     """Take the stack size the leading process measured: a timing must not set processes apart."""
     return config.model_copy(update={"stack": place.gather(config.stack)[0]})
 
 
-def default_contrasts(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """Return each arm against the default, and what has a control of its own scale against that."""
-    found = [(arm, BASELINE) for arm in arms if arm != BASELINE and BASELINE in arms]
-    found += [(arm, control) for arm, control in CONTROLS.items() if arm in arms and control in arms]
-    if "mimetic" in arms and "norm-matched" in arms and CONTROLS["mimetic"] not in arms:
-        found.append(("mimetic", "norm-matched"))
-    return found
-
-
 def lr_table(config: Config, runs: Sequence[Run], done: Mapping[str, Sequence[Record]]) -> LrTable:
-    """Return the mean accuracy on the tuning split by arm and rate, of rates whose every seed finished."""
+    """Return the metric's mean on the tuning split by arm and rate, of rates whose every seed finished."""
     table: dict[str, dict[float, float]] = {arm: {} for arm in config.arms}
     for arm in config.arms:
         for lr in config.lr_grid:
             ends = [done[run.name][-1] for run in runs if (run.arm, run.lr) == (arm, lr) and run.name in done]
             if len(ends) == config.tune_seeds and all(end["status"] == "finished" for end in ends):
-                table[arm][lr] = fmean(end["accuracy"] for end in ends)
+                table[arm][lr] = fmean(end[config.metric.field] for end in ends)
     return table
 
 
-def best_lrs(table: LrTable) -> dict[str, float]:
+def best_lrs(table: LrTable, metric: Metric = ACCURACY) -> dict[str, float]:
     """Return each arm's best rate; the smaller one of equals. An arm whose every rate diverged keeps the recipe's."""
-    return {arm: max(sorted(row), key=lambda lr: row[lr]) for arm, row in table.items() if row}
+    return {arm: max(sorted(row), key=lambda lr: metric.worst_first(row[lr])) for arm, row in table.items() if row}
 
 
 def _write(
-    output: Path, config: Config, summary: Summary, report: str, done: Mapping[str, Sequence[Record]], source: Source
+    output: Path,
+    config: Config,
+    summary: Summary,
+    report: str,
+    done: Mapping[str, Sequence[Record]],
+    source: Source | Scratch,
 ) -> None:
     """Write every result file, each whole or not at all."""
     import json
 
     from attnlens.figures import save_figures
-    from attnlens.figures.training import draw_curves, draw_structure
+    from attnlens.figures.training import draw_curves, draw_structure, has_structure
 
     write_text_atomic(output / "results.jsonl", results_lines(config, done))
     write_text_atomic(output / "summary.json", json.dumps(summary.to_json(), indent=1) + "\n")
     write_text_atomic(output / "summary.csv", summary.to_csv())
     write_text_atomic(output / "report.md", report)
-    figures = {
-        "curves": draw_curves(summary),
-        "structure": draw_structure(summary, source_structure(source), source.opened.name),
-    }
+    figures = {"curves": draw_curves(summary)}
+    if has_structure(summary):
+        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
     save_figures(figures, output)
 
 

@@ -6,9 +6,12 @@ import hashlib
 import json
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from attnlens.errors import UsageError
+from attnlens.training.metrics import ACCURACY, BITS_PER_BYTE, Metric
+from attnlens.training.shapes import AnyShape, GptShape, Part
+from attnlens.training.shapes import Shape as Shape  # noqa: PLC0414  # part of what a configuration is
 
 Augmentation = Literal["none", "shift", "flip-shift", "flip-randaugment"]
 AUGMENTATIONS: dict[str, str] = {
@@ -23,48 +26,7 @@ TUNING_SEEDS = 10_000
 """Learning rates are chosen with seeds from here on; a comparison's own seeds lie below, so they never meet."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Shape(_Part):
-    """Sizes of the plain ViT that every arm trains."""
-
-    image_size: int = Field(ge=1)
-    patch_size: int = Field(ge=1)
-    channels: int = Field(ge=1)
-    classes: int = Field(ge=2)
-    embed_dim: int = Field(ge=4)
-    depth: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    mlp_ratio: float = Field(gt=0)
-
-    @property
-    def tokens(self) -> int:
-        """Number of patches."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def training_flops(self) -> float:
-        """Return the floating-point operations of one training image, forward and backward, matrix products only.
-
-        ``depth T (3 (8 + 4 r) d^2 + 14 T d)``: linear layers three times, attention 3.5 times its forward pass, as a
-        fused backward pass forms the scores again; r is the MLP's ratio, T the number of tokens.
-        """
-        d, linear = self.embed_dim, 3 * (8 + 4 * self.mlp_ratio)
-        return self.depth * self.tokens * (linear * d**2 + 14 * self.tokens * d)
-
-    @property
-    def training_bytes(self) -> float:
-        """Return the bytes of memory traffic of one training image in bfloat16, derived and not measured.
-
-        106 reads or writes of a token's d channels in each layer: what lies behind the byte bound of 24,000 images/s
-        at 3.0 TB/s for width 192, depth 12 and 256 tokens, when nothing but element-wise chains is fused.
-        """
-        return 106 * 2 * self.depth * self.tokens * self.embed_dim
-
-
-class Recipe(_Part):
+class Recipe(Part):
     """How every arm is trained: AdamW, linear warm-up, cosine to ``min_lr``, gradient norm clipped per model."""
 
     epochs: int = Field(ge=1)
@@ -77,25 +39,38 @@ class Recipe(_Part):
     augment: Augmentation = "none"
 
 
-class Config(_Part):
+class TextData(Part):
+    """What a text is besides its windows: ``train_images`` windows an epoch and ``test_images`` of the test part."""
+
+    files: int = Field(ge=1)
+    train_bytes: int = Field(ge=1)
+    test_bytes: int = Field(ge=1)
+    split: str
+
+
+_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}}
+"""Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
+
+
+class Config(Part):
     """Everything a comparison's numbers depend on. What only moves work about (workers, budget, folder) is not here."""
 
     dataset: str
     data_sha256: str
-    train_images: int = Field(ge=1)
-    test_images: int = Field(ge=1)
+    train_images: int = Field(ge=1, description="of an epoch; of a text: windows")
+    test_images: int = Field(ge=1, description="of a text: windows")
     mean: list[float]
     std: list[float]
     source: dict[str, Any] = Field(description="the pre-trained model: name, hash")
     params_sha256: str = Field(description="of the requests that the fitted arm draws with")
-    shape: Shape
+    shape: AnyShape
     recipe: Recipe
     arms: list[str] = Field(min_length=1)
     contrasts: list[tuple[str, str]]
     seeds: int = Field(ge=1, lt=TUNING_SEEDS)
     data_seed: int = Field(ge=0)
     init_seed: int = Field(ge=0)
-    target: float = Field(gt=0, lt=1, description="the accuracy X of epochs-to-X")
+    target: float = Field(gt=0, description="the X of epochs-to-X: an accuracy, or bits per byte")
     eval_every: int = Field(ge=1)
     lr_grid: list[float] = Field(description="empty: every arm trains with the recipe's lr")
     tune_seeds: int = Field(ge=1)
@@ -103,6 +78,14 @@ class Config(_Part):
     precision: Literal["float32", "bfloat16"]
     compiled: bool
     stack: int = Field(ge=1, description="models trained in one batched model")
+    text: TextData | None = None
+    freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
+    starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {name: value for name, value in data.items() if name not in _LATER or value != _LATER[name]}
 
     def sha256(self) -> str:
         """Return the hash of the whole configuration."""
@@ -128,6 +111,16 @@ class Config(_Part):
         """Steps of an epoch."""
         return self.train_images // self.recipe.batch_size
 
+    @property
+    def metric(self) -> Metric:
+        """What runs are compared by."""
+        return BITS_PER_BYTE if isinstance(self.shape, GptShape) else ACCURACY
+
+    @property
+    def items(self) -> str:
+        """What a batch is made of, in words."""
+        return "windows" if isinstance(self.shape, GptShape) else "images"
+
 
 class Run(NamedTuple):
     """One model to train: an arm, the number of its seed pair, and a learning rate; ``tuning`` runs choose the last."""
@@ -143,23 +136,29 @@ class Run(NamedTuple):
         return f"tune-{self.arm}-{self.lr:g}-{self.seed}" if self.tuning else f"{self.arm}-{self.seed}"
 
 
-def check_config(config: Config) -> None:
+def check_shape(shape: AnyShape, dataset: str) -> None:
     """Refuse sizes that do not go together. Raises `UsageError`."""
-    shape, recipe = config.shape, config.recipe
-    if shape.image_size % shape.patch_size:
+    if not isinstance(shape, GptShape) and shape.image_size % shape.patch_size:
         raise UsageError(
-            f"--patch-size {shape.patch_size} does not divide the images of {config.dataset}, "
-            f"{shape.image_size} pixels wide"
+            f"--patch-size {shape.patch_size} does not divide the images of {dataset}, {shape.image_size} pixels wide"
         )
-    if shape.embed_dim % shape.num_heads or shape.embed_dim % 4:
+    if isinstance(shape, Shape) and (shape.embed_dim % shape.num_heads or shape.embed_dim % 4):
         raise UsageError(
             f"width {shape.embed_dim} with {shape.num_heads} heads: sin-cos positions need a multiple of 4, "
             "and heads must divide it. Name another --model"
         )
+
+
+def check_config(config: Config) -> None:
+    """Refuse what does not go together. Raises `UsageError`."""
+    check_shape(config.shape, config.dataset)
+    recipe = config.recipe
+    if config.metric.share and config.target >= 1:
+        raise UsageError(f"--target {config.target:g} is no accuracy: pass a share between 0 and 1")
     if recipe.batch_size > config.train_images:
         raise UsageError(
-            f"--batch-size {recipe.batch_size} is more than the {config.train_images} training images: pass at most "
-            "that many"
+            f"--batch-size {recipe.batch_size} is more than the {config.train_images} training {config.items}: pass at "
+            "most that many"
         )
     for pair in config.contrasts:
         for arm in pair:

@@ -21,7 +21,7 @@ _RECENT = 20
 
 
 class Display:
-    """Arms, epoch, accuracy so far, images/s and time left. `listen` is called by every worker."""
+    """Arms, epoch, the metric so far, images/s and time left. `listen` is called by every worker."""
 
     def __init__(self, config: Config, total_runs: int, done: int, *, title: str) -> None:
         self.config, self.title = config, title
@@ -67,11 +67,12 @@ class Display:
                 self.accuracy[run.arm].pop(run.seed, None)
                 told = f"diverged in epoch {lines[-1]['epoch']}"
             else:
-                told = f"accuracy {100 * lines[-1]['accuracy']:.1f}%"
+                metric = self.config.metric
+                told = f"{metric.title.removeprefix('test ')} {metric.value(lines[-1][metric.field])}"
             if self._live is None:
                 left = f", {_clock(self.time_left())} left" if self.time_left() else ""
                 line = f"{self.title}: {run.name} {told} ({sum(self.ended.values())} of {sum(self.total.values())}"
-                sys.stderr.write(f"{line}, {self.rate():.0f} images/s{left})\n")
+                sys.stderr.write(f"{line}, {self.rate():.0f} {self.config.items}/s{left})\n")
 
     def rate(self) -> float:
         """Return images trained a second, over all workers, lately."""
@@ -88,25 +89,25 @@ class Display:
         from rich import box
         from rich.table import Table
 
-        left = self.time_left()
+        left, name = self.time_left(), self.config.metric.title.removeprefix("test ")
         table = Table(
             title=self.title,
-            caption=f"{self.rate():.0f} images/s, {_clock(left)} left; accuracy is on the test images, mean of the "
-            "runs so far",
+            caption=f"{self.rate():.0f} {self.config.items}/s, {_clock(left)} left; {name} is on the test "
+            f"{self.config.items}, mean of the runs so far",
             box=box.SIMPLE_HEAD,
             title_justify="left",
             caption_justify="left",
         )
-        for name in ("arm", "runs", "epoch", "accuracy", ""):
-            table.add_column(name, justify="left" if name in ("arm", "") else "right", no_wrap=True)
+        for title in ("arm", "runs", "epoch", name, ""):
+            table.add_column(title, justify="left" if title in ("arm", "") else "right", no_wrap=True)
         for arm in self.config.arms:
-            now = sorted({epoch for (name, _), epoch in self.epoch.items() if name == arm})
+            now = sorted({epoch for (one, _), epoch in self.epoch.items() if one == arm})
             accuracy = self.accuracy[arm].values()
             table.add_row(
                 arm,
                 f"{self.ended[arm]}/{self.total[arm]}",
                 f"{'-'.join(dict.fromkeys((str(now[0]), str(now[-1]))))}/{self.config.recipe.epochs}" if now else "",
-                f"{100 * fmean(accuracy):.1f}%" if accuracy else "",
+                self.config.metric.value(fmean(accuracy)) if accuracy else "",
                 self.state[arm],
             )
         return table

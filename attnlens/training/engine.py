@@ -2,7 +2,9 @@
 
 All trained weights of a stack lie in one buffer ``[model, value]``, weight matrices first. The batched network reads
 views of it, gradients are gathered into a second buffer of the same layout, and AdamW sees two vectors a model: what
-decays and what does not. Clipping is then one norm a row, and a model's numbers never meet another's.
+decays and what does not. Clipping is then one norm a row, and a model's numbers never meet another's. What is not
+trained (fixed positions, frozen filters, running statistics) lies beside it, one tensor a name. How the networks of a
+stack are run is their family's (`families`).
 """
 
 from __future__ import annotations
@@ -11,32 +13,45 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnlens.training.config import Config
-from attnlens.training.network import POSITIONS, build_network, forward, patches_of
+from attnlens.training.families import PLAIN, Wiring, build, family_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from attnlens.training.datasets import Images
-
 State = Mapping[str, "Tensor"]
 
 
 class Stack:
-    """``models`` networks of one shape on one device, trained side by side.
+    """``models`` networks of one shape and wiring on one device, trained side by side.
 
     `load` puts weights in place and starts the optimizer and the schedule anew: one stack, compiled once, serves any
     number of runs. Nothing in `step` waits for the device. ``mode`` is that of `torch.compile`.
     """
 
-    def __init__(self, config: Config, models: int, device: torch.device, *, mode: str = "default") -> None:
+    def __init__(
+        self,
+        config: Config,
+        models: int,
+        device: torch.device,
+        *,
+        wiring: Wiring = PLAIN,
+        mode: str = "default",
+    ) -> None:
         import torch
         from timm.optim import param_groups_weight_decay
 
         self.config, self.models, self.device = config, models, device
-        template = build_network(config.shape, 0)
+        template = build(config.shape, 0, wiring)
+        if config.freeze_filters:
+            from attnlens.filters import filter_parameters
+
+            for name in filter_parameters(template):
+                template.get_parameter(name).requires_grad_(False)
         sizes = {name: parameter.shape for name, parameter in template.named_parameters()}
-        groups = param_groups_weight_decay(template, weight_decay=1.0)
+        # rewired attention's gains a head, shaped to broadcast, are vectors like those timm leaves out of weight decay
+        gains = [name for name in sizes if name.endswith((".attn.a", ".attn.b", ".attn.c"))]
+        groups = param_groups_weight_decay(template, weight_decay=1.0, no_weight_decay_list=gains)
         names = {id(parameter): name for name, parameter in template.named_parameters()}
         order = [
             [names[id(parameter)] for parameter in group["params"] if parameter.requires_grad]
@@ -47,14 +62,18 @@ class Stack:
         self.decayed = sum(sizes[name].numel() for name in order[0])
         self.buffer = torch.zeros(models, width, device=device)
         self.gradient = torch.zeros_like(self.buffer)
-        self.weights: dict[str, Tensor] = {POSITIONS: torch.zeros(models, *sizes[POSITIONS][1:], device=device)}
+        self.fixed = {
+            name: value.detach().to(device).expand(models, *value.shape).clone()
+            for name, value in template.state_dict().items()
+            if name not in self.trained
+        }
+        self.weights: dict[str, Tensor] = dict(self.fixed)
         start = 0
         for name in self.trained:
             stop = start + sizes[name].numel()
             self.weights[name] = self.buffer[:, start:stop].unflatten(1, sizes[name]).requires_grad_()
             start = stop
-        self.mean = torch.tensor(config.mean, device=device)
-        self.std = torch.tensor(config.std, device=device)
+        self.forward = family_of(config.shape).forward(template, wiring, config, models, device)
         self.loss_sum = torch.zeros(models, device=device)
         self._losses: Any = torch.compile(self._losses_of, mode=mode) if config.compiled else self._losses_of
         self.updates = 0
@@ -90,7 +109,7 @@ class Stack:
         self.updates = 0
 
     def step(self, images: Tensor, labels: Tensor, where: Tensor) -> None:
-        """Train every model on its batch: ``images [set, image, channel, y, x]`` uint8, ``where [model]`` its set."""
+        """Train every model on its batch: ``images [set, item, ...]`` uint8, ``where [model]`` its set."""
         import torch
 
         with self._precision():
@@ -108,14 +127,9 @@ class Stack:
         """Return the mean cross-entropy of every model, ``[model]``."""
         from torch.nn.functional import cross_entropy
 
-        logits = self._logits(weights, images, where)
-        flat = cross_entropy(logits.flatten(0, 1), labels[where].flatten(), reduction="none")
+        logits = self.forward(weights, images, where, training=True)
+        flat = cross_entropy(logits.flatten(0, -2), labels[where].flatten().long(), reduction="none")
         return flat.view(self.models, -1).mean(1)
-
-    def _logits(self, weights: State, images: Tensor, where: Tensor) -> Tensor:
-        patches = patches_of(images, self.mean, self.std, self.config.shape.patch_size)[where]
-        # on a CPU forming the scores is faster: 1034 against 811 images/s at 16 tokens, width 96, two threads
-        return forward(weights, patches, self.config.shape, fused=self.device.type != "cpu")
 
     def _precision(self) -> torch.autocast:
         """Return the context that runs matrix products in bfloat16 where the configuration says so."""
@@ -124,7 +138,7 @@ class Stack:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def evaluate(self, images: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
-        """Return accuracy and mean loss of every model on the same images."""
+        """Return accuracy and mean loss of every model on the same items, each of whose targets counts alike."""
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -133,12 +147,13 @@ class Stack:
         size = max(1, 2 * self.config.recipe.batch_size)
         with torch.inference_mode(), self._precision():
             for start in range(0, len(labels), size):
-                answer = labels[start : start + size]
-                logits = self._logits(self.weights, images[None, start : start + size], where)
+                answer = labels[start : start + size].flatten().long()
+                found = self.forward(self.weights, images[None, start : start + size], where, training=False)
+                logits = found.flatten(1, -2)
                 correct += (logits.argmax(-1) == answer).sum(1)
                 expected = answer.expand(self.models, -1).flatten()
                 loss += cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(self.models, -1).sum(1)
-        return (correct.double() / len(labels)).tolist(), (loss.double() / len(labels)).tolist()
+        return (correct.double() / labels.numel()).tolist(), (loss.double() / labels.numel()).tolist()
 
     def take_losses(self, steps: int) -> list[float]:
         """Return every model's mean training loss since the last call; waits for the device."""
@@ -147,15 +162,14 @@ class Stack:
         return found
 
     def state(self, model: int) -> dict[str, Tensor]:
-        """Return a copy of one model's weights on the CPU, as timm's network of the same shape holds them."""
-        found = {name: stacked.detach()[model].cpu().clone() for name, stacked in self.weights.items()}
-        return found | {POSITIONS: found[POSITIONS][None]}
+        """Return a copy of one model's weights and buffers on the CPU, under the names its module has."""
+        return {name: stacked.detach()[model].cpu().clone() for name, stacked in self.weights.items()}
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything a resumed stack needs to go on as if it had never stopped."""
         return {
             "buffer": self.buffer.detach().cpu(),
-            "positions": self.weights[POSITIONS].cpu(),
+            "fixed": {name: value.cpu() for name, value in self.fixed.items()},
             "optimizer": self.optimizer.state_dict(),
             "loss_sum": self.loss_sum.cpu(),
             "updates": self.updates,
@@ -167,19 +181,9 @@ class Stack:
 
         with torch.no_grad():
             self.buffer.detach().copy_(snapshot["buffer"])
-            self.weights[POSITIONS].copy_(snapshot["positions"])
+            # without it the checkpoint is one of a plain ViT, whose positions `load` has put in place
+            for name, value in snapshot.get("fixed", {}).items():
+                self.fixed[name].copy_(value)
         self.optimizer.load_state_dict(snapshot["optimizer"])
         self.loss_sum.copy_(snapshot["loss_sum"])
         self.updates = snapshot["updates"]
-
-
-class Resident:
-    """A data set on the device, as uint8."""
-
-    def __init__(self, images: Images, device: torch.device) -> None:
-        import torch
-
-        parts = (images.train, images.train_labels, images.test, images.test_labels)
-        self.train, self.train_labels, self.test, self.test_labels = (
-            torch.from_numpy(part).to(device) for part in parts
-        )

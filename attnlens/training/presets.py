@@ -19,6 +19,20 @@ class Preset(NamedTuple):
     target: float
 
 
+class TextPreset(NamedTuple):
+    """Defaults of a text: ``train_images`` are the windows an epoch draws, ``target`` is in bits per byte."""
+
+    context: int
+    epochs: int
+    batch_size: int
+    lr: float
+    target: float
+    train_images: int
+    test_images: int | None
+
+
+TEXT = TextPreset(128, 20, 16, 1e-3, 3.0, 1600, None)
+
 PRESETS = {
     "digits": Preset(2, 12, 50, 1e-3, "none", 0.6),
     "cifar10": Preset(4, 100, 512, 1e-3, "flip-randaugment", 0.8),
@@ -42,6 +56,6 @@ def eval_every(epochs: int, train_images: int, test_images: int) -> int:
     return max(1, epochs // 20, math.ceil(10 * test_images / (3 * train_images)))
 
 
-def chosen(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+def chosen(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the preset's values with those that were given in their place."""
-    return preset._asdict() | {name: value for name, value in given.items() if value is not None}
+    return preset | {name: value for name, value in given.items() if value is not None}

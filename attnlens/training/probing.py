@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attnlens.training.config import Config
 from attnlens.training.engine import Stack
-from attnlens.training.network import build_network
+from attnlens.training.families import build, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,15 +16,16 @@ _WARM, _TIMED = 3, 10
 
 
 def stack_rate(config: Config, models: int, device: torch.device) -> float:
-    """Return images/s, summed over a stack's models, of a few training steps on random images; 0 when out of memory."""
+    """Return items/s, summed over a stack's models, of a few training steps on random data; 0 when out of memory.
+
+    The network is the family's own, whatever arms are wired otherwise.
+    """
     import torch
 
     shape, batch = config.shape, config.recipe.batch_size
-    state = dict(build_network(shape, 0).state_dict())
-    generator = torch.Generator().manual_seed(0)
-    size = (1, batch, shape.channels, shape.image_size, shape.image_size)
-    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).to(device)
-    labels = torch.randint(0, shape.classes, (1, batch), generator=generator).to(device)
+    state = dict(build(shape, 0).state_dict())
+    random = family_of(shape).example(batch, torch.Generator().manual_seed(0))
+    images, labels = (part[None].to(device) for part in random)
     where = torch.zeros(models, dtype=torch.long, device=device)
     try:
         stack = Stack(config, models, device)

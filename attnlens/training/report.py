@@ -3,70 +3,87 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
-from attnlens.training.config import AUGMENTATIONS
+from attnlens.training.arms import CONTROLS
+from attnlens.training.config import AUGMENTATIONS, Config
+from attnlens.training.families import family_of
+from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.results import Summary
+from attnlens.training.shapes import ConvMixerShape, GptShape, Shape
+from attnlens.training.starts import BASELINE, PRETRAINED
 from attnlens.training.statistics import LEVEL, SCREENING_BELOW, Contrast, EpochsTo, GapClosed, Mean
 
 _ALPHA = 1 - LEVEL
 LrTable = Mapping[str, Mapping[float, float]]
-"""Mean accuracy on the tuning split by arm and learning rate."""
+"""Mean of the metric on the tuning split by arm and learning rate."""
 
 
 def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
     """Return the report's text."""
+    config, metric = summary.config, summary.config.metric
     parts = [
-        f"# {summary.config.dataset}: {', '.join(summary.config.arms)}",
+        f"# {config.dataset}: {', '.join(config.arms)}{_frozen(config)}",
         _state(summary),
         "## What the intervals allow to say",
         "\n".join(f"- {line}" for line in conclusions(summary)),
-        "## Test accuracy at the last epoch",
-        _accuracies(summary),
+        f"## {metric.title.capitalize()} at the last epoch",
+        _values(summary),
         "## Declared contrasts",
         _contrasts(summary),
     ]
     if summary.gaps:
         parts += ["## Share of the gap to the pre-trained model closed", _gaps(summary.gaps)]
-    parts += [f"## Epochs to {_percent(summary.config.target)}", _epochs(summary.epochs, summary.config.eval_every)]
+    parts += [f"## Epochs to {metric.value(config.target)}", _epochs(summary.epochs, config.eval_every)]
     if tuning:
-        parts += ["## Learning rates, chosen on the tuning split", _tuning(tuning, summary.lrs)]
+        parts += ["## Learning rates, chosen on the tuning split", _tuning(tuning, summary.lrs, config)]
     parts += ["## Conditions", _conditions(summary), "## Limits", _limits(summary)]
     return "\n\n".join(parts) + "\n"
 
 
 def conclusions(summary: Summary) -> list[str]:
     """Return a sentence a contrast, in words its interval allows."""
-    return [conclusion(contrast, len(summary.contrasts)) for contrast in summary.contrasts] or [
-        "No contrast was declared."
-    ]
+    config = summary.config
+    return [
+        conclusion(contrast, len(summary.contrasts), config.metric, _role(contrast, config))
+        for contrast in summary.contrasts
+    ] or ["No contrast was declared."]
 
 
-def conclusion(contrast: Contrast, family: int) -> str:
+def conclusion(contrast: Contrast, family: int, metric: Metric = ACCURACY, role: str = "") -> str:
     """Say what one contrast shows: a difference, a hint, or nothing with what the interval still allows."""
     one, n = contrast.difference, contrast.difference.n
     names = f"**{contrast.arm}** against **{contrast.other}**"
     if n < 2:
         return f"{names}: {n} pair{'s' * (n != 1)} of finished runs, too few for an interval. Nothing can be said."
-    prefix = f"{names}{_role(contrast)}: " + (f"screening only, n = {n}. " if n < SCREENING_BELOW else "")
-    interval = f"{_points(one.mean)} points, {LEVEL:.0%} interval {_points(one.low)} to {_points(one.high)}"
+    prefix = f"{names}{role}: " + (f"screening only, n = {n}. " if n < SCREENING_BELOW else "")
+    shown = metric.difference
+    interval = f"{shown(one.mean)} {metric.unit}, {LEVEL:.0%} interval {shown(one.low)} to {shown(one.high)}"
     tail = f" (n = {n}, Holm-corrected p {_equals(contrast.t_holm)}, sign-flip p {_equals(contrast.sign_flip_p)})"
     if one.low <= 0 <= one.high:
         return f"{prefix}no difference was shown: {interval}{tail}."
-    word = "more" if one.mean > 0 else "less"
+    word = metric.better if metric.favours(one.mean) else metric.worse
     if contrast.t_holm < _ALPHA:
-        return f"{prefix}{contrast.arm} was {word} accurate: {interval}{tail}."
+        return f"{prefix}{contrast.arm} was {word}: {interval}{tail}."
     return (
-        f"{prefix}the interval points to {contrast.arm} being {word} accurate, {interval}, but this does not survive "
+        f"{prefix}the interval points to {contrast.arm} being {word}, {interval}, but this does not survive "
         f"the correction over {family} contrasts{tail}."
     )
 
 
-def _role(contrast: Contrast) -> str:
-    if CONTROLS.get(contrast.arm) == contrast.other:
+def _role(contrast: Contrast, config: Config) -> str:
+    matched = config.starts.get(contrast.other, "").startswith(f"norm-matched of={contrast.arm}")
+    if isinstance(config.shape, Shape):
+        matched = CONTROLS.get(contrast.arm) == contrast.other
+    if matched and isinstance(config.shape, ConvMixerShape):
+        return " (same norm of every filter, random directions: what the covariance adds to the scale)"
+    if matched:
         return " (same singular values, random directions: what the structure adds to the scale)"
     return ""
+
+
+def _frozen(config: Config) -> str:
+    return ", depthwise filters frozen" if config.freeze_filters else ""
 
 
 def _state(summary: Summary) -> str:
@@ -88,28 +105,31 @@ def _state(summary: Summary) -> str:
     return "\n\n".join(parts)
 
 
-def _accuracies(summary: Summary) -> str:
+def _values(summary: Summary) -> str:
+    metric = summary.config.metric
     rows = [
         [
             arm,
             str(mean.n),
-            _percent(mean.mean),
-            _number(100 * mean.sd),
-            _interval(mean, _percent),
-            ", ".join(f"{100 * value:.1f}" for _, value in sorted(summary.finished[arm].items())),
+            metric.value(mean.mean),
+            metric.number(mean.sd),
+            _interval(mean, metric.value),
+            ", ".join(metric.number(value) for _, value in sorted(summary.finished[arm].items())),
         ]
         for arm, mean in summary.means.items()
     ]
-    return _table(["arm", "n", "mean", "sd", f"{LEVEL:.0%} interval", "by seed"], rows)
+    table = _table(["arm", "n", "mean", "sd", f"{LEVEL:.0%} interval", "by seed"], rows)
+    return f"{table}\n\nLower is better." if metric.lower_is_better else table
 
 
 def _contrasts(summary: Summary) -> str:
+    metric = summary.config.metric
     rows = [
         [
             f"{one.arm} - {one.other}",
             str(one.difference.n),
-            _points(one.difference.mean),
-            _interval(one.difference, _points),
+            metric.difference(one.difference.mean),
+            _interval(one.difference, metric.difference),
             _p(one.t_p),
             _p(one.t_holm),
             _p(one.sign_flip_p),
@@ -117,8 +137,10 @@ def _contrasts(summary: Summary) -> str:
         ]
         for one in summary.contrasts
     ]
-    head = ["contrast", "n", "points", f"{LEVEL:.0%} interval", "p", "Holm", "sign-flip p", "Holm"]
-    return f"{_table(head, rows)}\n\nPaired by seed; t intervals, not corrected. Holm over the {len(rows)} contrasts."
+    head = ["contrast", "n", metric.unit, f"{LEVEL:.0%} interval", "p", "Holm", "sign-flip p", "Holm"]
+    sign = " A negative difference speaks for the first arm." if metric.lower_is_better else ""
+    told = f"Paired by seed; t intervals, not corrected. Holm over the {len(rows)} contrasts.{sign}"
+    return f"{_table(head, rows)}\n\n{told}"
 
 
 def _gaps(gaps: Sequence[GapClosed]) -> str:
@@ -148,38 +170,36 @@ def _epochs(found: Sequence[EpochsTo], every: int) -> str:
     )
 
 
-def _tuning(tuning: LrTable, chosen: Mapping[str, float]) -> str:
+def _tuning(tuning: LrTable, chosen: Mapping[str, float], config: Config) -> str:
     grid = sorted({lr for row in tuning.values() for lr in row})
     rows = [
-        [arm, *(_percent(row[lr]) if lr in row else "diverged" for lr in grid), f"{chosen[arm]:g}"]
+        [arm, *(config.metric.value(row[lr]) if lr in row else "diverged" for lr in grid), f"{chosen[arm]:g}"]
         for arm, row in tuning.items()
         if arm in chosen
     ]
     return (
         f"{_table(['arm', *(f'{lr:g}' for lr in grid), 'chosen'], rows)}\n\n"
-        "Accuracy on a tenth of the training images, held out for this, with seeds that are used for nothing else."
+        f"{config.metric.title.removeprefix('test ').capitalize()} on a tenth of the training "
+        f"{'text' if config.text else 'images'}, held out for this, with seeds that are used for nothing else."
     )
 
 
 def _conditions(summary: Summary) -> str:
-    config, recipe, shape = summary.config, summary.config.recipe, summary.config.shape
-    images = config.steps * recipe.batch_size * recipe.epochs
-    source = ", ".join(f"{key} {value}" for key, value in config.source.items())
+    config, recipe = summary.config, summary.config.recipe
+    source = ", ".join(f"{key} {value}" for key, value in config.source.items() if value is not None)
+    if not isinstance(config.shape, Shape):
+        source = f"none ({source}): every arm starts from drawn weights"
     decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
     lr = "chosen per arm" if config.lr_grid else f"{recipe.lr:g}"
-    sizes = (
-        f"width {shape.embed_dim}, depth {shape.depth}, {shape.num_heads} heads, patch {shape.patch_size} of "
-        f"{shape.image_size} px, {shape.tokens} tokens"
-    )
     warmup = f"linear warm-up over {recipe.warmup:.0%} of the steps, cosine to {recipe.min_lr:g}"
     rows = [
-        ["data", f"{config.dataset}: {config.train_images} training and {config.test_images} test images"],
+        ["data", _data(config)],
         ["data sha256", config.data_sha256],
-        ["network", f"plain ViT, {sizes}, average pooling, fixed 2-D sin-cos positions"],
+        ["network", f"{family_of(config.shape).describe()}{_frozen(config)}"],
         ["pre-trained source", source],
         ["training", f"AdamW, lr {lr}, {decay}, {warmup}, batch {recipe.batch_size}"],
         ["augmentation", AUGMENTATIONS[recipe.augment]],
-        ["epochs", f"{recipe.epochs}, of which {images / config.train_images:.2f} effective; the last one counts"],
+        ["epochs", f"{recipe.epochs}, of which {_effective(config):.2f} effective; the last one counts"],
         ["pairing", _pairing(summary)],
         ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],
         ["engine", f"{config.precision}, {'compiled' if config.compiled else 'eager'}, stacks of {config.stack}"],
@@ -189,7 +209,27 @@ def _conditions(summary: Summary) -> str:
         ["command", "; ".join(f"`{command}`" for command in summary.commands)],
         ["config sha256", config.sha256()],
     ]
+    rows[5:5] = [[f"arm {arm}", start] for arm, start in config.starts.items()]
     return _table(["", ""], rows)
+
+
+def _data(config: Config) -> str:
+    text = config.text
+    if text is None:
+        return f"{config.dataset}: {config.train_images} training and {config.test_images} test images"
+    return (
+        f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of {text.files} "
+        f"file{'s' * (text.files > 1)}, {text.split}; {config.train_images} windows an epoch, drawn with replacement, "
+        f"and {config.test_images} test windows side by side"
+    )
+
+
+def _effective(config: Config) -> float:
+    """Return how many times the training data was seen."""
+    items = config.steps * config.recipe.batch_size * config.recipe.epochs
+    if config.text is None or not isinstance(config.shape, GptShape):
+        return items / config.train_images
+    return items * config.shape.context / config.text.train_bytes
 
 
 def _pairing(summary: Summary) -> str:
@@ -202,11 +242,17 @@ def _pairing(summary: Summary) -> str:
 
 def _limits(summary: Summary) -> str:
     config = summary.config
+    covered = "the spread over seeds (order, augmentation, initial weights)"
     lines = [
         "One data set, one network size, one recipe, one horizon: another choice may order the arms differently.",
-        "The intervals cover the spread over seeds (order, augmentation, initial weights), not over test images.",
-        "Accuracies on these images, decoded as hashed above, stand beside no published number.",
+        f"The intervals cover {covered}, not over test {config.items}.",
     ]
+    if config.text is None:
+        lines.append("Accuracies on these images, decoded as hashed above, stand beside no published number.")
+    else:
+        lines.append("The first bytes of a window have next to no context: other windows give other bits per byte.")
+    if config.freeze_filters:
+        lines.append("Depthwise filters got no update in any arm: nothing here is about networks that train them.")
     if not config.lr_grid:
         lines.append("The learning rate was the same for every arm and tuned for none (`--tune-lr` does that).")
     if PRETRAINED in config.arms:
@@ -222,22 +268,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)])
 
 
-def _interval(mean: Mean, show: object) -> str:
-    if mean.n < 2 or not callable(show):
+def _interval(mean: Mean, show: Callable[[float], str]) -> str:
+    if mean.n < 2:
         return "none"
     return f"{show(mean.low)} to {show(mean.high)}"
 
 
 def _number(value: float, digits: int = 1) -> str:
     return "none" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _percent(value: float) -> str:
-    return "none" if math.isnan(value) else f"{100 * value:.1f}%"
-
-
-def _points(value: float) -> str:
-    return "none" if math.isnan(value) else f"{100 * value:+.1f}"
 
 
 def _p(value: float) -> str:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from attnlens.errors import AttnlensError
-from attnlens.training.arms import BASELINE, PRETRAINED
 from attnlens.training.config import Config
+from attnlens.training.metrics import Metric
+from attnlens.training.starts import BASELINE, PRETRAINED
 from attnlens.training.statistics import (
     SCREENING_BELOW,
     Contrast,
@@ -28,16 +29,17 @@ from attnlens.training.store import Record
 Curve = list[tuple[float, float]]
 
 
-COLUMNS = (
-    *("arm", "n", "accuracy", "sd", "low", "high", "lr"),
-    *("minus_default", "minus_default_low", "minus_default_high", "t_holm", "sign_flip_p"),
-    *("gap_closed", "gap_closed_low", "gap_closed_high", "epochs_to", "reached", "diverged"),
-)
-"""Columns of ``summary.csv``: accuracies are shares of 1."""
+def columns(metric: Metric) -> tuple[str, ...]:
+    """Return the columns of ``summary.csv``: accuracies are shares of 1."""
+    return (
+        *("arm", "n", metric.field, "sd", "low", "high", "lr"),
+        *("minus_default", "minus_default_low", "minus_default_high", "t_holm", "sign_flip_p"),
+        *("gap_closed", "gap_closed_low", "gap_closed_high", "epochs_to", "reached", "diverged"),
+    )
 
 
 class PairingError(AttnlensError):
-    """Two arms of a seed did not see the same stream of images: their difference means nothing."""
+    """Two arms of a seed did not see the same stream of data: their difference means nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Summary:
     config: Config
     expected: int
     finished: dict[str, dict[int, float]]
-    """Final accuracy by arm and seed."""
+    """Final value of the metric by arm and seed."""
     diverged: tuple[tuple[str, int, int], ...]
     """(arm, seed, epoch) of runs whose loss stopped being a number."""
     curves: dict[str, dict[int, Curve]]
@@ -79,13 +81,15 @@ class Summary:
         data = {
             "schema": "attnlens.train-compare",
             "schema_version": 1,
+            "metric": self.config.metric.field,
+            "lower_is_better": self.config.metric.lower_is_better,
             "config": json.loads(self.config.model_dump_json()),
             "config_sha256": self.config.sha256(),
             "complete": self.complete,
             "screening": self.screening,
             "arms": {
                 arm: {
-                    "accuracy": asdict(mean),
+                    self.config.metric.field: asdict(mean),
                     "by_seed": self.finished.get(arm, {}),
                     "lr": self.lrs.get(arm),
                     "epochs_to": {"target": epochs.target, "median": epochs.median, "by_seed": epochs.by_seed},
@@ -104,12 +108,12 @@ class Summary:
         return _finite(data)
 
     def to_csv(self) -> str:
-        """Return a line an arm: its accuracy, its contrast with the default, gap closed and epochs to the target."""
+        """Return a line an arm: its mean, its contrast with the default, gap closed and epochs to the target."""
         against = {c.arm: c for c in self.contrasts if c.other == BASELINE}
         gaps = {gap.arm: gap for gap in self.gaps}
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(columns(self.config.metric))
         for (arm, mean), epochs in zip(self.means.items(), self.epochs, strict=True):
             contrast, gap = against.get(arm), gaps.get(arm)
             row: list[Any] = [arm, mean.n, mean.mean, mean.sd, mean.low, mean.high, self.lrs.get(arm)]
@@ -133,11 +137,11 @@ def summarise(config: Config, records: Mapping[str, Sequence[Record]]) -> Summar
     for lines in runs:
         arm, seed, last = lines[0]["arm"], lines[0]["seed"], lines[-1]
         measured = [line for line in lines if line["status"] != "diverged"]
-        curves[arm][seed] = [(line["epoch"], line["accuracy"]) for line in measured]
+        curves[arm][seed] = [(line["epoch"], line[config.metric.field]) for line in measured]
         structure[arm][seed] = [(line["epoch"], line["structure"]) for line in measured]
         lrs[arm] = lines[0]["lr"]
         if last["status"] == "finished":
-            finished[arm][seed] = last["accuracy"]
+            finished[arm][seed] = last[config.metric.field]
         elif last["status"] == "diverged":
             diverged.append((arm, seed, last["epoch"]))
     gaps = [arm for arm in config.arms if arm not in (BASELINE, PRETRAINED)]
@@ -154,7 +158,7 @@ def summarise(config: Config, records: Mapping[str, Sequence[Record]]) -> Summar
         means={arm: Mean.of(list(values.values())) for arm, values in finished.items()},
         contrasts=tuple(contrasts(finished, config.contrasts)),
         gaps=tuple(gap_closed(finished, arm, baseline=BASELINE, pretrained=PRETRAINED) for arm in gaps if with_gap),
-        epochs=tuple(epochs_to(arm, config.target, curves[arm]) for arm in config.arms),
+        epochs=tuple(epochs_to(arm, config.target, curves[arm], config.metric) for arm in config.arms),
         streams=check_pairing(runs),
         train_seconds=sum(lines[-1]["train_seconds"] / lines[-1]["models_in_stack"] for lines in runs),
         devices=tuple(dict.fromkeys(p["device"] for p in provenance)),
@@ -174,7 +178,7 @@ def check_pairing(runs: Sequence[Sequence[Record]]) -> dict[int, int]:
         for arm, hashes in found:
             if hashes != longest[: len(hashes)]:
                 raise PairingError(
-                    f"seed {seed}: {arm} and {longest_arm} were trained on different streams of images; delete the "
+                    f"seed {seed}: {arm} and {longest_arm} were trained on different streams of data; delete the "
                     "runs/ of that seed and train them again with --resume"
                 )
     return {seed: len(found) for seed, found in sorted(seen.items())}

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import AttnlensError
 from attnlens.training.arms import Source, initial_state
-from attnlens.training.augment import augmented, draw_epoch, fill_value
 from attnlens.training.config import TUNING_SEEDS, Config, Run
 from attnlens.training.control import Control
-from attnlens.training.engine import Resident, Stack
-from attnlens.training.network import ARCHITECTURE, build_network, model_args
+from attnlens.training.engine import Stack
+from attnlens.training.families import Wiring, build, family_of
+from attnlens.training.metrics import BITS_PER_BYTE
+from attnlens.training.network import ARCHITECTURE
+from attnlens.training.resident import Resident
+from attnlens.training.scratch import Scratch
+from attnlens.training.starts import start_of
 from attnlens.training.store import Record, Store
-from attnlens.training.streams import digest, epoch_order
 from attnlens.training.structure import measure_structure
 
 if TYPE_CHECKING:
@@ -37,10 +40,18 @@ class OutOfMemoryError(AttnlensError):
     """The device's memory does not hold a stack and its batch."""
 
 
-def units_of(runs: Sequence[Run], stack: int) -> list[Unit]:
-    """Cut runs, seed by seed, into units of ``stack`` runs: a fixed cut, whatever was done and wherever."""
+def units_of(runs: Sequence[Run], stack: int, kind: Callable[[Run], Hashable] = lambda _run: None) -> list[Unit]:
+    """Cut runs, seed by seed, into units of up to ``stack`` runs: a fixed cut, whatever was done and wherever.
+
+    Runs of one unit are of one ``kind``, as a stack holds one architecture; units go by their first run.
+    """
     ordered = sorted(runs, key=lambda run: run.seed)  # stable: arms keep their order within a seed
-    return [tuple(ordered[start : start + stack]) for start in range(0, len(ordered), stack)]
+    kinds: dict[Hashable, list[Run]] = {}
+    for run in ordered:
+        kinds.setdefault(kind(run), []).append(run)
+    units = [tuple(alike[start : start + stack]) for alike in kinds.values() for start in range(0, len(alike), stack)]
+    places = {run: place for place, run in enumerate(ordered)}
+    return sorted(units, key=lambda unit: places[unit[0]])
 
 
 def unit_name(unit: Unit) -> str:
@@ -53,9 +64,8 @@ class Session:
     """What every unit of one phase shares."""
 
     config: Config
-    source: Source
+    source: Source | Scratch
     data: Resident
-    images: int
     device: torch.device
     store: Store
     control: Control
@@ -63,31 +73,41 @@ class Session:
     listen: Listener = lambda _unit, _what: None
     checkpoint_seconds: float = 60.0
     save_weights: bool = False
-    specs: Sequence[tuple[int, AttentionSpec]] = ()
-    _stacks: dict[tuple[int, int], Stack] = field(default_factory=dict)
+    specs: dict[Wiring, Sequence[tuple[int, AttentionSpec]]] = field(default_factory=dict)
+    """The readable attention layers of every architecture."""
+    _stacks: dict[tuple[int, int, Wiring], Stack] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         from attnlens.architecture import describe_module
 
-        self.specs = describe_module(build_network(self.config.shape, 0)).indexed()
+        wirings = dict.fromkeys(self.wiring(arm) for arm in self.config.arms)
+        self.specs = {one: describe_module(build(self.config.shape, 0, one)).indexed() for one in wirings}
 
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return self.images // self.config.recipe.batch_size
+        return self.data.count // self.config.recipe.batch_size
+
+    def wiring(self, arm: str) -> Wiring:
+        """Return how an arm's network is wired."""
+        return start_of(arm, self.source).wiring
+
+    def units(self, runs: Sequence[Run]) -> list[Unit]:
+        """Cut runs into units of one architecture each."""
+        return units_of(runs, self.config.stack, lambda run: self.wiring(run.arm))
 
     def seeds(self, run: Run) -> tuple[int, int]:
         """Return a run's data and init seed."""
         offset = run.seed + TUNING_SEEDS * run.tuning
         return self.config.data_seed + offset, self.config.init_seed + offset
 
-    def stack(self, models: int) -> Stack:
-        """Return this thread's stack of a size, built and compiled once."""
-        key = (threading.get_ident(), models)
+    def stack(self, models: int, wiring: Wiring) -> Stack:
+        """Return this thread's stack of a size and architecture, built and compiled once."""
+        key = (threading.get_ident(), models, wiring)
         if key not in self._stacks:
             with self._lock:
-                self._stacks[key] = Stack(self.config, models, self.device)
+                self._stacks[key] = Stack(self.config, models, self.device, wiring=wiring)
         return self._stacks[key]
 
 
@@ -159,13 +179,13 @@ class _Training:
     def __init__(self, session: Session, unit: Unit) -> None:
         self.session, self.unit, self.name = session, unit, unit_name(unit)
         config = session.config
-        self.stack = session.stack(len(unit))
+        self.wiring = session.wiring(unit[0].arm)
+        self.stack = session.stack(len(unit), self.wiring)
         seeds = [session.seeds(run) for run in unit]
         self.data_seeds = sorted({data for data, _ in seeds})
         import torch
 
         self.where = torch.tensor([self.data_seeds.index(data) for data, _ in seeds], device=session.device)
-        self.fill = torch.from_numpy(fill_value(config.mean)).to(session.device)
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.records: list[list[Record]] = [[] for _ in unit]
         self.streams: dict[int, list[str]] = {seed: [] for seed in self.data_seeds}
@@ -204,7 +224,7 @@ class _Training:
     def _train_epoch(self) -> bool:
         """Train the steps of an epoch that are left; return False where `Control` said stop."""
         began = time.monotonic()
-        images, labels = self._epoch_data()
+        inputs, targets = self._epoch_data()
         batch, control = self.session.config.recipe.batch_size, self.session.control
         whole = True
         for step in range(self.step, self.session.steps):
@@ -212,7 +232,7 @@ class _Training:
                 whole = False
                 break
             part = slice(step * batch, (step + 1) * batch)
-            self.stack.step(images[:, part], labels[:, part], self.where)
+            self.stack.step(inputs[:, part], targets[:, part], self.where)
             self.step = step + 1
         if self.session.device.type == "cuda":
             import torch
@@ -222,21 +242,17 @@ class _Training:
         return whole
 
     def _epoch_data(self) -> tuple[Tensor, Tensor]:
-        """Return every data seed's epoch in order, augmented: ``[seed, image, channel, y, x]``, ``[seed, image]``."""
+        """Return every data seed's epoch in its order of use: inputs ``[seed, item, ...]`` and targets."""
         import torch
 
-        config, data = self.session.config, self.session.data
-        batch, size = config.recipe.batch_size, config.shape.image_size
-        images, labels = [], []
+        inputs, targets = [], []
         for seed in self.data_seeds:
-            order = epoch_order(seed, self.epoch, self.session.images, batch)
-            draws = draw_epoch(config.recipe.augment, seed, self.epoch, len(order), size)
+            drawn = self.session.data.epoch(seed, self.epoch)
             if len(self.streams[seed]) == self.epoch:
-                self.streams[seed].append(digest(order, draws))
-            index = torch.from_numpy(order).to(self.session.device)
-            images.append(augmented(data.train[index], draws, self.fill))
-            labels.append(data.train_labels[index])
-        return torch.stack(images), torch.stack(labels)
+                self.streams[seed].append(drawn.stream)
+            inputs.append(drawn.inputs)
+            targets.append(drawn.targets)
+        return torch.stack(inputs), torch.stack(targets)
 
     def _record(self, epoch: int, losses: Sequence[float]) -> None:
         """Measure every model that has not diverged, and note it."""
@@ -246,19 +262,21 @@ class _Training:
             if self._diverged(self.records[number]):
                 continue
             tensors = {name: value.numpy() for name, value in self.stack.state(number).items()}
-            images = epoch * session.steps * config.recipe.batch_size
-            self.records[number].append(
-                self._line(run, number, epoch)
-                | {
-                    "status": "finished" if epoch == config.recipe.epochs else "running",
-                    "accuracy": accuracies[number],
-                    "test_loss": _finite(test_losses[number]),
-                    "train_loss": _finite(losses[number]),
-                    "images_seen": images,
-                    "effective_epochs": images / session.images,
-                    "structure": measure_structure(session.specs, tensors),
-                }
-            )
+            items = epoch * session.steps * config.recipe.batch_size
+            record: Record = {
+                "status": "finished" if epoch == config.recipe.epochs else "running",
+                "accuracy": accuracies[number],
+                "test_loss": _finite(test_losses[number]),
+                "train_loss": _finite(losses[number]),
+                f"{config.items}_seen": items,
+                "effective_epochs": items / session.data.whole,
+                "structure": measure_structure(session.specs[self.wiring], tensors),
+            }
+            if config.metric is BITS_PER_BYTE:
+                record["bits_per_byte"] = _finite(test_losses[number] / math.log(2))
+            if config.metric.of(record) is None:
+                record = {"status": "diverged"}
+            self.records[number].append(self._line(run, number, epoch) | record)
 
     def _note_divergence(self, losses: Sequence[float]) -> None:
         for number, run in enumerate(self.unit):
@@ -290,7 +308,7 @@ class _Training:
 
     def _tell(self, losses: Sequence[float]) -> None:
         images = len(self.unit) * self.session.steps * self.session.config.recipe.batch_size
-        latest = [records[-1].get("accuracy") for records in self.records]
+        latest = [self.session.config.metric.of(records[-1]) for records in self.records]
         self.session.listen(
             self.unit, {"epoch": self.epoch, "images": images, "losses": list(losses), "accuracies": latest}
         )
@@ -320,7 +338,9 @@ class _Training:
     def _finish(self) -> None:
         session = self.session
         if session.save_weights:
-            metadata = {"architecture": ARCHITECTURE, "model_args": json.dumps(model_args(session.config.shape))}
+            metadata = family_of(session.config.shape).exported()
+            if wired := self.wiring.describe():
+                metadata = {"network": f"{metadata.get('network', ARCHITECTURE)}, {wired}"}
             for number, run in enumerate(self.unit):
                 if not self._diverged(self.records[number]):
                     session.store.save_weights(run, self.stack.state(number), metadata)

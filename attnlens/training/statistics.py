@@ -1,7 +1,8 @@
-"""What paired runs allow to say: intervals, sign-flip and Holm p-values, gap closed, epochs to an accuracy.
+"""What paired runs allow to say: intervals, sign-flip and Holm p-values, gap closed, epochs to a target.
 
-Runs are paired by seed: two arms of a seed saw the same images in the same order and the same augmentation, and start
-from the same weights outside attention. All accuracies here are shares, 0 to 1.
+Runs are paired by seed: two arms of a seed saw the same data in the same order and the same augmentation, and start
+from the same weights outside what their arms set. Values here are those of the comparison's metric: accuracies as
+shares, 0 to 1, or bits per byte. Differences are arm minus other arm, whichever way is better.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from attnlens.heads import Array
+from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.verdicts import corrected
 
 LEVEL = 0.95
@@ -23,8 +25,8 @@ SCREENING_BELOW = 6
 LEAST_GAP = 0.01
 """Pre-trained over default by less than a point is no gap to speak of a share of."""
 
-Accuracies = Mapping[str, Mapping[int, float]]
-"""Final accuracy by arm and seed, of the runs that finished."""
+Values = Mapping[str, Mapping[int, float]]
+"""The metric's final value by arm and seed, of the runs that finished."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Contrast:
     sign_flip_holm: float = nan
 
 
-def contrasts(accuracies: Accuracies, declared: Sequence[tuple[str, str]]) -> list[Contrast]:
+def contrasts(values: Values, declared: Sequence[tuple[str, str]]) -> list[Contrast]:
     """Return every declared contrast; Holm's correction runs over all of them, for either kind of p-value."""
-    found = [_contrast(accuracies, arm, other) for arm, other in declared]
+    found = [_contrast(values, arm, other) for arm, other in declared]
     t_holm = corrected(np.array([one.t_p for one in found]))
     flip_holm = corrected(np.array([one.sign_flip_p for one in found]))
     return [
@@ -75,11 +77,11 @@ def contrasts(accuracies: Accuracies, declared: Sequence[tuple[str, str]]) -> li
     ]
 
 
-def _contrast(accuracies: Accuracies, arm: str, other: str) -> Contrast:
-    mine, theirs = accuracies.get(arm, {}), accuracies.get(other, {})
+def _contrast(values: Values, arm: str, other: str) -> Contrast:
+    mine, theirs = values.get(arm, {}), values.get(other, {})
     seeds = tuple(sorted(mine.keys() & theirs.keys()))
-    values = [mine[seed] - theirs[seed] for seed in seeds]
-    return Contrast(arm, other, seeds, tuple(values), Mean.of(values), paired_t(values), sign_flip(values))
+    found = [mine[seed] - theirs[seed] for seed in seeds]
+    return Contrast(arm, other, seeds, tuple(found), Mean.of(found), paired_t(found), sign_flip(found))
 
 
 def paired_t(differences: Sequence[float]) -> float:
@@ -122,13 +124,13 @@ class GapClosed:
 
 
 def gap_closed(
-    accuracies: Accuracies, arm: str, *, baseline: str, pretrained: str, seed: int = 0, resamples: int = 9999
+    values: Values, arm: str, *, baseline: str, pretrained: str, seed: int = 0, resamples: int = 9999
 ) -> GapClosed:
     """Return the share of the gap an arm closes, seeds resampled whole (percentile interval).
 
     Refused where the gap's own t interval holds 0, where it is under a point, or with fewer than three seeds.
     """
-    columns = [accuracies.get(name, {}) for name in (arm, baseline, pretrained)]
+    columns = [values.get(name, {}) for name in (arm, baseline, pretrained)]
     seeds = sorted(set.intersection(*(set(column) for column in columns)))
     n = len(seeds)
     if n < 3:
@@ -161,7 +163,7 @@ def gap_closed(
 
 @dataclass(frozen=True)
 class EpochsTo:
-    """Epochs until an accuracy was first measured, by seed; None is "not reached", a censored value and no number."""
+    """Epochs until the target was first measured, by seed; None is "not reached", a censored value and no number."""
 
     arm: str
     target: float
@@ -182,13 +184,15 @@ class EpochsTo:
         return middle if middle < inf else None
 
 
-def epochs_to(arm: str, target: float, curves: Mapping[int, Sequence[tuple[float, float]]]) -> EpochsTo:
-    """Return when each seed's curve of (epoch, accuracy) first reached ``target``, at the epochs that were measured."""
+def epochs_to(
+    arm: str, target: float, curves: Mapping[int, Sequence[tuple[float, float]]], metric: Metric = ACCURACY
+) -> EpochsTo:
+    """Return when each seed's curve of (epoch, value) first reached ``target``, at the epochs that were measured."""
     return EpochsTo(
         arm,
         target,
         {
-            seed: next((epoch for epoch, accuracy in sorted(curve) if accuracy >= target), None)
+            seed: next((epoch for epoch, value in sorted(curve) if metric.reached(value, target)), None)
             for seed, curve in curves.items()
         },
     )

@@ -11,6 +11,7 @@ from attnlens.layouts import AttentionSpec, read_heads
 
 if TYPE_CHECKING:
     from attnlens.training.arms import Source
+    from attnlens.training.scratch import Scratch
 
 FOLDS: tuple[Fold, ...] = ("raw", "effective")
 Structure = dict[str, dict[str, list[float]]]
@@ -38,6 +39,8 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
     return found
 
 
-def source_structure(source: Source) -> Structure:
-    """Measure the pre-trained model itself."""
+def source_structure(source: Source | Scratch) -> Structure | None:
+    """Measure the pre-trained model itself, where there is one."""
+    if source.opened is None:
+        return None
     return measure_structure(source.opened.architecture.indexed(), source.opened.checkpoint)

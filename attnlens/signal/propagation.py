@@ -1,0 +1,161 @@
+"""How alike a network's tokens become by depth at its start: measured on random tokens, beside theory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from attnlens.errors import UsageError
+from attnlens.heads import Array
+from attnlens.signal.arms import ARMS, build_arm, settled_options
+from attnlens.signal.kernels import cosines, mean_cosine
+from attnlens.signal.rewiring import RewireReport
+from attnlens.table import Row, StatsTable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+COLUMNS = (
+    *("arm", "seed", "layer", "cosine", "mean_square", "kernel_error"),
+    *("theory_cosine", "theory_mean_square", "theory_error"),
+)
+"""Of a row: what was measured behind block ``layer`` (0: the input), and what theory expects; NaN where it is silent.
+
+Means over a seed's sequences. ``cosine``: mean cosine of two different tokens of a sequence. ``mean_square`` of the
+tokens' entries. ``kernel_error``: ||C - T|| / ||T|| in Frobenius norm, C the cosines of the tokens and T those of
+theory; ``theory_error``: its expectation for Gaussian coordinates with cosines T, see `sampling_error`.
+"""
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What `propagate` measured: a table by arm, seed and layer, and what was done to each arm's network."""
+
+    model: str
+    embed_dim: int
+    depth: int
+    tokens: int
+    causal: bool
+    skips: bool
+    norms: bool
+    mlp: str
+    seeds: int
+    sequences: int
+    table: StatsTable
+    arms: Mapping[str, RewireReport]
+    """The report of each arm's first seed."""
+
+    def curve(self, arm: str, column: str) -> Array:
+        """Return ``[seed, layer]`` of a column; layer 0 is the input."""
+        return self.table.select(arm=arm).column(column).reshape(self.seeds, self.depth + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data; a number that is not known is null."""
+        head = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("table", "arms")}
+        arms = {arm: report.to_json() for arm, report in self.arms.items()}
+        return {**head, "arms": arms, "rows": self.table.json_rows()}
+
+
+def propagate(
+    model: str | None = None,
+    arms: Sequence[str] = ARMS,
+    *,
+    depth: int | None = None,
+    tokens: int | None = None,
+    seeds: int = 5,
+    sequences: int = 4,
+    skips: bool = True,
+    norms: bool = True,
+    mlp: str | None = None,
+    eta: float = 0.2,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[Iterable[Any]], Iterator[Any]] = iter,
+) -> Propagation:
+    """Measure arms at their start, each a fresh network a seed, on standard normal tokens fed to the first block.
+
+    ``model``: timm name of a plain ViT, model folder, a language model's name (``gpt-tiny``), or None for the shipped
+    ViT's architecture; ``depth`` and ``tokens`` (patches of a ViT, a square; context of a language model) replace its
+    own. ``arms``: an attention of `rewire_`, or an initialiser of `attnlens.initialisers` that needs no option, whose
+    attention is standard. ``skips``, ``norms``, ``mlp`` and ``eta`` as in `rewire_`, for every arm; ``options`` go to
+    the arms that have them. A seed gives network and tokens; everything runs in float64 on the CPU.
+
+    Raises `UsageError` for values that are not accepted, and what `rewire_` raises.
+    """
+    settled = settled_options(arms, options or {})
+    if min(seeds, sequences, 1 if depth is None else depth) < 1 or (tokens is not None and tokens < 2):
+        raise UsageError("there is nothing to measure: pass at least one seed, one sequence, one block and two tokens")
+    rows: list[Row] = []
+    reports: dict[str, RewireReport] = {}
+    theory: dict[str, list[Array] | None] = {}
+    head: dict[str, Any] = {}
+    rewiring: dict[str, Any] = {"skips": skips, "norms": norms, "mlp": mlp, "eta": eta}
+    for arm, seed in progress([(arm, seed) for arm in settled for seed in range(seeds)]):
+        built = build_arm(model, arm, seed, depth, tokens, {**rewiring, **settled[arm]})
+        report = built.rewired.report
+        if arm not in reports:
+            reports[arm], theory[arm] = report, built.rewired.predicted()
+            head = {"model": built.model, "embed_dim": built.embed_dim, "depth": report.depth, "tokens": report.tokens}
+            head |= {"causal": report.causal, "mlp": report.mlp}
+        x = random_tokens(seed, sequences, report.tokens, built.embed_dim)
+        measured = measure(built.module, x, theory[arm])
+        rows += [(arm, seed, layer, *values) for layer, values in enumerate(measured)]
+    table = StatsTable(tuple(rows), COLUMNS)
+    return Propagation(**head, skips=skips, norms=norms, seeds=seeds, sequences=sequences, table=table, arms=reports)
+
+
+def random_tokens(seed: int, sequences: int, tokens: int, embed_dim: int) -> Tensor:
+    """Draw standard normal ``[sequence, token, embed_dim]`` in float64, the same for every arm of a seed."""
+    start = int(np.random.SeedSequence([seed, tokens, embed_dim]).generate_state(1)[0])
+    return torch.randn(
+        sequences, tokens, embed_dim, generator=torch.Generator().manual_seed(start), dtype=torch.float64
+    )
+
+
+def representations(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Yield ``[sequence, token, embed_dim]`` in front of the first block and behind each, the input being ``x``."""
+    network: Any = module
+    with torch.no_grad():
+        x = network.norm_pre(x)
+        yield x
+        for block in network.blocks:
+            x = block(x)
+            yield x
+
+
+def measure(module: nn.Module, x: Tensor, theory: Sequence[Array] | None) -> list[tuple[float, ...]]:
+    """Return by depth the numbers of `COLUMNS` from ``cosine`` on, for a network in evaluation mode."""
+    found: list[tuple[float, ...]] = []
+    for layer, y in enumerate(representations(module.eval(), x)):
+        C = token_cosines(y).numpy()
+        kernel = None if theory is None else theory[layer]
+        error = alike = square = expected = math.nan
+        if kernel is not None:
+            T = cosines(kernel)
+            error = float(np.mean([np.linalg.norm(one - T) for one in C]) / np.linalg.norm(T))
+            alike, square = mean_cosine(T), float(np.diagonal(kernel).mean())
+            expected = sampling_error(T, y.shape[-1])
+        measured = float(np.mean([mean_cosine(one) for one in C])), float(y.square().mean())
+        found.append((*measured, error, alike, square, expected))
+    return found
+
+
+def token_cosines(x: Tensor) -> Tensor:
+    """Return ``[sequence, token, token]``, the cosine of every two tokens of ``x [sequence, token, embed_dim]``."""
+    unit = x / x.norm(dim=-1, keepdim=True)
+    return unit @ unit.mT
+
+
+def sampling_error(cosine: Array, embed_dim: int) -> float:
+    """Return the relative Frobenius error expected of cosines of tokens with ``embed_dim`` Gaussian coordinates.
+
+        sqrt(sum_ij (1 - T_ij^2)^2 / embed_dim) / ||T||
+
+    The variance of a sample cosine about T_ij is (1 - T_ij^2)^2 / embed_dim to leading order. What theory leaves out at
+    finite width comes on top, where layers are not exactly isometric.
+    """
+    return float(np.linalg.norm(1 - cosine**2) / math.sqrt(embed_dim) / np.linalg.norm(cosine))

