@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -25,7 +27,7 @@ from attnlens.circuits import (
 )
 from attnlens.diagonal import DiagonalFit, fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.files import write_text_atomic
+from attnlens.files import FileSet
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.flags import FLAGS
@@ -187,7 +189,7 @@ def inspect(
             weights = read_heads(indexed[1], opened.checkpoint, indexed[0])
         return measure_layer(weights, names, layer_spectra=layer_spectra)
 
-    results = over_threads(measure, specs, progress)
+    results = over_threads(measure, specs, progress, largest=_largest(opened, specs))
     spectra = {key: values for _, found in results for key, values in found.items()}
     measured = tuple(name for name in names if any(key[2] == name for key in spectra))
     if not measured:
@@ -205,14 +207,24 @@ def inspect(
     )
 
 
-def save_inspection(inspection: Inspection, folder: str | os.PathLike[str], command: str) -> dict[str, Path]:
-    """Write ``stats.csv`` and ``stats.json`` into ``folder``, each atomically; ``command`` goes into the provenance."""
-    folder = Path(folder)
-    data = inspection.to_json()
-    data["provenance"] = {**data["provenance"], "command": command}
-    inspection.stats.to_csv(folder / "stats.csv")
-    write_text_atomic(folder / "stats.json", json.dumps(data, indent=1) + "\n")
-    return {name: folder / name for name in ("stats.csv", "stats.json")}
+def save_inspection(
+    inspection: Inspection, folder: str | os.PathLike[str], command: str, files: FileSet | None = None
+) -> dict[str, Path]:
+    """Write ``stats.csv`` and ``stats.json`` into ``folder``; ``command`` goes into the provenance.
+
+    They join ``files``, such as the figures of the same run, or make a set of their own. ``stats.json`` names the
+    other files of the set with their sha256: those that are there with another hash are of another run.
+    """
+    paths = {name: Path(folder) / name for name in ("stats.csv", "stats.json")}
+    with ExitStack() as stack:
+        files = files or stack.enter_context(FileSet())
+        table = inspection.stats.to_csv().encode()
+        files.write(paths["stats.csv"], lambda file: file.write(table))
+        data = inspection.to_json()
+        data["provenance"] = {**data["provenance"], "command": command}
+        text = json.dumps({**data, "files": files.hashes()}, indent=1) + "\n"
+        files.write(paths["stats.json"], lambda file: file.write(text.encode()))
+    return paths
 
 
 def measure_layer(
@@ -245,6 +257,12 @@ def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold:
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
     ]
+
+
+def _largest(opened: OpenedModel, specs: IndexedSpecs) -> int:
+    """Return the bytes the tensors of the largest layer take in float64."""
+    shapes = opened.architecture.shapes
+    return max(8 * sum(math.prod(shapes[name]) for name in spec.tensors()) for _, spec in specs)
 
 
 def _by_kind(opened: OpenedModel, include: Sequence[str]) -> tuple[IndexedSpecs, tuple[Refusal, ...]]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from attnlens.circuits import Fold, Kind
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.inspecting import figure_folder, format_layers
-from attnlens.cli.terminal import number, print_wide
+from attnlens.cli.terminal import escape, number, print_wide
 from attnlens.comparing import Comparison, compare
+from attnlens.files import FileSet
 from attnlens.fitting import fit_params
 from attnlens.inspection import UNSAID
 from attnlens.layouts.flags import FLAGS
@@ -64,18 +64,19 @@ def run_fit(
     for source in params.sources:
         for message in caveats(source):
             note(f"{source.model}: {message}")
-    params.save(output)
+    from attnlens.figures import save_figures
+    from attnlens.figures.fits import draw_fits
+
+    folder = figure_folder(figures, "+".join(source.model for source in params.sources))
+    with FileSet() as files:
+        save_figures(draw_fits(params), folder, format_, dpi, into=files.write)
+        files.write(output, lambda file: file.write(params.to_json().encode()))
     if as_json:
         write_stdout(params.to_json())
     else:
         for place in range(len(params.sources)):
             print_wide(fit_table(params, place))
         print_wide(pooled_table(params))
-    from attnlens.figures import save_figures
-    from attnlens.figures.fits import draw_fits
-
-    folder = figure_folder(figures, "+".join(source.model for source in params.sources))
-    save_figures(draw_fits(params), folder, format_, dpi)
     note(f"wrote {output}, and figures to {folder}")
 
 

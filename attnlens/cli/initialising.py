@@ -10,12 +10,11 @@ from typing import Any
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from attnlens.cli.console import note, write_stdout
 from attnlens.cli.inspecting import format_layers
-from attnlens.cli.terminal import number, print_wide
+from attnlens.cli.terminal import escape, number, print_wide
 from attnlens.errors import UsageError
 from attnlens.inits import Check, VerifyReport, init_file, verify_init
 

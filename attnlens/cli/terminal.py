@@ -7,19 +7,25 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from attnlens.circuits import Fold
 from attnlens.inspection import Inspection
+from attnlens.printable import printable
 from attnlens.table import ALL_HEADS, StatsTable
 
 # Mark and style of one head by its diagonal prominence; the mark alone tells the sign where there is no colour.
 _MARKS = ((3.0, "▲", "bold blue"), (1.0, "△", "blue"), (-1.0, "·", "dim"), (-3.0, "▽", "red"))
 _LOWEST = ("▼", "bold red")
 LEGEND = "▲ > 3, △ > 1, · between, ▽ < -1, ▼ < -3"
+
+
+def escape(text: str) -> str:
+    """Return text out of a file as a table may show it: no markup of rich's, nothing that moves a terminal's cursor."""
+    return escape_markup(printable(text))
 
 
 def print_table(inspection: Inspection, fold: Fold) -> None:

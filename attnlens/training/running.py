@@ -19,6 +19,7 @@ from attnlens.training.config import TUNING_SEEDS, Config, Run
 from attnlens.training.control import Control
 from attnlens.training.engine import Resident, Stack
 from attnlens.training.network import ARCHITECTURE, build_network, model_args
+from attnlens.training.records import check_gathered, restorable
 from attnlens.training.store import Record, Store
 from attnlens.training.streams import digest, epoch_order
 from attnlens.training.structure import measure_structure
@@ -314,7 +315,11 @@ class _Training:
         if state is None:
             return
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.streams, self.records = state["streams"], json.loads(state["records"])
+        names, arms = [run.name for run in self.unit], self.session.config.arms
+        like = self.stack.snapshot()
+        self.records = restorable(state, unit=names, seeds=self.data_seeds, arms=arms, like=like)
+        check_gathered(state["stack"], self.stack.optimizer, f"the checkpoint of {self.name}")
+        self.streams = state["streams"]
         self.stack.restore(state["stack"])
 
     def _finish(self) -> None:
