@@ -231,7 +231,9 @@ def test_a_killed_worker_process_is_told_and_replaced(planted):
 
 
 def start(folder, output):
-    code = "from attnlens.cli import main; main()"
+    # A shell's background jobs are started deaf to SIGINT, and so are their children.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "; from attnlens.cli import main; main()"
     command = [sys.executable, "-c", code, "scan", f"{folder}/*", "-o", str(output), "--workers", "1"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

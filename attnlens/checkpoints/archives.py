@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 
 EXPANDS = 32
 """Bytes of content an archive may hold for each byte on disk: weights shrink by a tenth, bombs by a thousand."""
 ALLOWANCE = 1 << 20
 """Bytes of content any archive may hold beside that: a small array of zeros shrinks well."""
+
+DAMAGED_ARRAY = (
+    *(ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error, TypeError, LookupError),
+    *(SyntaxError, tokenize.TokenError, MemoryError, RuntimeError, OverflowError),
+)
+"""What zipfile, zlib and numpy raise for a damaged array; numpy parses a header as Python literals."""
 
 _DAMAGE = (ValueError, EOFError, OSError, NotImplementedError, RuntimeError, OverflowError, struct.error)
 

@@ -7,7 +7,6 @@ import math
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.checkpoints.archives import check_archive
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
 from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError
 from attnlens.reading import parse_json
@@ -216,7 +215,7 @@ class NpzFile(_File):
                 raise ValueError(f"{member.file_size} bytes claim to hold an array of shape {shape}")
             with self._archive.open(member) as file:
                 yield file
-        except _DAMAGED_ARRAY as error:
+        except DAMAGED_ARRAY as error:
             raise CheckpointError(
                 f"{name} in {self.path} cannot be read ({error}): corrupt, or not plain data"
             ) from error
@@ -232,13 +231,6 @@ class NpzFile(_File):
     def __len__(self) -> int:
         """Return the number of arrays."""
         return len(self._members)
-
-
-# What zipfile, zlib and numpy raise for a damaged member; numpy parses a header as Python literals.
-_DAMAGED_ARRAY = (
-    *(ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, TypeError),
-    *(MemoryError, RuntimeError, OverflowError, KeyError),
-)
 
 
 def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.checkpoints.archives import check_archive
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
 from attnlens.errors import OutputError, UsageError
 from attnlens.files import write_atomic
 from attnlens.printable import printable
@@ -282,7 +281,7 @@ def _cached(cache: Path, name: str, key: str, files: Callable[[], Iterator[Read]
     path = cache / f"{digest[:24]}.npz"
     try:
         found = _cached_images(path, name)
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, MemoryError, SyntaxError, TypeError):
+    except DAMAGED_ARRAY:
         pass  # no cache yet, or a damaged one: it is made again
     else:
         return found

@@ -182,6 +182,7 @@ def _archives() -> Iterator[Case]:
         "declared, not there": declared,
         "no array": b"plain text",
         "pickled": big.replace(b"|u1", b"|O "),
+        "open bracket": big.replace(b"(268435328,)", b"( 268435328,"),
     }.items():
         yield Case("npz", what, {"m.npz": zip_of([("a.npy", content), ("b.txt", b"x")])}, "m.npz")
     literal = big.replace(b"(268435328,)", b"(" * 12 + b")" * 12)

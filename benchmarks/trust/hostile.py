@@ -98,7 +98,8 @@ class Workshop:
         from attnlens import provenance
         from benchmarks.trust.guard import write_files
 
-        import_module("attnlens.checkpoints.converted")  # no valid file needs it
+        for name in ("attnlens.checkpoints.converted", "ml_dtypes"):  # no valid file needs them
+            import_module(name)
         provenance.version = cache(version)  # parsing the same metadata for every input would be half of the time
         said, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115, PTH123
         heard, sys.stderr = sys.stderr, sys.stdout

@@ -66,7 +66,7 @@ class Mutator:
                     changed = self.bytes(files[name])
             how.append(f"{name}: {change.__name__}")
             files[name] = changed
-            if self.random.random() < 0.03:
+            if name != case.given and self.random.random() < 0.03:  # a link that a user names is followed
                 files[name] = Link(self.random.choice(("FORBIDDEN/secret.safetensors", "/etc/passwd", name, "..")))
         return Case(case.format, f"{case.what}; {', '.join(how)}", files, case.given)
 
