@@ -297,6 +297,15 @@ def test_the_command_prints_a_row_a_model_and_says_what_failed(run, planted, sca
     assert not (tmp_path / "nothing").exists()
 
 
+def test_names_of_strangers_move_nothing_on_the_terminal(run, tmp_path):
+    plant(tmp_path / "models", 1, corrupt=False)
+    (folder,) = (path for path in (tmp_path / "models").iterdir() if path.is_dir())
+    folder.rename(folder.with_name("evil\x1b[2Jname"))
+    found = run("scan", f"{tmp_path}/models/*", "-o", str(tmp_path / "out"), "--workers", "1")
+    assert "\x1b" not in found.out + found.err
+    assert r"evil\x1b[2Jname" in "".join(found.out.split())
+
+
 def test_a_scan_that_reads_nothing_fails(run, planted):
     code, _, err = run("scan", f"{planted[0]}/unnamed", "-o", "out", "--workers", "1")
     assert code == 1

@@ -7,13 +7,11 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.inspecting import figure_folder, format_layers, parse_layers
-from attnlens.cli.terminal import print_wide
+from attnlens.cli.terminal import escape, plain_table, print_wide
 from attnlens.composition import KINDS, Composed, Composition, compose, save_composition
 from attnlens.inspection import UNSAID
 from attnlens.layouts.flags import FLAGS
@@ -63,16 +61,10 @@ def run_compose(
 
 def strongest_table(found: Composition, top: int) -> Table:
     """Build the table: for each kind the pairs of the largest score over baseline, and the median over all pairs."""
-    table = Table(
+    table = plain_table(
         title=f"[bold]{escape(found.model)}[/bold]: composition of heads, {found.fold}",
         caption="score over the baseline 1/√d of unrelated directions; heads are layer.head\n"
         "deviation: squared score less 1/d, in standard deviations of random rotations",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     for name in ("kind", "writes", "reads", "score", "÷ baseline", "deviation"):
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)

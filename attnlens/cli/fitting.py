@@ -13,7 +13,7 @@ from rich.table import Table
 from attnlens.circuits import Fold, Kind
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.inspecting import figure_folder, format_layers
-from attnlens.cli.terminal import escape, number, print_wide
+from attnlens.cli.terminal import escape, number, plain_table, print_wide
 from attnlens.comparing import Comparison, compare
 from attnlens.files import FileSet
 from attnlens.fitting import fit_params
@@ -91,16 +91,10 @@ def fit_table(params: InitParams, source: int) -> Table:
     """Build the table of one model: per layer QK and OV with verdicts, realised beside requested."""
     entries = [entry for entry in params.entries if entry.source == source and entry.fold == params.fold]
     percent = f"{params.level:.0%}"
-    table = Table(
+    table = plain_table(
         title=f"[bold]{escape(params.sources[source].model)}[/bold]: {params.fold} products, M ~ α Z + β I",
         caption=f"QK: mean over heads; OV: sum over heads with its {percent} interval; request: (α, β) to draw with\n"
         f"a mark a head: {_LEGEND}",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     for name in ("layer", "QK α", "QK β", "request"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from attnlens.circuits import Fold
 from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.cli.terminal import number, print_wide
+from attnlens.cli.terminal import escape, number, plain_table, print_wide
 from attnlens.errors import AttnlensError
 from attnlens.scanning.planning import plan_scan
 from attnlens.scanning.running import Scan, scan
@@ -86,16 +84,10 @@ def run_scan(
 
 def model_table(found: Scan, fold: Fold) -> Table:
     """Build the table of one fold: a row a model, medians over its layers."""
-    table = Table(
+    table = plain_table(
         title=f"[bold]{len(found.results)} models[/bold]: {fold} products, M ~ α Z + β I",
         caption="medians over layers; QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\n"
         "OV β < 0: share of layers",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     table.add_column("model", overflow="fold")
     for name in ("layers", "heads", *_HEADINGS):

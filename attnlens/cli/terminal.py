@@ -28,6 +28,20 @@ def escape(text: str) -> str:
     return escape_markup(printable(text))
 
 
+def plain_table(title: str, caption: str) -> Table:
+    """Return an empty table as every command shows it; the title may hold rich's markup, so `escape` what is a name."""
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_style="",
+    )
+
+
 def print_table(inspection: Inspection, fold: Fold) -> None:
     """Print the table of one fold on stdout, with raw columns beside the effective ones where both are there."""
     print_wide(layer_table(inspection, fold))
@@ -45,15 +59,9 @@ def print_wide(table: Table) -> None:
 def layer_table(inspection: Inspection, fold: Fold) -> Table:
     """Build the table: per layer the heads' mean QK fit and strip, the summed OV fit and the OV heads' strip."""
     both = fold != "raw" and "raw" in inspection.folds
-    table = Table(
+    table = plain_table(
         title=f"[bold]{escape(inspection.model)}[/bold]: {fold} products, M ~ α Z + β I",
         caption=f"QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\nheads by prom: {LEGEND}",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     groups = ("QK α", "QK β"), ("OV α", "OV β", "prom"), ("raw β", "prom") if both else ()
     table.add_column("layer", justify="right", no_wrap=True)
