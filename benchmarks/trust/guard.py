@@ -4,7 +4,8 @@ A case is tried in a child forked from a process in which every reader has run b
 
 * an audit hook sees each program started, socket opened, module imported, code executed, file opened or written;
 * inotify sees every access to the folder that nobody may touch, by native code too;
-* the kernel's high-water mark of resident memory is reset before the case and read after it;
+* the kernel's high-water mark of resident memory is reset before the case and read after it, without the pages of
+  libraries' code, which a forked child maps anew as it runs through them;
 * processor time is measured, and the parent kills a child that does not come back.
 
 What is refused must be an `AttnlensError` of one printable, bounded line; what is printed must be printable.
@@ -252,7 +253,7 @@ class Guard:
         self._drain()
         self._trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        base, began = _memory("VmRSS"), time.process_time()
+        base, mapped, began = _memory("VmRSS"), _memory("RssFile"), time.process_time()
         verdict, detail, refused = "accepted", "", None
         _watch.armed = True
         try:
@@ -268,7 +269,8 @@ class Guard:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         if refused is not None:
             verdict, detail = _judged(str(refused))
-        seconds, growth = time.process_time() - began, max(0, _memory("VmHWM") - base)
+        seconds, code = time.process_time() - began, max(0, _memory("RssFile") - mapped)
+        growth = max(0, _memory("VmHWM") - base - code)
         _watch.reads = before
         text = said.getvalue()
         if any(not (c.isprintable() or c in "\n\t") for c in text):
