@@ -50,7 +50,7 @@ def try_commands(python: Path, environment: dict[str, str]) -> None:
             missing = [name for name in files if not (path := Path(empty) / name).is_file() or not path.stat().st_size]
             if missing:
                 sys.exit(f"{' '.join(arguments)} left no {', '.join(missing)}")
-        if not json.loads((Path(empty) / "figures/embedded/stats.json").read_text())["rows"]:
+        if not json.loads((Path(empty) / "figures/embedded/stats.json").read_text())["stats"]:
             sys.exit("the table is empty")
     print(f"{len(COMMANDS)} commands pass with {where.strip()}")
 
