@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-browser check docs format figures tables catalogue clean
+.PHONY: demo test test-browser check docs format figures tables catalogue dist smoke clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnlens needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -50,6 +50,13 @@ tables: $(VENV)/installed  ## Write the tables of README and docs that follow fr
 
 catalogue: $(VENV)/installed  ## Build the catalogue of the installed timm that the package ships: some five minutes
 	$(BIN)/python scripts/ship_catalogue.py
+
+dist: $(VENV)/installed  ## Build the sdist, and the wheel from it, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+smoke: dist  ## Install both into an empty environment, with every dependency, and try the commands there: minutes, 6 GB
+	$(BIN)/python scripts/smoke_test.py dist
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist site

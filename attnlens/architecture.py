@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.errors import ModelNotFoundError, OutputError, UnsupportedAttentionError
+from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError
 from attnlens.files import write_text_atomic
 from attnlens.filters.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Refusal
@@ -43,7 +44,8 @@ class Architecture:
 
     def indexed(self) -> tuple[tuple[int, AttentionSpec], ...]:
         """Pair each readable layer with its index among all attention modules."""
-        return tuple((self.order.index(spec.path), spec) for spec in self.specs)
+        places = {path: index for index, path in reversed([*enumerate(self.order)])}
+        return tuple((places[spec.path], spec) for spec in self.specs)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -70,6 +72,7 @@ def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -
     Raises `ModelNotFoundError` with the nearest names when timm does not know it, `UnsupportedAttentionError` when
     it holds neither attention nor depthwise filters.
     """
+    check_model_args(model_args or {}, name)
     cached = _cache_file(name, model_args or {})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Architecture.from_json(json.loads(cached.read_text()))
@@ -149,10 +152,71 @@ def _build(name: str, model_args: dict[str, Any]) -> Architecture:
 
     if not timm.is_model(name):
         raise ModelNotFoundError(f"timm has no architecture named {name!r}{suggest(name, timm.list_models())}")
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **model_args)
-    described = describe_module(model, name)
-    return replace(described, weights=pretrained_tags(name))
+    try:
+        with torch.device("meta"), _modules_counted(name):
+            model = timm.create_model(name, pretrained=False, **model_args)
+        return replace(describe_module(model, name), weights=pretrained_tags(name))
+    except AttnlensError:
+        raise
+    except Exception as error:  # any constructor of timm's, with any arguments a file may name
+        raise ModelNotFoundError(
+            f"timm cannot build {name} with model_args {model_args} ({type(error).__name__}: {error}): fix the "
+            "config.json or metadata they come from"
+        ) from error
+
+
+LARGEST_ARGUMENT = 1 << 16
+"""Largest number among the arguments a file may hand to an architecture: widths, image sizes and classes lie below."""
+MOST_ARGUMENTS = 1 << 10
+MOST_MODULES = 20_000
+"""Modules a network described by a file may have; the largest of timm have some three thousand."""
+
+
+def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
+    """Return arguments for an architecture, as a file names them: plain data of sizes that networks have.
+
+    What `timm.create_model` itself takes (a checkpoint's path, a folder, a pre-trained configuration) is no argument of
+    an architecture, and is refused: a file names its sizes, and nothing that is read or run.
+
+    Raises `ModelNotFoundError`.
+    """
+    reserved = ("model_name", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "block_fn")
+    if not isinstance(model_args, dict):
+        raise ModelNotFoundError(f"model_args of {where} is not an object: fix the file")
+    for name in model_args:
+        if name in reserved or name.startswith("pretrained"):
+            raise ModelNotFoundError(f"model_args of {where} names {name}, which is no size of a network: take it out")
+    level, count = [model_args], 0
+    while level:
+        value = level.pop()
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += 1 + len(inner)
+        level.extend(inner)
+        if isinstance(value, int | float) and not -LARGEST_ARGUMENT <= value <= LARGEST_ARGUMENT:
+            raise ModelNotFoundError(f"model_args of {where} names {value!s:.30}: at most {LARGEST_ARGUMENT} is read")
+        if count > MOST_ARGUMENTS:
+            raise ModelNotFoundError(f"model_args of {where} names more than {MOST_ARGUMENTS} values: fix the file")
+    return model_args
+
+
+@contextlib.contextmanager
+def _modules_counted(name: str) -> Iterator[None]:
+    """Stop the building of a network that has more modules than any: its arguments come from a file."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def counted(_module: Any, _name: str, _submodule: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise ModelNotFoundError(f"{name} would have more than {MOST_MODULES} modules: fix its model_args")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def pretrained_tags(name: str) -> dict[str, dict[str, str | None]]:

@@ -68,6 +68,16 @@ class FactoredProduct:
         """A^T A and B^T B, each ``[..., rank, rank]``."""
         return _gram(self.A), _gram(self.B)
 
+    @property
+    def triangles(self) -> tuple[Array, Array]:
+        """R_A and R_B of thin QRs of A and B: ||R_A X|| = ||A X|| for every X."""
+        return _triangular_factor(self.A, self.grams[0]), _triangular_factor(self.B, self.grams[1])
+
+    @property
+    def T(self) -> FactoredProduct:
+        """The transposed products, B @ A.T."""
+        return FactoredProduct(self.B, self.A)
+
     @cached_property
     def core(self) -> Array:
         """B^T A, ``[..., rank, rank]``: its non-zero eigenvalues are those of M."""
@@ -83,8 +93,8 @@ class FactoredProduct:
         R_A and R_B are the triangular factors of thin QRs of A and B. Source: ``s(A B^T) = s(R_A R_B^T)`` as the Q
         factors have orthonormal columns.
         """
-        factors = [_triangular_factor(factor, gram) for factor, gram in zip((self.A, self.B), self.grams, strict=True)]
-        return np.linalg.svd(np.matmul(factors[0], np.swapaxes(factors[1], -1, -2)), compute_uv=False)
+        R_A, R_B = self.triangles
+        return np.linalg.svd(np.matmul(R_A, np.swapaxes(R_B, -1, -2)), compute_uv=False)
 
     def spectral_norm(self) -> Array:
         """Return the largest singular value of each product."""

@@ -1,8 +1,14 @@
 """Errors a user can act on: each says what was wrong, the value given, what is accepted and what to do."""
 
+from attnlens.printable import one_line
+
 
 class AttnlensError(Exception):
-    """Base of every error attnlens raises on purpose; its text is one line."""
+    """Base of every error attnlens raises on purpose; its text is one printable line, whatever files call things."""
+
+    def __str__(self) -> str:
+        """Return the text, made safe for a terminal by `attnlens.printable`."""
+        return one_line(super().__str__())
 
 
 class UsageError(AttnlensError, ValueError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -25,7 +27,7 @@ from attnlens.circuits import (
 )
 from attnlens.diagonal import DiagonalFit, fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.files import write_text_atomic
+from attnlens.files import FileSet
 from attnlens.filters.inspecting import FilterInspection, inspect_filters
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
@@ -196,7 +198,7 @@ def inspect(
             weights = read_heads(indexed[1], opened.checkpoint, indexed[0])
         return measure_layer(weights, names, layer_spectra=layer_spectra)
 
-    results = over_threads(measure, specs, progress) if specs else []
+    results = over_threads(measure, specs, progress, largest=_largest(opened, specs)) if specs else []
     spectra = {key: values for _, found in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
@@ -215,20 +217,27 @@ def inspect(
     )
 
 
-def save_inspection(inspection: Inspection, folder: str | os.PathLike[str], command: str) -> dict[str, Path]:
+def save_inspection(
+    inspection: Inspection, folder: str | os.PathLike[str], command: str, files: FileSet | None = None
+) -> dict[str, Path]:
     """Write ``stats.json``, ``stats.csv`` of attention and ``filters.csv`` of filters, where there are such layers.
 
-    Each is written atomically into ``folder``; ``command`` goes into the provenance.
+    They join ``files``, such as the figures of the same run, or make a set of their own; ``command`` goes into the
+    provenance. ``stats.json`` names the other files of the set with their sha256: those that are there with another
+    hash are of another run.
     """
-    folder = Path(folder)
-    data = inspection.to_json()
-    data["provenance"] = {**data["provenance"], "command": command}
     tables = {"stats.csv": inspection.stats, "filters.csv": inspection.filters.stats}
-    written = {name: table for name, table in tables.items() if len(table)}
-    for name, table in written.items():
-        table.to_csv(folder / name)
-    write_text_atomic(folder / "stats.json", json.dumps(data, indent=1) + "\n")
-    return {name: folder / name for name in (*written, "stats.json")}
+    contents = {name: table.to_csv().encode() for name, table in tables.items() if len(table)}
+    paths = {name: Path(folder) / name for name in (*contents, "stats.json")}
+    with ExitStack() as stack:
+        files = files or stack.enter_context(FileSet())
+        for name, content in contents.items():
+            files.write(paths[name], lambda file, content=content: file.write(content))
+        data = inspection.to_json()
+        data["provenance"] = {**data["provenance"], "command": command}
+        text = json.dumps({**data, "files": files.hashes()}, indent=1) + "\n"
+        files.write(paths["stats.json"], lambda file: file.write(text.encode()))
+    return paths
 
 
 def measure_layer(
@@ -261,6 +270,12 @@ def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold:
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
     ]
+
+
+def _largest(opened: OpenedModel, specs: IndexedSpecs) -> int:
+    """Return the bytes the tensors of the largest layer take in float64."""
+    shapes = opened.architecture.shapes
+    return max(8 * sum(math.prod(shapes[name]) for name in spec.tensors()) for _, spec in specs)
 
 
 def _by_kind(opened: OpenedModel, include: Sequence[str]) -> tuple[IndexedSpecs, tuple[Refusal, ...]]:

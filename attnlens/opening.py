@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.architecture import Architecture, describe_architecture, describe_module
+from attnlens.architecture import Architecture, check_model_args, describe_architecture, describe_module
 from attnlens.checkpoints import Checkpoint, ModuleWeights, open_checkpoint
 from attnlens.checkpoints.files import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.reading import parse_json, within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,8 +43,8 @@ class OpenedModel:
     """Arguments timm builds the architecture with; None where it is not timm's, or timm need not be asked."""
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the weights came from: how they were named and, for a file, its size and hash."""
-        return {**self.source, **self.checkpoint.provenance()}
+        """Return the architecture and where its weights are from: the name given and, for a file, size and hash."""
+        return {"architecture": self.architecture.name, **self.source, **self.checkpoint.provenance()}
 
 
 def open_model(
@@ -157,7 +157,7 @@ def _open_hub(repo: str, checkpoint: StrPath | None, name: str, access: Access) 
 
 
 def _open_folder(folder: Path, checkpoint: StrPath | None, name: str) -> OpenedModel:
-    config = folder / "config.json"
+    config = within(folder, folder / "config.json", CheckpointError)
     if not config.is_file():
         raise ModelNotFoundError(
             f"{folder} has no config.json: give a timm or transformers model folder, or MODEL with --checkpoint FILE"
@@ -175,7 +175,7 @@ def _weights_in(folder: Path) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
-    return found
+    return within(folder, found, CheckpointError)
 
 
 def _open_file(path: Path, given_as: str) -> OpenedModel:
@@ -183,11 +183,13 @@ def _open_file(path: Path, given_as: str) -> OpenedModel:
     checkpoint = open_checkpoint(path)
     named = checkpoint.metadata.get("architecture")
     if named:
-        model_args = _parse_json(checkpoint.metadata.get("model_args", "{}"), path)
+        model_args = _parse_json(checkpoint.metadata.get("model_args", "{}").encode(), path)
         architecture = describe_architecture(named, model_args)
         return OpenedModel(path.stem, architecture, checkpoint, {"model": path.name}, timm_args=model_args)
-    if (path.parent / "config.json").is_file():
-        return _configured(path.parent / "config.json", path.stem, checkpoint, {"model": path.name})
+    config = path.parent / "config.json"
+    if config.is_file():
+        config = within(path.parent, config, CheckpointError)
+        return _configured(config, path.stem, checkpoint, {"model": path.name})
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
         f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file)"
@@ -214,12 +216,13 @@ def _open_bare(model: Any, checkpoint: StrPath | None, num_heads: int) -> Opened
 
 def _configured(config: Path, title: str, weights: Checkpoint, source: dict[str, str]) -> OpenedModel:
     """Open weights of the architecture a ``config.json`` names: timm's with its ``model_args``, or transformers'."""
-    data = _parse_json(config.read_text(), config)
+    try:
+        data = _parse_json(config.read_bytes(), config)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
     name = data.get("architecture")
     if isinstance(name, str):
-        model_args = data.get("model_args", {})
-        if not isinstance(model_args, dict):
-            raise ModelNotFoundError(f"model_args in {config} is not an object: fix the file")
+        model_args = check_model_args(data.get("model_args", {}), str(config))
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
     if isinstance(data.get("model_type"), str):
@@ -232,9 +235,9 @@ def _configured(config: Path, title: str, weights: Checkpoint, source: dict[str,
     )
 
 
-def _parse_json(text: str, where: Path) -> dict[str, Any]:
+def _parse_json(text: bytes, where: Path) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{where} holds broken JSON ({error})") from error
     if not isinstance(data, dict):

@@ -24,6 +24,7 @@ from attnlens.filters.closed_form import LARGEST, SMALLEST, mixture, side
 from attnlens.filters.entries import FilterEntry, carried_over
 from attnlens.filters.spec import Kernel
 from attnlens.heads import Array
+from attnlens.reading import parse_json
 from attnlens.table import ALL_HEADS
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ SCHEMA = "attnlens.params"
 _TREND_DEGREE = 2
 VERSION = 2
 Per = Literal["head", "layer", "model"]
+LARGEST_LOG = 700.0
+"""Of the logarithm of alpha: beyond it float64 ends."""
 
 # Version -> function that turns a file of that version into the next one.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -148,7 +151,10 @@ class Pooled(_Part):
 
     def at(self, depth: float) -> tuple[float, float]:
         """Return the (alpha, beta) to request at a relative depth."""
-        return math.exp(self.log_alpha_trend(depth)), self.beta_trend(depth)
+        log_alpha, beta = self.log_alpha_trend(depth), self.beta_trend(depth)
+        if not (log_alpha < LARGEST_LOG and math.isfinite(beta)):
+            raise ParamsError(f"the trend of {self.circuit} ({self.head}) is no number at depth {depth:g}: fit again")
+        return math.exp(log_alpha), beta
 
 
 class FilterTrend(_Part):
@@ -245,11 +251,9 @@ class InitParams(_Part):
     @classmethod
     def parse(cls, text: str, where: str = "the parameter file") -> InitParams:
         """Validate the text of a parameter file; ``where`` names it in errors."""
-        import json
-
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ParamsError(f"{where} is not JSON ({error}): write it with `attnlens fit-params`") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ParamsError(f"{where} is not a parameter file: its field 'schema' is not {SCHEMA!r}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -27,6 +28,12 @@ class Hub:
     """Bodies that end after half of what was announced."""
     stall: threading.Event | None = None
     """Where set, bodies stop after a half until the event happens."""
+    pause: float = 0.0
+    """Seconds between the eighths of a body."""
+    damages: bool = False
+    """Bodies have their last byte changed; hash and length are announced as they were."""
+    silent: bool = False
+    """Requests are taken and get no answer for some seconds."""
     url: str = ""
 
     def put(self, repo, files, commit=COMMIT):
@@ -55,6 +62,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body):
         hub = self.hub
         hub.log.append((self.command, self.path, self.headers.get("Range")))
+        if hub.silent:
+            time.sleep(5)
+            self.close_connection = True
+            return None
         if hub.failures > 0:
             hub.failures -= 1
             return self._send(503, {}, b"busy", body)
@@ -120,7 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
             hub.stall.wait(20)
             self.close_connection = True
         else:
-            self.wfile.write(content)
+            if status < 400 and hub.damages:
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            step = -(-len(content) // 8) if hub.pause else max(1, len(content))
+            for start in range(0, len(content), max(1, step)):
+                self.wfile.write(content[start : start + step])
+                time.sleep(hub.pause)
 
 
 class _Server(ThreadingHTTPServer):

@@ -90,6 +90,32 @@ def test_a_body_of_another_size_than_announced_is_not_kept(stocked, tmp_path, an
     assert kept(tmp_path) == []
 
 
+def test_a_body_with_another_hash_than_declared_is_refused_and_not_kept(stocked, tmp_path):
+    stocked.damages = True
+    with pytest.raises(CheckpointError, match=r"sends for owner/name/model.safetensors has not the sha256 it declares"):
+        fetch(REPO, FILE)
+    assert kept(tmp_path) == []
+    assert find_weights(REPO) is None
+    stocked.damages = False
+    assert fetch(REPO, FILE).read_bytes() == NEW
+
+
+def test_a_body_that_comes_in_pieces_is_waited_for(stocked):
+    stocked.pause = 0.05
+    assert fetch(REPO, FILE).read_bytes() == NEW
+
+
+def test_a_hub_that_takes_requests_and_answers_nothing_is_given_up(stocked, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
+    stocked.silent = True
+    begin = time.monotonic()
+    with pytest.raises(ModelNotFoundError, match=r"the hub cannot be reached \(.*hf download owner/name model.safet"):
+        fetch(REPO, FILE)
+    assert time.monotonic() - begin < 5
+
+
 def test_a_process_killed_in_a_download_leaves_nothing_that_is_believed(stocked, hub_environment, tmp_path):
     stocked.stall = threading.Event()
     code = f"from attnlens.checkpoints.hub import fetch; fetch({REPO!r}, {FILE!r})"

@@ -97,7 +97,7 @@ def test_a_wrong_field_is_named_with_its_place(fitted, tmp_path, change, message
 @pytest.mark.parametrize("word", ["NaN", "Infinity"])
 def test_numbers_that_are_not_finite_are_refused(fitted, word):
     text = changed(fitted, lambda data: data["entries"][0].update(beta="PLACE")).replace('"PLACE"', word)
-    with pytest.raises(ParamsError, match=r"entries\.0\.beta: Input should be a finite number"):
+    with pytest.raises(ParamsError, match=f"{word} is no JSON"):
         InitParams.parse(text)
 
 

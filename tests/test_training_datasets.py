@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from attnlens.cli.app import app
 from attnlens.errors import UsageError
-from attnlens.training import datasets
+from attnlens.training import datasets, images
 from attnlens.training.datasets import DatasetError, Images, load_dataset
 from tests.conftest import ROOT
 from tests.training_setup import write_source
@@ -123,7 +123,7 @@ def test_huge_truncated_and_broken_members_are_refused(tmp_path, monkeypatch):
     (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DatasetError, match="cannot be read as a tar"):
         load_dataset(str(tmp_path / "half.tar.gz"), cache=tmp_path / "cache")
-    monkeypatch.setattr(datasets, "_LARGEST_FILE", 10)
+    monkeypatch.setattr(images, "LARGEST_FILE", 10)
     packed = archive(tmp_path / "huge.tar.gz", {"train/cat/0.png": png(0)})
     with pytest.raises(DatasetError, match="that is no image"):
         load_dataset(str(packed), cache=tmp_path / "cache")

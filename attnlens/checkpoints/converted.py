@@ -21,7 +21,13 @@ FILTER = "timm checkpoint_filter_fn"
 LOADER = "timm load_pretrained (npz)"
 
 # What a function that renames and reshapes raises when it is given another format than it was written for.
-_MISFITS = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
+_MISFITS = (
+    *(LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError, ArithmeticError),
+    MemoryError,
+)
+_GROWS = 8
+"""Bytes a network converted to may have for each byte of the file: its sizes come from a file, too."""
+_ALWAYS = 64 << 20
 
 
 class ConvertedWeights(Checkpoint):
@@ -97,6 +103,7 @@ def _filtered(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> 
     model, filter_fn = _filter_of(name, model_args)
     if filter_fn is None:
         raise CheckpointError(f"timm has no checkpoint_filter_fn for {name}")
+    _check_size(name, model, checkpoint)
     state = _torch_state(checkpoint)
     takes_model = len(inspect.signature(filter_fn).parameters) > 1  # a few take the state dict alone
     with _told(f"timm's checkpoint_filter_fn for {name}"):
@@ -114,6 +121,7 @@ def _loaded(name: str, model_args: dict[str, Any], checkpoint: NpzFile) -> dict[
     reader = getattr(model, "load_pretrained", None)
     if not callable(reader):
         raise CheckpointError(f"{checkpoint.path} is a JAX archive, and timm has no reader of those for {name}")
+    _check_size(name, model, checkpoint)
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -165,6 +173,14 @@ def _torch_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         else:
             found[name] = value
     return found
+
+
+def _check_size(name: str, model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a conversion to a network that is much larger than the file: position embeddings would be resampled."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    stored = checkpoint.size()
+    if size > _GROWS * stored + _ALWAYS:
+        raise CheckpointError(f"{name} as its model_args describe it takes {size} bytes, the file has {stored}")
 
 
 @contextlib.contextmanager

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
+from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError
+from attnlens.reading import parse_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +48,10 @@ class Checkpoint(Mapping[str, Any]):
         """Return a tensor's shape, from the file's header where there is one."""
         return tuple(self[name].shape)
 
+    def size(self) -> int:
+        """Return the bytes on disk, 0 where nothing is on disk."""
+        return 0
+
     def expect(self, names: Iterable[str]) -> None:
         """Take note of which tensors will be asked for, where reading several together saves something."""
 
@@ -54,12 +61,35 @@ class _File(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._status = path.stat()
+
+    def size(self) -> int:
+        """Return the file's length."""
+        return self._status.st_size
 
     def provenance(self) -> dict[str, Any]:
-        """Return the file's name, size and sha256."""
-        with self.path.open("rb") as file:
+        """Return the file's name, size and sha256. Raises `CheckpointError` where it changed since it was opened."""
+        with self._reading(), self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": self.path.name, "bytes": self.path.stat().st_size, "sha256": digest}
+            changed = self.path.stat().st_mtime_ns != self._status.st_mtime_ns
+        if changed:
+            raise CheckpointError(f"{self.path} changed while it was read: run again when nothing writes it")
+        return {"file": self.path.name, "bytes": self._status.st_size, "sha256": digest}
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Read only from the file that was opened, at its length: a mapped page beyond a file's end is a bus error."""
+        try:
+            now = self.path.stat()
+            if (now.st_dev, now.st_ino, now.st_size) != (
+                self._status.st_dev,
+                self._status.st_ino,
+                self._status.st_size,
+            ):
+                raise CheckpointError(f"{self.path} was replaced or cut while it was read: run again")
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
 
 
 class SafetensorsFile(_File):
@@ -72,13 +102,13 @@ class SafetensorsFile(_File):
         try:
             with safe_open(path, framework="numpy") as file:
                 self.metadata = dict(file.metadata() or {})
-        except SafetensorError as error:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = parse_json(file.read(length))
+        except (SafetensorError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}): it is truncated or corrupt, download it again"
             ) from error
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         self._start = 8 + length
         self._header: dict[str, dict[str, Any]] = header
@@ -90,7 +120,17 @@ class SafetensorsFile(_File):
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return a tensor as a read-only view of the file."""
         begin, end = self.span(name)
-        return self._bytes[begin:end].view(_numpy_type(self._header[name]["dtype"], name)).reshape(self.shape(name))
+        with self._reading():
+            data = self._bytes[begin:end]
+        kind, shape = _numpy_type(self._header[name]["dtype"], name), self.shape(name)
+        try:
+            return data.view(kind).reshape(shape)
+        except (ValueError, OverflowError) as error:  # more axes, or an empty tensor of more rows, than numpy has
+            raise CheckpointError(f"{name} in {self.path} has shape {shape}, which cannot be read ({error})") from error
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a tensor of that name is there; nothing is read."""
+        return name in self._header
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
@@ -115,11 +155,12 @@ class TorchFile(_File):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._tensors = _clean(_load_pickle(path), path)
+        self._tensors = _clean(load_pickle(path, CheckpointError), path)
 
     def __getitem__(self, name: str) -> Any:
         """Return a torch tensor (memory-mapped where the file's format allows)."""
-        return self._tensors[name]
+        with self._reading():
+            return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the tensors' names."""
@@ -131,25 +172,25 @@ class TorchFile(_File):
 
 
 class NpzFile(_File):
-    """A numpy archive, read with ``allow_pickle=False``; two-byte void arrays are bfloat16, as JAX writes them."""
+    """A numpy archive, read without pickles; two-byte void arrays are bfloat16, as JAX writes them.
+
+    An array is read when its header claims no more than its member of the archive holds, and the members together no
+    more than `archives.EXPANDS` times the file.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path} is no numpy archive of named arrays: truncated, corrupt or another format")
         try:
-            self._archive = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{path} is not a whole numpy archive ({error}): truncated or corrupt") from error
+            members = check_archive(path)
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(f"{path} is no whole numpy archive ({error}): truncated or corrupt") from error
+        self._archive = zipfile.ZipFile(path)
+        self._members = {m.filename.removesuffix(".npy"): m for m in members if m.filename.endswith(".npy")}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Read an array out of the archive."""
-        try:
-            stored = self._archive[name]
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise CheckpointError(
-                f"{name} in {self.path} cannot be read ({error}): corrupt, or not plain data"
-            ) from error
+        with self._opened(name) as file:
+            stored: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         if stored.dtype == np.dtype("V2"):
             import ml_dtypes
 
@@ -158,23 +199,46 @@ class NpzFile(_File):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return an array's shape from its header."""
-        assert self._archive.zip is not None, "the archive is never closed while it is held"
-        with self._archive.zip.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            return tuple(read(file)[0])
+        with self._opened(name) as file:
+            return _array_header(file)[0]
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a member that holds what its header claims."""
+        member = self._members[name]
+        try:
+            with self._archive.open(member) as file:
+                shape, kind = _array_header(file)
+            if kind.kind not in "biuf" and kind != np.dtype("V2"):
+                raise ValueError(f"its type is {kind.str[:20]}")
+            if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > member.file_size:
+                raise ValueError(f"{member.file_size} bytes claim to hold an array of shape {shape}")
+            with self._archive.open(member) as file:
+                yield file
+        except DAMAGED_ARRAY as error:
+            raise CheckpointError(
+                f"{name} in {self.path} cannot be read ({error}): corrupt, or not plain data"
+            ) from error
 
     def __contains__(self, name: object) -> bool:
         """Whether an array of that name is there; nothing is read."""
-        return name in self._archive.files
+        return name in self._members
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the arrays' names."""
-        return iter(self._archive.files)
+        return iter(self._members)
 
     def __len__(self) -> int:
         """Return the number of arrays."""
-        return len(self._archive.files)
+        return len(self._members)
+
+
+def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read shape and type off the header of a stored array."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(file)
+    return tuple(shape), kind
 
 
 class ModuleWeights(Checkpoint):
@@ -265,37 +329,28 @@ def _numpy_type(stored: str, name: str) -> np.dtype[Any]:
     )
 
 
-def _load_pickle(path: Path) -> Any:
-    import pickle
-
-    import torch
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than weights, and unpickling it could run code: refused. "
-            "Save its state_dict() as safetensors and give that file"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is no PyTorch checkpoint ({first}): truncated or corrupt") from error
-
-
 def _clean(loaded: Any, path: Path) -> dict[str, Any]:
     """Find the state dict inside what a training script saved and strip the wrappers' prefixes."""
     import torch
 
+    loaded = _plain(loaded)
     for name in _NESTED:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = _plain(loaded[name])
             break
-    if not isinstance(loaded, Mapping):
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+    if any("\ud800" <= character <= "\udfff" for name in tensors if not name.isascii() for character in name):
+        raise CheckpointError(f"{path} holds names that are no text: corrupt, or not plain data")
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors: save model.state_dict()")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
+
+
+def _plain(value: Any) -> Any:
+    """Return a dictionary free of the attributes a pickle may have given it, which hide its own methods."""
+    return {key: dict.__getitem__(value, key) for key in dict.__iter__(value)} if isinstance(value, dict) else value

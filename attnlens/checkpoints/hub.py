@@ -7,6 +7,8 @@ it is first imported. A download goes to a temporary name and into the cache whe
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 
 from attnlens.checkpoints.files import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES, read_index
-from attnlens.errors import ModelNotFoundError
+from attnlens.errors import CheckpointError, ModelNotFoundError
 
 T = TypeVar("T")
 
@@ -85,7 +87,8 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, offline: boo
     """Return a file of a hub repository, from the cache when it is there; None when the repository lacks it.
 
     With ``offline``, or ``HF_HUB_OFFLINE`` set, only the cache is looked at. Raises `ModelNotFoundError` when there is
-    no network and nothing cached, or no such repository or revision, and says what to do.
+    no network and nothing cached, or no such repository or revision, and says what to do; `CheckpointError` when what
+    is sent has another sha256 than the hub declares.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -99,10 +102,27 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, offline: boo
         raise ModelNotFoundError(_offline_advice(repo, filename, "--offline or HF_HUB_OFFLINE forbids asking the hub"))
     try:
         with explained(repo, filename, revision):
-            ask(hf_hub_url(repo, filename, revision=revision))
-            return Path(hf_hub_download(repo, filename, revision=revision))
+            declared = ask(hf_hub_url(repo, filename, revision=revision)).etag
+            path = Path(hf_hub_download(repo, filename, revision=revision))
     except EntryNotFoundError:
         return None
+    _check_hash(path, declared, f"{repo}/{filename}")
+    return path
+
+
+def _check_hash(path: Path, declared: str | None, name: str) -> None:
+    """Compare a download with the sha256 the hub declares, and take it out of the cache where it has another.
+
+    The hub declares the sha256 of large files; huggingface_hub itself compares nothing but the length.
+    """
+    if declared is None or not re.fullmatch(r"[0-9a-f]{64}", declared):
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == declared:
+            return
+    path.resolve().unlink(missing_ok=True)  # the blob; the snapshot's file is a link to it
+    path.unlink(missing_ok=True)
+    raise CheckpointError(f"what the hub sends for {name} has not the sha256 it declares: it is damaged, try again")
 
 
 def ask(url: str) -> Any:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import struct
-import tempfile
 import weakref
 from collections.abc import ItemsView, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from attnlens.checkpoints.files import Checkpoint, SafetensorsFile
 from attnlens.checkpoints.hub import ask, explained, patiently
 from attnlens.errors import CheckpointError, UsageError
+from attnlens.files import open_scratch
 
 HEADER_LIMIT = 100_000_000
 """Bytes a safetensors header may have, the limit of the safetensors library."""
@@ -33,11 +33,10 @@ class RemoteFile:
         self.repo, self.filename, self.url, self.size = repo, filename, url, size
         self.bytes_fetched = 0
         self.requests = 0
-        self._file = tempfile.NamedTemporaryFile(prefix="attnlens-", suffix=".safetensors")  # noqa: SIM115
-        weakref.finalize(self, self._file.close)  # closing removes it
+        self.path, self._file = open_scratch("remote")
+        weakref.finalize(self, _discard, self._file, self.path)
         self._file.truncate(size)
         self._leading = 0
-        self.path = Path(self._file.name)
 
     def lead(self, end: int) -> None:
         """Fetch the file up to ``end``."""
@@ -110,6 +109,10 @@ class RemoteSafetensors(Checkpoint):
         fetched = {"bytes_fetched": self._remote.bytes_fetched, "requests": self._remote.requests}
         return {"file": self._remote.filename, "bytes": self._remote.size, **self._about, **fetched}
 
+    def size(self) -> int:
+        """Return the file's length on the hub."""
+        return self._remote.size
+
     def expect(self, names: Iterable[str]) -> None:
         """Fetch those of ``names`` that lie close together in one request, when the first of them is asked for."""
         runs: list[tuple[int, int]] = []
@@ -151,6 +154,11 @@ class RemoteSafetensors(Checkpoint):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self._local)
+
+
+def _discard(file: IO[bytes], path: Path) -> None:
+    file.close()
+    path.unlink(missing_ok=True)
 
 
 def _header_end(remote: RemoteFile) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -11,6 +10,7 @@ from typing import Any
 
 from attnlens.checkpoints.files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint, open_checkpoint
 from attnlens.errors import CheckpointError
+from attnlens.reading import read_json, within
 
 TRANSFORMERS_FILES = (
     "model.safetensors",
@@ -27,7 +27,8 @@ class ShardedFile(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._shard_of = read_index(path)
-        self._paths = {name: _inside(path, name) for name in sorted(set(self._shard_of.values()))}
+        folder, names = path.parent, sorted(set(self._shard_of.values()))
+        self._paths = {name: within(folder, folder / name, CheckpointError) for name in names}
         absent = [name for name, shard in self._paths.items() if not shard.is_file()]
         if absent:
             raise CheckpointError(
@@ -44,6 +45,10 @@ class ShardedFile(Checkpoint):
     @cached_property
     def _shard_provenance(self) -> list[dict[str, Any]]:
         return [self._shard(name).provenance() for name in self._paths]
+
+    def size(self) -> int:
+        """Return the length of all shards."""
+        return sum(self._shard(name).size() for name in self._paths)
 
     def _shard(self, name: str) -> Checkpoint:
         if name not in self._opened:
@@ -82,7 +87,7 @@ class ShardedFile(Checkpoint):
 def read_index(path: Path) -> dict[str, str]:
     """Return which file holds each tensor, ``{tensor: file}``; every file name is checked to stay beside the index."""
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is no shard index ({error}): download it again") from error
     places = data.get("weight_map") if isinstance(data, dict) else None
@@ -97,20 +102,7 @@ def _check_name(index: Path, name: str) -> None:
     """Refuse a shard name that is not a plain relative path to a weight file."""
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts
-    if outside or not name.lower().endswith((*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)):
+    if outside or not name.isprintable() or not name.lower().endswith((*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)):
         raise CheckpointError(
             f"{index} names {name!r} as a shard: refused, shards are .safetensors or .bin files inside its own folder"
         )
-
-
-def _inside(index: Path, name: str) -> Path:
-    """Return a shard's path, refusing one that is a link to another place.
-
-    The hub's cache links a snapshot's files to the ``blobs`` folder of the same repository: those are followed.
-    """
-    folder = index.parent.resolve()
-    path = folder / name
-    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
-    if not any(path.resolve().is_relative_to(home) for home in homes):
-        raise CheckpointError(f"{path} is a link that leaves {folder}: refused, put the shard itself there")
-    return path

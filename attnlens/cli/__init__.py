@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from attnlens.errors import AttnlensError, UsageError
+from attnlens.printable import one_line
 
 
 def main() -> None:
@@ -29,4 +30,4 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    sys.stderr.write(f"attnlens: {' '.join(message.split())}\n")
+    sys.stderr.write(f"attnlens: {one_line(' '.join(message.split()))}\n")

@@ -1,4 +1,4 @@
-"""Where words go: results to stdout, chatter and progress to stderr."""
+"""Where words go: results to stdout, chatter and progress to stderr; what files call things goes out printable."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
+from attnlens.printable import printable
+
 
 def note(message: str) -> None:
     """Write one line of chatter to stderr."""
-    sys.stderr.write(f"{message}\n")
+    sys.stderr.write(f"{printable(message)}\n")
 
 
 def write_stdout(text: str) -> None:
     """Write a result to stdout, at once: a reader that has gone away (``| head``) is then met here, not at exit."""
+    text = printable(text, keep="\n\t")
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
     sys.stdout.flush()
 

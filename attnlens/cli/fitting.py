@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from attnlens.circuits import Fold, Kind
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.filters import fit_filter_table
 from attnlens.cli.inspecting import figure_folder, format_layers
-from attnlens.cli.terminal import number, print_wide
+from attnlens.cli.terminal import escape, number, plain_table, print_wide
 from attnlens.comparing import Comparison, compare
+from attnlens.files import FileSet
 from attnlens.filters.entries import Estimator
 from attnlens.fitting import fit_params
 from attnlens.inspection import UNSAID
@@ -68,7 +68,13 @@ def run_fit(
     for source in params.sources:
         for message in caveats(source):
             note(f"{source.model}: {message}")
-    params.save(output)
+    from attnlens.figures import save_figures
+    from attnlens.figures.fits import draw_fits
+
+    folder = figure_folder(figures, "+".join(source.model for source in params.sources))
+    with FileSet() as files:
+        save_figures(draw_fits(params), folder, format_, dpi, into=files.write)
+        files.write(output, lambda file: file.write(params.to_json().encode()))
     if as_json:
         write_stdout(params.to_json())
     else:
@@ -79,11 +85,6 @@ def run_fit(
                 print_wide(fit_filter_table(params, place))
         if params.pooled:
             print_wide(pooled_table(params))
-    from attnlens.figures import save_figures
-    from attnlens.figures.fits import draw_fits
-
-    folder = figure_folder(figures, "+".join(source.model for source in params.sources))
-    save_figures(draw_fits(params), folder, format_, dpi)
     note(f"wrote {output}, and figures to {folder}")
 
 
@@ -98,16 +99,10 @@ def fit_table(params: InitParams, source: int) -> Table:
     """Build the table of one model: per layer QK and OV with verdicts, realised beside requested."""
     entries = [entry for entry in params.entries if entry.source == source and entry.fold == params.fold]
     percent = f"{params.level:.0%}"
-    table = Table(
+    table = plain_table(
         title=f"[bold]{escape(params.sources[source].model)}[/bold]: {params.fold} products, M ~ α Z + β I",
         caption=f"QK: mean over heads; OV: sum over heads with its {percent} interval; request: (α, β) to draw with\n"
         f"a mark a head: {_LEGEND}",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     for name in ("layer", "QK α", "QK β", "request"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from attnlens.cli.console import note, write_stdout
 from attnlens.cli.inspecting import format_layers
-from attnlens.cli.terminal import number, print_wide
+from attnlens.cli.terminal import escape, number, plain_table, print_wide
 from attnlens.errors import UsageError
 from attnlens.inits import Check, VerifyReport, init_file, initialisers, verify_init
 from attnlens.inits.registry import find_initialiser
@@ -113,17 +111,11 @@ def verify_table(report: VerifyReport) -> Table:
     how = "whole matrices" if report.whole else "statistics"
     products = any(check.circuit in ("qk", "ov") for check in report.checks)
     what = f"{report.fold} products" if products else "depthwise filters"
-    table = Table(
+    table = plain_table(
         title=f"[bold]{escape(report.model)}[/bold] against {report.init}, {seed}: {what}, {how}",
         caption="means over heads; worst: largest deviation, of the matrix relative to its\n"
         "norm, else of α and β in units of their tolerance; of filters without a seed,\n"
         "of their covariance relative to its norm",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     for name in ("layer", "circuit", "n", "requested α, β", "expected α, β", "found α, β", "worst", "passed"):
         table.add_column(name, justify="left" if name == "circuit" else "right", no_wrap=True)

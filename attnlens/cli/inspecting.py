@@ -12,6 +12,7 @@ from typing import Any
 from attnlens.circuits import Fold
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.errors import UsageError
+from attnlens.files import FileSet
 from attnlens.inspection import Inspection, inspect, save_inspection
 
 
@@ -52,15 +53,17 @@ def run_inspect(
     for message in caveats(inspection):
         note(message)
     folder = figure_folder(output, inspection.model)
-    written = save_inspection(inspection, folder, shlex.join(command))
     shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
-    if as_json:
-        write_stdout(written["stats.json"].read_text())
-    else:
-        print_tables(inspection, shown)
     from attnlens.figures import save_figures
 
-    save_figures(inspection.figures(shown, crop), folder, format_, dpi)
+    with FileSet() as files:
+        save_figures(inspection.figures(shown, crop), folder, format_, dpi, into=files.write)
+        written = save_inspection(inspection, folder, shlex.join(command), files)
+        text = files.read(written["stats.json"]).decode()
+    if as_json:
+        write_stdout(text)
+    else:
+        print_tables(inspection, shown)
     *tables, last = written
     drawn = f"{shown}, {format_}" if inspection.specs else format_
     note(f"wrote {', '.join([*tables, last])} and figures ({drawn}) to {folder}")

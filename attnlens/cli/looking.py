@@ -1,4 +1,4 @@
-"""The commands that look at models: inspect, list-models, fit-params, compare, report, doctor."""
+"""The commands that look at models: inspect, list-models, fit-params, compare, compose, scan, report, doctor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from attnlens.cli.app import app
 from attnlens.cli.options import (
     CheckpointOption,
+    ComposedFold,
     Debug,
     Dpi,
     FigureFormat,
@@ -184,6 +185,94 @@ def compare(
         format_=format_.value,
         dpi=dpi,
         as_json=json_,
+    )
+
+
+@app.command(short_help="Score how heads compose over layers.")
+def compose(
+    model: Model = None,
+    checkpoint: CheckpointOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for table and figures; default: figures/<model>.")
+    ] = None,
+    num_heads: NumHeads = None,
+    fold: Annotated[ComposedFold, typer.Option(help="Which products compose.")] = ComposedFold.effective,
+    layers: Annotated[str | None, typer.Option(help="Layers to read, e.g. 0-3,11; default: all.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="Pairs of each kind in the table.")] = 5,
+    offline: Offline = False,
+    remote: Remote = False,
+    format_: FigureFormat = FormatChoice.png,
+    dpi: Dpi = 150,
+    json_: Annotated[bool, typer.Option("--json", help="Print composition.json in place of the table.")] = False,
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
+    from attnlens.cli.composing import run_compose
+
+    run_compose(
+        model,
+        checkpoint,
+        output=output,
+        num_heads=num_heads,
+        fold=fold.value,
+        layers=layers,
+        top=top,
+        offline=offline,
+        remote=remote,
+        format_=format_.value,
+        dpi=dpi,
+        as_json=json_,
+        command=["attnlens", *sys.argv[1:]],
+    )
+
+
+@app.command(short_help="Inspect hundreds of models; go on where stopped.")
+def scan(
+    patterns: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATTERN...",
+            help="Names as for inspect; shell patterns over timm's pretrained names: 'vit_*dinov2*'; folders and "
+            "files: 'runs/**'; ARCHITECTURE=FILES for files that do not say what they are of; @FILE, a list of these.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results, tables and figure.")],
+    fold: Annotated[FoldChoice, typer.Option(help="Which products are measured, as for inspect.")] = FoldChoice.both,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Models at a time; default: one a core, here or of the cluster."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Run on the Ray cluster there; auto: the one here.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure again what failed; default: only what is missing.")
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Only print the models that would be measured.")] = False,
+    offline: Offline = False,
+    remote: Remote = False,
+    format_: FigureFormat = FormatChoice.png,
+    dpi: Dpi = 150,
+    json_: Annotated[bool, typer.Option("--json", help="Print scan.json on stdout in place of the table.")] = False,
+    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+) -> None:
+    """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
+    from attnlens.cli.scanning import run_scan
+
+    run_scan(
+        patterns,
+        output,
+        fold=fold.value,
+        workers=workers,
+        ray=ray,
+        retry_failed=retry_failed,
+        only_list=list_,
+        offline=offline,
+        remote=remote,
+        format_=format_.value,
+        dpi=dpi,
+        as_json=json_,
+        command=["attnlens", *sys.argv[1:]],
     )
 
 

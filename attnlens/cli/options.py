@@ -19,6 +19,14 @@ class FoldChoice(StrEnum):
     all = "all"
 
 
+class ComposedFold(StrEnum):
+    """One fold."""
+
+    raw = "raw"
+    effective = "effective"
+    centred = "centred"
+
+
 class FormatChoice(StrEnum):
     """Formats a figure can be written in."""
 

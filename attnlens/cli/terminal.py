@@ -7,19 +7,39 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from attnlens.circuits import Fold
 from attnlens.inspection import Inspection
+from attnlens.printable import printable
 from attnlens.table import ALL_HEADS, StatsTable
 
 # Mark and style of one head by its diagonal prominence; the mark alone tells the sign where there is no colour.
 _MARKS = ((3.0, "▲", "bold blue"), (1.0, "△", "blue"), (-1.0, "·", "dim"), (-3.0, "▽", "red"))
 _LOWEST = ("▼", "bold red")
 LEGEND = "▲ > 3, △ > 1, · between, ▽ < -1, ▼ < -3"
+
+
+def escape(text: str) -> str:
+    """Return text out of a file as a table may show it: no markup of rich's, nothing that moves a terminal's cursor."""
+    return escape_markup(printable(text))
+
+
+def plain_table(title: str, caption: str) -> Table:
+    """Return an empty table as every command shows it; the title may hold rich's markup, so `escape` what is a name."""
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_style="",
+    )
 
 
 def print_table(inspection: Inspection, fold: Fold) -> None:
@@ -39,15 +59,9 @@ def print_wide(table: Table) -> None:
 def layer_table(inspection: Inspection, fold: Fold) -> Table:
     """Build the table: per layer the heads' mean QK fit and strip, the summed OV fit and the OV heads' strip."""
     both = fold != "raw" and "raw" in inspection.folds
-    table = Table(
+    table = plain_table(
         title=f"[bold]{escape(inspection.model)}[/bold]: {fold} products, M ~ α Z + β I",
         caption=f"QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\nheads by prom: {LEGEND}",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     groups = ("QK α", "QK β"), ("OV α", "OV β", "prom"), ("raw β", "prom") if both else ()
     table.add_column("layer", justify="right", no_wrap=True)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from attnlens.errors import UsageError
 from attnlens.figures import style
-from attnlens.files import write_atomic
+from attnlens.files import Writer, write_atomic
 
 
 def save_figures(
@@ -23,20 +23,20 @@ def save_figures(
     folder: str | os.PathLike[str],
     format: str = "png",  # noqa: A002  (the word savefig uses)
     dpi: int = style.DPI,
+    into: Writer = write_atomic,
 ) -> list[Path]:
     """Write every figure as ``<name>.<format>`` into ``folder``, each atomically, and return the paths.
 
-    ``format`` is png, pdf or svg; ``dpi`` sets the pixels of png. Files carry no date and no software version. In pdf
-    and svg, text stays text and images keep one pixel an entry. Raises `UsageError` for another format, before
-    anything is written, and `OutputError` when a file cannot be written.
+    ``format`` is png, pdf or svg; ``dpi`` sets the pixels of png; ``into`` may be the ``write`` of a `FileSet`. Files
+    carry no date and no software version. In pdf and svg, text stays text and images keep one pixel an entry. Raises
+    `UsageError` for another format, before anything is written, and `OutputError` when a file cannot be written.
     """
     if format not in WRITERS:
         raise UsageError(f"figures cannot be written as {format!r}: choose {', '.join(WRITERS)}")
     write = WRITERS[format]
     with style.look():
         return [
-            write_atomic(Path(folder) / f"{name}.{format}", partial(write, figure, dpi))
-            for name, figure in figures.items()
+            into(Path(folder) / f"{name}.{format}", partial(write, figure, dpi)) for name, figure in figures.items()
         ]
 
 

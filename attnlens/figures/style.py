@@ -211,14 +211,30 @@ def log_y_axis(axes: Axes, low: float, high: float) -> None:
 
 def arcsinh_y_axis(axes: Axes, values: Array, linear_width: float) -> None:
     """Make y linear within ``+-linear_width`` and logarithmic beyond, around ``values`` and 0."""
+    low, high, width = _arcsinh_range(values, linear_width)
+    axes.set_yscale("asinh", linear_width=width)
+    axes.set_ylim(low, high)
+    _y_ticks(axes, arcsinh_ticks(low, high, width))
+
+
+def arcsinh_x_axis(axes: Axes, values: Array, linear_width: float) -> None:
+    """Make x what `arcsinh_y_axis` makes y."""
+    low, high, width = _arcsinh_range(values, linear_width)
+    axes.set_xscale("asinh", linear_width=width)
+    axes.set_xlim(low, high)
+    ticks = arcsinh_ticks(low, high, width, apart=0.42)  # labels are wider than high
+    axes.set_xticks(ticks, [number(tick) for tick in ticks])
+    axes.minorticks_off()
+
+
+def _arcsinh_range(values: Array, linear_width: float) -> tuple[float, float, float]:
+    """Return both ends of an axis around ``values`` and 0, and a linear width it can be drawn with."""
     limit = float(np.abs(values).max(initial=0.0)) or 1.0
     width = min(max(linear_width, 1e-3 * limit), limit)
     places = np.arcsinh([min(values.min(), 0.0) / width, max(values.max(), 0.0) / width])
     margin = 0.07 * (places[1] - places[0] or 1.0)
     low, high = (float(end) for end in np.sinh([places[0] - margin, places[1] + margin]) * width)
-    axes.set_yscale("asinh", linear_width=width)
-    axes.set_ylim(low, high)
-    _y_ticks(axes, arcsinh_ticks(low, high, width))
+    return low, high, width
 
 
 def linear_y_axis(axes: Axes, low: float, high: float) -> None:
@@ -246,7 +262,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in _even_ticks(low, high) if low <= tick <= high]
 
 
-def arcsinh_ticks(low: float, high: float, width: float) -> list[float]:
+def arcsinh_ticks(low: float, high: float, width: float, apart: float = 0.2) -> list[float]:
     """Return 0 and round numbers in [low, high], far enough apart on an arcsinh scale for their labels."""
     limit = max(-low, high)
     found: list[float] = []
@@ -254,7 +270,7 @@ def arcsinh_ticks(low: float, high: float, width: float) -> list[float]:
     power = math.floor(math.log10(limit))
     for tick in (step * 10.0**p for p in range(power, power - 9, -1) for step in (5, 2, 1)):
         here = math.asinh(tick / width) / math.asinh(limit / width)
-        if 0.2 <= here <= 1 and place - here >= 0.2:
+        if apart <= here <= 1 and place - here >= apart:
             found.append(tick)
             place = here
     return [tick for tick in (*(-tick for tick in found), 0.0, *reversed(found)) if low <= tick <= high]

@@ -44,6 +44,8 @@ _SCALES = ("ls1.gamma", "ls_1.gamma", "gamma_1", "layer_scale1.lambda1", "lambda
 # What says, inside an attention module or beside it, that a norm of such a name may stand behind the layer.
 _POST_NORM_SIGNS = ("logit_scale", "cpb_mlp", "meta_mlp")
 _TORCH_LAYER = ("linear1.weight", "linear2.weight")
+_DEEPEST = 64
+"""Dots of a name that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def find_groups(stored: Checkpoint) -> list[Group]:
     found: dict[str, Group] = {}
     for (q, k, v), outputs in _PATTERNS:
         for name in stored:
-            if name != q and not name.endswith(f".{q}"):
+            if "{" in name or (name != q and not name.endswith(f".{q}")):  # a layout's sign for a head's number
                 continue
             head = name.removesuffix(q)
             output = next((head + o for o in outputs if head + o in stored), None)
@@ -91,8 +93,9 @@ def find_groups(stored: Checkpoint) -> list[Group]:
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Order numbers in a path by value."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+    """Order numbers in a path by value: by their length without leading zeros, then as text."""
+    digits = [(part.lstrip("0"), part[:1] in "0123456789") for part in re.split(r"([0-9]+)", path) if part]
+    return [(len(part), part) if number else (-1, part) for part, number in digits]
 
 
 def describe_names(stored: Checkpoint, num_heads: int, where: str) -> Architecture:
@@ -116,7 +119,10 @@ def describe_names(stored: Checkpoint, num_heads: int, where: str) -> Architectu
             "name the architecture as MODEL"
         )
     crowd = Counter(group.parent for group in groups)
-    specs = tuple(_spec(group, stored, num_heads, alone=crowd[group.parent] == 1) for group in groups)
+    inside = _below(groups, stored)
+    specs = tuple(
+        _spec(group, stored, num_heads, alone=crowd[group.parent] == 1, inside=inside[group.head]) for group in groups
+    )
     shapes = {name: list(stored.shape(name)) for spec in specs for name in spec.tensors()}
     return Architecture("guessed", specs, (), tuple(spec.path for spec in specs), shapes, {})
 
@@ -135,11 +141,22 @@ def _is_in_out(group: Group, stored: Checkpoint) -> bool:
     return group.is_packed and group.q.endswith("c_attn.weight") and columns == 3 * rows
 
 
-def _spec(group: Group, stored: Checkpoint, heads: int, alone: bool) -> AttentionSpec:
+def _below(groups: list[Group], stored: Checkpoint) -> dict[str, set[str]]:
+    """Return the first parts of the names below each group's head; one pass over the names serves all groups."""
+    found: dict[str, set[str]] = {group.head: set() for group in groups}
+    for name in stored:
+        parts = name.split(".", _DEEPEST)
+        for end in range(min(len(parts), _DEEPEST)):
+            head = ".".join([*parts[:end], ""])
+            if head in found:
+                found[head].add(parts[end])
+    return found
+
+
+def _spec(group: Group, stored: Checkpoint, heads: int, alone: bool, inside: set[str]) -> AttentionSpec:
     """Describe one group; a norm beside it is its own only where it stands ``alone`` in its block."""
     slots = _slots(group, stored, heads)
-    norm = _norm(group, stored) if alone else None
-    inside = {name.removeprefix(group.head).split(".")[0] for name in stored if name.startswith(group.head)}
+    norm = _norm(group, stored, inside) if alone else None
     flags = [flag for name, flag in {**ATTRIBUTE_FLAGS, "norm": "norm_before_proj"}.items() if flag and name in inside]
     if slots["q"].bias or slots["k"].bias:
         flags.append("qk_bias")
@@ -210,16 +227,15 @@ def _bias(group: Group, role: str, stored: Checkpoint) -> str | None:
     return next((name for name in names if name in stored), None)
 
 
-def _norm(group: Group, stored: Checkpoint) -> NormSpec | None:
+def _norm(group: Group, stored: Checkpoint, inside: set[str]) -> NormSpec | None:
     """Find the LayerNorm in front by its name; None where no name, more than one, or a post-norm layer is possible.
 
     A norm without a bias is not guessed: RMSNorms multiply by their weight or by 1 + weight, and names do not tell.
     """
-    signs = tuple(group.head + sign for sign in _POST_NORM_SIGNS)
     by_flag = all(
         name in stored for name in group.beside(_TORCH_LAYER)
     )  # torch's own layer: pre or post by an argument
-    if by_flag or any(name.startswith(signs) for name in stored):
+    if by_flag or any(name.startswith(_POST_NORM_SIGNS) for name in inside):
         return None
     weight = _only([f"{name}.weight" for name in group.beside(_NORMS)], stored)
     if weight is None or weight.removesuffix("weight") + "bias" not in stored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 
@@ -46,16 +46,17 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
             f"{where} says that the weights are quantised: what is stored is not what the network applies. Give the "
             "model it was made from"
         )
-    classes = config.get("architectures") or [model_type]
+    classes = config.get("architectures")
+    title = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else model_type
     specs: list[AttentionSpec] = []
     shapes: dict[str, list[int]] = {}
     for stack in family.stacks:
         prefix = _find_prefix(stack, stored)
         if prefix is None:
             continue
-        placed = _Placed(stack, prefix, _sizes(stack, stack.of_config(config), where), stored)
+        placed = _Placed(stack, prefix, _sizes(stack, stack.of_config(config), where, stored), stored)
         for layer in range(placed.sizes.depth):
-            specs.append(placed.spec(layer, family.name, f"transformers.{classes[0]}"))
+            specs.append(placed.spec(layer, family.name, f"transformers.{title}"))
             shapes |= placed.shapes(layer)
     if not specs:
         wanted = family.stacks[0].q.format(layer=0)
@@ -82,8 +83,8 @@ class _Sizes:
     head_dim: int
 
 
-def _sizes(stack: Stack, config: Config, where: str) -> _Sizes:
-    """Read depth, width and heads from the configuration."""
+def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Sizes:
+    """Read depth, width and heads from the configuration; there are no more layers than tensors."""
 
     def number(name: str, default: int | None = None) -> int:
         value = config.get(name, default)
@@ -92,14 +93,14 @@ def _sizes(stack: Stack, config: Config, where: str) -> _Sizes:
         return value
 
     heads, width = number(stack.heads), number(stack.width)
-    return _Sizes(
-        config=config,
-        depth=number(stack.depth) if stack.depth else 1,
-        width=width,
-        heads=heads,
-        kv_heads=number(stack.kv_heads, heads),
-        head_dim=number(stack.head_dim, width // heads),
-    )
+    kv_heads = number(stack.kv_heads, heads)
+    depth = number(stack.depth) if stack.depth else 1
+    if heads % kv_heads:
+        raise ModelNotFoundError(f"{heads} heads in {where} cannot share {kv_heads} key heads evenly: fix the file")
+    if depth > len(stored):
+        raise CheckpointError(f"{where} speaks of {depth} layers, and the weights are {len(stored)} tensors")
+    head_dim = number(stack.head_dim, width // heads)
+    return _Sizes(config=config, depth=depth, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
 def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
@@ -109,6 +110,7 @@ def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
     """
     name = stack.q.format(layer=0)
     prefixes = [key.removesuffix(name) for key in stored if key == name or key.endswith(f".{name}")]
+    prefixes = [prefix for prefix in prefixes if "{" not in prefix]  # a layout's own sign for a head's number
     inside = [prefix for prefix in prefixes if prefix.endswith(stack.within)]
     if inside or stack.section:
         prefixes = inside
@@ -126,13 +128,17 @@ class _Placed:
     prefix: str
     sizes: _Sizes
     stored: Checkpoint
+    held: dict[str, bool] = field(default_factory=dict)
 
     def name(self, template: str, layer: int) -> str:
         return self.prefix + template.format(layer=layer, before=layer - 1)
 
     def holds(self, template: str) -> bool:
         """Whether any layer has such a tensor; then every layer must."""
-        return any(self.name(template, layer) in self.stored for layer in range(self.sizes.depth))
+        if template not in self.held:
+            names = (self.name(template, layer) for layer in range(self.sizes.depth))
+            self.held[template] = any(name in self.stored for name in names)
+        return self.held[template]
 
     def spec(self, layer: int, family: str, module_class: str) -> AttentionSpec:
         scaled = self.stack.layer_scale is not None and self.holds(self.stack.layer_scale)

@@ -5,6 +5,7 @@ Qwen2 adds biases to q, k and v, Qwen3 and Gemma 3 norms behind q and k; Gemma m
 
 from dataclasses import replace
 
+from attnlens.errors import ModelNotFoundError
 from attnlens.foreign.stack import Config, Family, Stack
 
 LAYER = "layers.{layer}."
@@ -31,7 +32,10 @@ GEMMA = replace(
 
 def gemma_scale(config: Config, _layer: int, _head_dim: int) -> float:
     """Return 1 / sqrt of the width the configuration names for it."""
-    return float(config.get("query_pre_attn_scalar", 256) ** -0.5)
+    scalar = config.get("query_pre_attn_scalar", 256)
+    if not isinstance(scalar, int | float) or not 0 < scalar < 1e9:
+        raise ModelNotFoundError(f"query_pre_attn_scalar is {scalar!r} where a number above 0 is needed: fix the file")
+    return float(scalar**-0.5)
 
 
 FAMILIES = (

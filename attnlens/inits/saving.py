@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attnlens.architecture import check_model_args
 from attnlens.errors import CheckpointError, UsageError
 from attnlens.files import write_atomic
 from attnlens.inits.apply import build_model, init_
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import InitReport, describe_option
 from attnlens.opening import EMBEDDED
+from attnlens.params import ParamsError
 from attnlens.provenance import run_provenance
+from attnlens.reading import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,11 +51,13 @@ def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
 def _folder_args(config: Path) -> dict[str, Any]:
     """Return what a folder's config adds to its architecture: model_args, and the number of classes."""
     try:
-        data = json.loads(config.read_text())
+        data = read_json(config)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {config}: {error}") from error
-    classes = {"num_classes": data["num_classes"]} if "num_classes" in data else {}
-    return {**classes, **data.get("model_args", {})}
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{config} holds a JSON {type(data).__name__} where an object is expected")
+    classes = check_model_args({name: data[name] for name in ("num_classes",) if name in data}, str(config))
+    return {**classes, **check_model_args(data.get("model_args", {}), str(config))}
 
 
 def init_file(
@@ -74,16 +79,18 @@ def init_file(
     """
     chosen = find_initialiser(init)
     built = build(model, seed, model_args or {})
-    report = None
+    report, params = None, params_record(options.get("params"))
     if chosen.name != "default":
         report = init_(built.module, init, seed=seed, **options)
     elif options:
         raise UsageError("initialiser 'default' has no options")
+    if params != params_record(options.get("params")):
+        raise ParamsError(f"{options['params']} changed while it was read: run again when nothing writes it")
     record = {
         "init": init,
         "seed": seed,
         "options": {name: describe_option(value) for name, value in options.items()},
-        "params": params_record(options.get("params")),
+        "params": params,
         "worst_error": None if report is None else report.worst_error,
         "skipped": [] if report is None else [f"{s.name} {s.circuit}: {s.reason}" for s in report.skipped],
         **run_provenance(),
@@ -112,4 +119,7 @@ def params_record(params: Any) -> dict[str, Any] | None:
     if not isinstance(params, str | os.PathLike) or not os.fspath(params).endswith(".json"):
         return None
     path = Path(params)
-    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    try:
+        return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except OSError as error:
+        raise ParamsError(f"cannot read {path}: {error}") from error

@@ -11,6 +11,9 @@ from attnlens.errors import CheckpointError
 from attnlens.heads import Array, HeadWeights, InputNorm
 from attnlens.layouts.spec import BATCH_NORM_LEAVES, AttentionSpec, NormSpec, Slot
 
+LARGEST = 1e15
+"""Largest weight that is read: beyond it the powers that statistics take of products leave float64."""
+
 
 class Tensors(Protocol):
     """What the reader needs of a checkpoint: arrays by name, in whatever floating type they are stored."""
@@ -166,7 +169,7 @@ def _batch_norm(slot: Slot, tensors: Tensors, whole: bool) -> tuple[Array, Array
         _per_unit(slot, f"{slot.batch_norm}.{leaf}", slot.batch_norm_offset, tensors, whole)
         for leaf in BATCH_NORM_LEAVES
     )
-    gain = weight / np.sqrt(variance + slot.batch_norm_eps)
+    gain = weight / np.sqrt(_positive(variance + slot.batch_norm_eps, f"{slot.batch_norm}.running_var"))
     return gain, bias - mean * gain
 
 
@@ -208,9 +211,15 @@ def _input_norm(norm: NormSpec | None, tensors: Tensors) -> InputNorm:
         return InputNorm()
     gain = None if norm.weight is None else _vector(tensors, norm.weight) + norm.gain_offset
     if norm.variance:
-        spread = np.sqrt(_vector(tensors, norm.variance) + norm.eps)
+        spread = np.sqrt(_positive(_vector(tensors, norm.variance) + norm.eps, norm.variance))
         gain = 1.0 / spread if gain is None else gain / spread
     return InputNorm(gain, centres=norm.kind == "layer")
+
+
+def _positive(variance: Array, name: str) -> Array:
+    if not (variance > 0).all():
+        raise CheckpointError(f"{name} holds a variance that is not above 0: this checkpoint is broken")
+    return variance
 
 
 def _vector(tensors: Tensors, name: str) -> Array:
@@ -220,7 +229,10 @@ def _vector(tensors: Tensors, name: str) -> Array:
 def widened(stored: Any, name: str) -> Array:
     """Widen a numpy array or torch tensor to float64 and refuse NaN and Inf."""
     if not isinstance(stored, np.ndarray):
-        stored = stored.detach().cpu().double().numpy()
+        stored = stored.detach()
+        stored = stored.cpu().numpy() if stored.is_complex() else stored.cpu().double().numpy()
+    if stored.dtype.kind in "cOSUMm":
+        raise CheckpointError(f"{name} is stored as {stored.dtype}, which is no weight: is this the right file?")
     values = np.asarray(stored, dtype=np.float64)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
@@ -228,6 +240,8 @@ def widened(stored: Any, name: str) -> Array:
             f"{name} holds {bad} NaN or Inf values of {values.size} read: this checkpoint is broken, "
             "take one from before training diverged"
         )
+    if values.size and max(values.max(), -values.min()) > LARGEST:
+        raise CheckpointError(f"{name} holds values beyond {LARGEST:.0e}: this checkpoint is broken")
     return values
 
 

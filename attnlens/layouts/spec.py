@@ -41,7 +41,7 @@ class Slot:
 
     def named(self, name: str) -> tuple[str, ...]:
         """Return ``name`` once, or once per head with ``{head}`` filled in where each head has its own tensor."""
-        return tuple(name.format(head=head) for head in range(self.heads)) if self.per_head else (name,)
+        return tuple(name.replace("{head}", str(head)) for head in range(self.heads)) if self.per_head else (name,)
 
     def tensors(self) -> tuple[str, ...]:
         """Name every tensor this slot reads: weights, then biases, then BatchNorm leaves."""

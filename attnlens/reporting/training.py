@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from attnlens.errors import AttnlensError
+from attnlens.reading import parse_json, within
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -20,7 +20,7 @@ class ResultsError(AttnlensError):
 class _Part(BaseModel):
     """What the page needs of a record; whatever else stands there is left alone."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class Point(_Part):
@@ -106,15 +106,15 @@ def read_training(folder: Path) -> Training:
 
     Raises `ResultsError` that names the file, and the line or field, that is wrong.
     """
-    path = folder / "results.jsonl"
+    path = within(folder, folder / "results.jsonl", ResultsError)
     points = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
             points.append(_validated(Point, line, f"line {number} of {path}"))
     kept = [point for point in points if not point.tuning]
     if not kept:
         raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
-    summary = folder / "summary.json"
+    summary = within(folder, folder / "summary.json", ResultsError)
     found = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
     return Training(folder=folder.name, points=kept, summary=found)
 
@@ -132,7 +132,7 @@ def _read(path: Path) -> str:
 
 def _validated(kind: type[T], text: str, where: str) -> T:
     try:
-        data: Any = json.loads(text, parse_constant=lambda _: None)
+        data: Any = parse_json(text, constant=lambda _: None)
         return kind.model_validate(data)
     except ValueError as error:
         if isinstance(error, ValidationError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,7 @@ from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.resident import resident
 from attnlens.training.results import Summary, results_lines, summarise
-from attnlens.training.running import Session, run_units
+from attnlens.training.running import Session, run_units, unit_name
 from attnlens.training.scratch import Scratch
 from attnlens.training.settling import Options, find_source, load_data, settle
 from attnlens.training.spread import Spread, spread
@@ -71,13 +71,13 @@ def train_compare(
     opening the model raises.
     """
     control = Control(time_budget)
-    with spread() as place:
+    with spread() as place, ExitStack() as held:
         device = _device(options.device, place)
         data = load_data(options, cache)
         source = find_source(options)
         config, data = settle(options, data, source, device, output, resume=resume)
         config = _agreed(config, place)
-        store = _store(output, config, place, resume=resume)
+        store = _store(output, config, place, held, resume=resume)
         if place.leads and source.params is not None:
             source.params.save(output / "params.json")
         provenance = {
@@ -135,6 +135,9 @@ def _phase(
     session.listen = display.listen
     units = place.share(session.units(runs))
     waiting = [unit for unit in units if not all(run.name in done for run in unit)]
+    for unit in units:
+        if unit not in waiting:
+            session.store.drop_checkpoint(unit_name(unit))  # of a process killed after its last run was written
     threads = workers or (torch.get_num_threads() if session.device.type == "cpu" else 1)
     with display.shown() if place.leads and not quiet else nullcontext():
         if quiet or not place.leads:
@@ -157,12 +160,15 @@ def _shared(store: Store, place: Spread) -> Records:
     return merged
 
 
-def _store(output: Path, config: Config, place: Spread, *, resume: bool) -> Store:
-    """Open the folder, the leading process first; a host that does not share it gets a configuration of its own."""
+def _store(output: Path, config: Config, place: Spread, held: ExitStack, *, resume: bool) -> Store:
+    """Open the folder, the leading process first; a host that does not share it gets a configuration of its own.
+
+    ``held`` keeps other comparisons out of the leading process's folder.
+    """
     failure: AttnlensError | None = None
     if place.leads:
         try:
-            Store.open(output, config, resume=resume)
+            held.enter_context(Store.claim(output, config, resume=resume))
         except AttnlensError as error:
             failure = error
     failure = place.gather(failure)[0]

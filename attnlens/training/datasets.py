@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.errors import AttnlensError, OutputError, UsageError
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
+from attnlens.errors import OutputError, UsageError
 from attnlens.files import write_atomic
+from attnlens.printable import printable
+from attnlens.training.images import SUFFIXES, Budget, DatasetError, Read, folder_files, opened, tar_files
 from attnlens.training.streams import generator
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 TEST_FOLDERS = ("test", "val", "validation")
 HELD_OUT = 5
 """Without a test folder every fifth image of a class, in a fixed random order, is held out."""
 DIGITS_TRAIN = 1000
-_LARGEST_FILE = 64 * 2**20
+_AT_ONCE = 256
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
-Read = tuple[str, bytes]
-
-
-class DatasetError(AttnlensError):
-    """A data set is missing, unsafe or does not hold what training needs."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +101,10 @@ def load_dataset(
         return _hfds(name, data_dir, image_size)
     path = (data_dir / name) if data_dir is not None and (data_dir / name).exists() else Path(name)
     if path.is_dir():
-        return _cached(cache, name_of(path), _folder_key(path, image_size), lambda: _folder_files(path), image_size)
+        return _cached(cache, name_of(path), _folder_key(path, image_size), lambda: folder_files(path), image_size)
     if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
         key = f"{_file_sha256(path)}-{image_size}"
-        return _cached(cache, name_of(path), key, lambda: _tar_files(path), image_size)
+        return _cached(cache, name_of(path), key, lambda: tar_files(path), image_size)
     raise UsageError(
         f"--dataset {name} is no folder, no tar and no known name: choose digits, cifar10, cifar100, hfds/NAME, or a "
         "folder or tar of images in class folders"
@@ -118,7 +113,7 @@ def load_dataset(
 
 def name_of(path: Path) -> str:
     """Return a folder's or archive's name without what says how it is packed."""
-    return path.resolve().name.split(".tar")[0].removesuffix(".tgz")
+    return printable(path.resolve().name.split(".tar")[0].removesuffix(".tgz"))
 
 
 def _default_folder(part: str) -> Path:
@@ -188,49 +183,18 @@ def _hfds(name: str, root: Path | None, image_size: int | None) -> Images:
     return Images(name, together[:count], labels[0], together[count:], labels[1], classes)
 
 
-def _folder_files(folder: Path) -> Iterator[Read]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            yield path.relative_to(folder).as_posix(), path.read_bytes()
-
-
-def _tar_files(path: Path) -> Iterator[Read]:
-    """Yield the images of an archive from memory: nothing is unpacked to disk, so nothing can land outside a folder.
-
-    Refuses members whose name is absolute or leaves the archive, links, devices, and images beyond 64 MiB.
-    """
-    try:
-        with tarfile.open(path) as archive:  # in stored order: seeking back in xz decompresses it again
-            for member in archive:
-                parts = PurePosixPath(member.name)
-                if parts.is_absolute() or ".." in parts.parts:
-                    raise DatasetError(f"{path} holds {member.name!r}, a path outside the archive: it is not read")
-                if not (member.isfile() or member.isdir()):
-                    raise DatasetError(f"{path} holds {member.name!r}, a link or device: it is not read")
-                if member.isfile() and parts.suffix.lower() in SUFFIXES:
-                    if member.size > _LARGEST_FILE:
-                        raise DatasetError(f"{path} holds {member.name!r} of {member.size} bytes: that is no image")
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    yield str(parts), stream.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DatasetError(f"{path} cannot be read as a tar ({error}): fetch it again") from error
-
-
 def _decoded(name: str, files: Iterator[Read], image_size: int | None) -> Images:
     """Decode images in class folders, below train/ and test/ or without, in the order of their paths."""
+    budget = Budget(name)
 
     def decode(item: Read) -> tuple[str, Pixels]:
-        from PIL import Image, UnidentifiedImageError
+        with opened(name, item, budget) as image:
+            return item[0], _fitted(image, image_size)
 
-        try:
-            with Image.open(io.BytesIO(item[1])) as image:
-                return item[0], _fitted(image, image_size)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"{name}: {item[0]} is not an image that can be read ({error})") from error
-
+    decoded: dict[str, Pixels] = {}
     with ThreadPoolExecutor() as pool:
-        decoded = dict(pool.map(decode, files))
+        while batch := list(islice(files, _AT_ONCE)):  # a pool's own map would read every file before the first is seen
+            decoded |= dict(pool.map(decode, batch))
     if not decoded:
         raise DatasetError(f"{name} holds no images ({', '.join(SUFFIXES)})")
     paths = sorted(decoded)
@@ -313,19 +277,16 @@ def _balanced(labels: Labels, count: int, option: str) -> NDArray[np.int64]:
 
 def _cached(cache: Path, name: str, key: str, files: Callable[[], Iterator[Read]], image_size: int | None) -> Images:
     """Return the decoded data set from the cache where its hash still holds, else decode it and fill the cache."""
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+    path = cache / f"{digest[:24]}.npz"
     try:
-        with np.load(path) as stored:
-            arrays = dict(stored)
-        train, train_labels = arrays["train"], arrays["train_labels"]
-        classes = tuple(arrays["classes"].tolist())
-        found = Images(name, train, train_labels, arrays["test"], arrays["test_labels"], classes)
-        if found.sha256() == str(arrays["sha256"]):
-            return found
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        found = _cached_images(path, name)
+    except DAMAGED_ARRAY:
         pass  # no cache yet, or a damaged one: it is made again
+    else:
+        return found
     images = _decoded(name, files(), image_size)
-    arrays = {
+    arrays: dict[str, Any] = {
         "train": images.train,
         "train_labels": images.train_labels,
         "test": images.test,
@@ -338,12 +299,32 @@ def _cached(cache: Path, name: str, key: str, files: Callable[[], Iterator[Read]
     return images
 
 
+def _cached_images(path: Path, name: str) -> Images:
+    """Read what `_cached` wrote. Raises one of a handful of errors for anything else."""
+    check_archive(path, stored=True)
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = {key: stored[key] for key in ("train", "train_labels", "test", "test_labels", "classes", "sha256")}
+    parts = [arrays[key] for key in ("train", "train_labels", "test", "test_labels")]
+    kinds = [(part.dtype.str, part.ndim) for part in parts]
+    if kinds != [("|u1", 4), ("<i8", 1)] * 2 or (arrays["classes"].dtype.kind, arrays["classes"].ndim) != ("U", 1):
+        raise ValueError("it holds arrays of other types")
+    train, train_labels, test, test_labels = parts
+    found = Images(name, train, train_labels, test, test_labels, tuple(arrays["classes"].tolist()))
+    same_length = len(found.train) == len(found.train_labels) and len(found.test) == len(found.test_labels)
+    labels = np.concatenate([found.train_labels, found.test_labels])
+    known = len(labels) > 0 and labels.min() >= 0 and labels.max() < len(found.classes)
+    if not same_length or not known or found.sha256() != str(arrays["sha256"]):
+        raise ValueError("it is damaged")
+    return found
+
+
 def _folder_key(folder: Path, image_size: int | None) -> str:
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             status = path.stat()
-            found.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+            told = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
+            found.update(told.encode(errors="surrogateescape"))  # names are bytes that need be no text
     return f"{folder.resolve()} {found.hexdigest()} {image_size}"
 
 

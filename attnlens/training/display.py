@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from attnlens.printable import printable
 from attnlens.training.config import Config
 from attnlens.training.running import Unit
 
@@ -24,7 +25,7 @@ class Display:
     """Arms, epoch, the metric so far, images/s and time left. `listen` is called by every worker."""
 
     def __init__(self, config: Config, total_runs: int, done: int, *, title: str) -> None:
-        self.config, self.title = config, title
+        self.config, self.title = config, printable(title)
         self.total_images = total_runs * config.recipe.epochs * config.steps * config.recipe.batch_size
         self.images_left = self.total_images * (total_runs - done) / max(total_runs, 1)
         self.total = dict.fromkeys(config.arms, total_runs // len(config.arms))
@@ -87,11 +88,12 @@ class Display:
     def table(self) -> RenderableType:
         """Build the table as it stands."""
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
         left, name = self.time_left(), self.config.metric.title.removeprefix("test ")
         table = Table(
-            title=self.title,
+            title=escape(self.title),
             caption=f"{self.rate():.0f} {self.config.items}/s, {_clock(left)} left; {name} is on the test "
             f"{self.config.items}, mean of the runs so far",
             box=box.SIMPLE_HEAD,

@@ -20,6 +20,7 @@ from attnlens.training.engine import Stack
 from attnlens.training.families import Wiring, build, family_of
 from attnlens.training.metrics import BITS_PER_BYTE
 from attnlens.training.network import ARCHITECTURE
+from attnlens.training.records import check_gathered, restorable
 from attnlens.training.resident import Resident
 from attnlens.training.scratch import Scratch
 from attnlens.training.starts import start_of
@@ -332,7 +333,12 @@ class _Training:
         if state is None:
             return
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.streams, self.records = state["streams"], json.loads(state["records"])
+        names, like = [run.name for run in self.unit], self.stack.snapshot()
+        self.records = restorable(
+            state, unit=names, seeds=self.data_seeds, config=self.session.config, like=like
+        )
+        check_gathered(state["stack"], self.stack.optimizer, f"the checkpoint of {self.name}")
+        self.streams = state["streams"]
         self.stack.restore(state["stack"])
 
     def _finish(self) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.errors import AttnlensError, UsageError
-from attnlens.files import write_atomic, write_text_atomic
+from attnlens.checkpoints.pickles import load_pickle
+from attnlens.errors import CheckpointError, OutputError, UsageError
+from attnlens.files import Write, claimed, sweep, write_atomic, write_text_atomic
+from attnlens.reading import read_json
 from attnlens.training.config import Config, Run
+from attnlens.training.records import PARTS, ResumeError, check_links, check_records, check_state, parse_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Record = dict[str, Any]
-
-
-class ResumeError(AttnlensError):
-    """A checkpoint or record cannot be gone on from."""
 
 
 class Store:
@@ -29,25 +29,28 @@ class Store:
         self.folder, self.config = folder, config
 
     @classmethod
+    @contextmanager
+    def claim(cls, folder: Path, config: Config, *, resume: bool) -> Iterator[Store]:
+        """`open` a folder and keep every other process from it, until the context or this process ends.
+
+        What processes that were killed left half-written is removed. Raises `UsageError`, and `OutputError` where
+        another comparison is at work in the folder.
+        """
+        _check(folder, config, stored_config(folder), resume=resume)  # before anything is written
+        taken = f"another train-compare is at work in {folder}: wait for it, or choose another --output"
+        with claimed(folder / ".lock", taken):
+            for part in (".", *PARTS):
+                sweep(folder / part)
+            yield cls.open(folder, config, resume=resume)
+
+    @classmethod
     def open(cls, folder: Path, config: Config, *, resume: bool) -> Store:
         """Start a folder, or go on in one that holds the same configuration. Raises `UsageError`."""
         stored = stored_config(folder)
+        _check(folder, config, stored, resume=resume)
         if stored is None:
-            if resume:
-                raise UsageError(f"--resume: {folder} holds no comparison. Leave --resume out to start one")
             text = json.dumps({"sha256": config.sha256(), **json.loads(config.model_dump_json())}, indent=1)
             write_text_atomic(folder / "config.json", text + "\n")
-            return cls(folder, config)
-        if not resume:
-            raise UsageError(f"{folder} holds a comparison already: add --resume to go on, or choose another --output")
-        sha256 = stored.pop("sha256", None)
-        if sha256 != config.sha256():
-            changed = config.differences(stored) or ["the file was edited"]
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UsageError(
-                f"{folder} holds another comparison: {'; '.join(changed[:3])}{more}. Repeat the first command with "
-                "--resume, or choose another --output"
-            )
         return cls(folder, config)
 
     def save_run(self, run: Run, records: Sequence[Record]) -> None:
@@ -57,20 +60,17 @@ class Store:
     def save_records(self, name: str, records: Sequence[Record]) -> None:
         """Keep the records of a run by name."""
         text = json.dumps({"config": self.config.sha256(), "records": list(records)}) + "\n"
-        write_text_atomic(self.folder / "runs" / f"{name}.json", text)
+        self._write(self.folder / "runs" / f"{name}.json", lambda file: file.write(text.encode()))
 
     def load_runs(self) -> dict[str, list[Record]]:
         """Return the records of every run that has ended, by name. Raises `ResumeError` for those of another config."""
+        self._check_there()
         found = {}
         for path in sorted((self.folder / "runs").glob("*.json")):
-            try:
-                data = json.loads(path.read_text())
-                records = data["records"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ResumeError(f"{path} cannot be read ({error}): delete it to train that run again") from error
+            data = parse_runs(path, self.folder)
             if data.get("config") != self.config.sha256():
                 raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
-            found[path.stem] = records
+            found[path.stem] = check_records(data["records"], self.config, str(path))
         return found
 
     def save_checkpoint(self, unit: str, state: Mapping[str, Any]) -> None:
@@ -79,18 +79,16 @@ class Store:
 
         buffer = io.BytesIO()
         torch.save({"config": self.config.sha256(), **state}, buffer)
-        write_atomic(self._checkpoint(unit), lambda file: file.write(buffer.getbuffer()))
+        self._write(self._checkpoint(unit), lambda file: file.write(buffer.getbuffer()))
 
     def load_checkpoint(self, unit: str) -> dict[str, Any] | None:
         """Return where a unit of work had got to, on the CPU; None where it had not begun."""
-        import torch
-
         path = self._checkpoint(unit)
         if not path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+            state = check_state(load_pickle(path, CheckpointError), path)
+        except CheckpointError as error:
             raise ResumeError(f"{path} cannot be read ({error}): delete it to train that run again") from error
         if state.get("config") != self.config.sha256():
             raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
@@ -105,9 +103,17 @@ class Store:
         from safetensors.torch import save
 
         tensors = {name: value.contiguous() for name, value in state.items()}
-        write_atomic(
-            self.folder / "weights" / f"{run.name}.safetensors", lambda file: file.write(save(tensors, dict(metadata)))
-        )
+        content = save(tensors, dict(metadata))
+        self._write(self.folder / "weights" / f"{run.name}.safetensors", lambda file: file.write(content))
+
+    def _write(self, path: Path, write: Write) -> None:
+        self._check_there()
+        write_atomic(path, write)
+
+    def _check_there(self) -> None:
+        """Refuse a folder that was removed meanwhile: writing on would make one that holds only the later runs."""
+        if not (self.folder / "config.json").is_file():
+            raise OutputError(f"{self.folder} was removed while the comparison ran: start it again from its first run")
 
     def _checkpoint(self, unit: str) -> Path:
         return self.folder / "checkpoints" / f"{unit}.pt"
@@ -119,9 +125,28 @@ def stored_config(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text())
+        check_links(folder)
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): choose another --output") from error
     if not isinstance(data, dict):
         raise ResumeError(f"{path} is no configuration: choose another --output")
     return data
+
+
+def _check(folder: Path, config: Config, stored: dict[str, Any] | None, *, resume: bool) -> None:
+    """Raise `UsageError` where a comparison cannot be started, or not gone on with, in a folder."""
+    if stored is None:
+        if resume:
+            raise UsageError(f"--resume: {folder} holds no comparison. Leave --resume out to start one")
+        return
+    if not resume:
+        raise UsageError(f"{folder} holds a comparison already: add --resume to go on, or choose another --output")
+    sha256 = stored.pop("sha256", None)
+    if sha256 != config.sha256():
+        changed = config.differences(stored) or ["the file was edited"]
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UsageError(
+            f"{folder} holds another comparison: {'; '.join(changed[:3])}{more}. Repeat the first command with "
+            "--resume, or choose another --output"
+        )

@@ -1,0 +1,54 @@
+"""Zip archives of strangers: what a member says of its size is held against the size of the file before it is read."""
+
+from __future__ import annotations
+
+import struct
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+
+EXPANDS = 32
+"""Bytes of content an archive may hold for each byte on disk: weights shrink by a tenth, bombs by a thousand."""
+ALLOWANCE = 1 << 20
+"""Bytes of content any archive may hold beside that: a small array of zeros shrinks well."""
+
+DAMAGED_ARRAY = (
+    *(ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error, TypeError, LookupError),
+    *(SyntaxError, tokenize.TokenError, MemoryError, RuntimeError, OverflowError),
+)
+"""What zipfile, zlib and numpy raise for a damaged array; numpy parses a header as Python literals."""
+
+_DAMAGE = (ValueError, EOFError, OSError, NotImplementedError, RuntimeError, OverflowError, struct.error)
+
+
+def check_archive(path: Path, *, stored: bool = False) -> list[zipfile.ZipInfo]:
+    """Return the members of a zip archive whose content is bounded by `EXPANDS` times the file, plus `ALLOWANCE`.
+
+    Python's reader never returns more of a member than its entry declares, so the sum of the entries bounds what can
+    come out. With ``stored`` nothing may be compressed. Raises `zipfile.BadZipFile` for anything else: encrypted
+    members, two of one name, methods other than stored and deflated.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except _DAMAGE as error:
+        raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
+    methods = {zipfile.ZIP_STORED} if stored else {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+    for member in members:
+        if member.flag_bits & 1 or member.compress_type not in methods:
+            raise zipfile.BadZipFile(f"{member.filename!r} is encrypted or compressed in a way that is not used here")
+    if len({member.filename for member in members}) < len(members):
+        raise zipfile.BadZipFile("two members have one name")
+    content, size = sum(member.file_size for member in members), path.stat().st_size
+    if content > (size if stored else EXPANDS * size + ALLOWANCE):
+        raise zipfile.BadZipFile(f"{size} bytes on disk claim to hold {content}")
+    return members
+
+
+def data_offset(path: Path, member: zipfile.ZipInfo) -> int:
+    """Return where in the file a member's content begins: behind its local header."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    return int(member.header_offset + 30 + name + extra)

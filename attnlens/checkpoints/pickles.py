@@ -1,0 +1,169 @@
+"""Pickles of PyTorch: looked through before they are loaded, so that no code runs and nothing small becomes large.
+
+`torch.load` with ``weights_only`` runs no code. It does believe sizes: `bytearray` of any length, chains of encodings
+that double, tuples of tuples whose hash takes for ever, one number seen as a tensor of any shape. Here each operation
+of a pickle is looked at first, by name, length and weight, and each tensor afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from attnlens.checkpoints.archives import check_archive, data_offset
+from attnlens.errors import AttnlensError
+
+_ZIP = b"PK\x03\x04"
+_LEGACY_PICKLES = 5
+"""Magic number, protocol, system, the object, names of storages: what stands in front of the bytes."""
+_ALLOWED = re.compile(
+    r"(collections OrderedDict|builtins set|__builtin__ set|torch (\w+Storage|Size|Tensor|device|u?int\d+|b?float\w+|"
+    r"half|double|bool|long|short|complex\d+)|torch\.(cuda|storage) \w+Storage|torch\.nn\.parameter Parameter|"
+    r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)|torch\._tensor _rebuild_from_type_v2)"
+)
+"""What weights are made of. Less than torch allows: nothing here allocates by a number or encodes text."""
+_HEAVIEST = 1_000_000
+"""Leaves of one tuple, counted as often as they are reached: hashing it takes that many steps."""
+_LARGE_KEYS = 1000
+"""Integers beyond 60 bits: many of them may be chosen to share a hash, and a dictionary of those takes for ever."""
+TIED = 16
+"""Bytes of tensors for each byte of the file: names may share a storage, each tensor must fit into the file."""
+
+
+class _NoDescriptor(io.BufferedReader):
+    """A file torch reads through Python: through a descriptor it first tries its oldest format, which unpacks tars."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+def load_pickle(path: Path, refusal: type[AttnlensError]) -> Any:
+    """Load what `torch.save` wrote, tensors on the CPU and memory-mapped where the format allows.
+
+    Memory: the file, if it is of the format before PyTorch 1.6; else what the pickle in it takes. Raises ``refusal``
+    for files that hold more than weights and plain data, claim more than they hold, or are damaged.
+    """
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(len(_ZIP)) == _ZIP
+        if zipped:
+            _scan_zip(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            _scan_legacy(path)
+            with _NoDescriptor(io.FileIO(path)) as file:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+        _check_tensors(loaded, path.stat().st_size)
+    except pickle.UnpicklingError as error:
+        raise refusal(
+            f"{path} holds more than weights, and unpickling it could run code: refused "
+            f"({_first_line(error)}). Save its state_dict() as safetensors and give that file"
+        ) from error
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        raise refusal(f"{path} is no PyTorch checkpoint ({_first_line(error)}): truncated or corrupt") from error
+    return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error)
+    return text.splitlines()[0] if text.strip() else type(error).__name__
+
+
+def _scan_zip(path: Path) -> None:
+    """Look through the pickle of a zip archive, which must look the same to Python's reader and to torch's."""
+    import torch
+
+    members = check_archive(path, stored=True)
+    reader = torch._C.PyTorchFileReader(str(path))  # noqa: SLF001  # the reader `torch.load` uses
+    own = {member.filename.partition("/")[2]: member for member in members}
+    if len(own) < len(members) or set(own) != set(reader.get_all_records()):
+        raise zipfile.BadZipFile("its directory can be read in two ways")
+    offset = reader.get_record_offset("data.pkl")  # type: ignore[attr-defined]
+    if offset != data_offset(path, own["data.pkl"]):
+        raise zipfile.BadZipFile("its directory can be read in two ways")
+    with zipfile.ZipFile(path) as archive:
+        _scan(io.BytesIO(archive.read(own["data.pkl"])))
+
+
+def _scan_legacy(path: Path) -> None:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for _ in range(_LEGACY_PICKLES):  # a map reads no further than it goes, whatever length is asked for
+            _scan(content)
+
+
+def _scan(stream: IO[bytes] | mmap.mmap) -> None:
+    """Look through one pickle, up to its end. Raises `pickle.UnpicklingError` for what weights are not made of.
+
+    The stack is followed by weight alone: a tuple weighs what it holds, a list or dictionary one, as nothing is hashed
+    or compared by what is inside those.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    large = 0
+    for operation, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]
+        name = operation.name
+        if name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _ALLOWED.fullmatch(str(argument)):
+            raise pickle.UnpicklingError(f"it asks for {str(argument)[:100]}")
+        if isinstance(argument, int) and abs(argument) >> 60 and name != "PROTO":
+            large += 1
+        if large > _LARGE_KEYS:
+            raise pickle.UnpicklingError("it holds too many integers beyond 60 bits")
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else int(argument)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[int(argument)])  # type: ignore[arg-type]
+        else:
+            _follow(operation, stack, marks)
+        if stack and stack[-1] > _HEAVIEST:
+            raise pickle.UnpicklingError("it nests tuples in tuples without end")
+
+
+def _follow(operation: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
+    """Apply one operation to the stack of weights."""
+    before = list(operation.stack_before)
+    if pickletools.markobject in before:
+        start = marks.pop()
+        taken = stack[start:]
+        del stack[start:]
+        before = before[: before.index(pickletools.markobject)]
+    else:
+        taken = []
+    for _ in before:
+        taken.append(stack.pop())
+    holds = operation.name.startswith(("TUPLE", "REDUCE", "NEWOBJ", "BINPERSID"))
+    stack.extend(1 + sum(taken) if holds else 1 for _ in operation.stack_after)
+
+
+def _check_tensors(loaded: Any, size: int) -> None:
+    """Refuse tensors that are no plain memory, or larger than the file they came from."""
+    import torch
+
+    total, seen, waiting = 0, set(), [loaded]
+    parts: dict[type, Callable[[Any], Any]] = {list: list, tuple: list, set: list, dict: dict.values}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError(f"it holds a tensor of layout {value.layout} on {value.device}")
+            claimed = value.numel() * value.element_size()
+            total += claimed
+            if claimed > size or total > TIED * size:
+                raise ValueError(f"{size} bytes on disk claim to hold {max(claimed, total)} bytes of tensors")
+        for kind, inner in parts.items():
+            if isinstance(value, kind):
+                waiting.extend(inner(value))

@@ -1,0 +1,110 @@
+"""What `attnlens scan` does: measure what is missing, print the table, write tables and the landscape."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from attnlens.circuits import Fold
+from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.cli.terminal import escape, number, plain_table, print_wide
+from attnlens.errors import AttnlensError
+from attnlens.scanning.planning import plan_scan
+from attnlens.scanning.running import Scan, scan
+
+_STATISTICS = ("qk_ratio", "qk_diagonal_prominence", "ov_ratio", "ov_diagonal_prominence", "ov_negative_share")
+_HEADINGS = ("QK β/α", "prom", "OV β/α", "prom", "OV β < 0")
+
+
+def run_scan(
+    patterns: Sequence[str],
+    output: Path,
+    *,
+    fold: str,
+    workers: int | None,
+    ray: str | None,
+    retry_failed: bool,
+    only_list: bool,
+    offline: bool,
+    remote: bool,
+    format_: str,
+    dpi: int,
+    as_json: bool,
+    command: list[str],
+) -> None:
+    """Scan, print a row a model (or JSON, or with ``only_list`` the names), write the figure, say what failed."""
+    if only_list:
+        plan = plan_scan(patterns)
+        write_stdout("\n".join(job.name for job in plan.jobs))
+        for message in plan.notes:
+            note(message)
+        return
+    try:
+        found = scan(
+            patterns,
+            output,
+            fold=fold,
+            workers=workers,
+            ray=ray,
+            retry_failed=retry_failed,
+            offline=offline,
+            remote=remote,
+            command=shlex.join(command),
+            progress=tracked("models"),
+        )
+    except KeyboardInterrupt:
+        note(f"stopped: what is measured is kept in {output}; the same command goes on from there")
+        raise
+    for message in found.notes:
+        note(message)
+    shown: Fold = "effective" if "effective" in found.folds else (found.folds or ("raw",))[0]
+    if as_json:
+        write_stdout((output / "scan.json").read_text())
+    else:
+        print_wide(model_table(found, shown))
+    from attnlens.figures import save_figures
+
+    save_figures({"landscape": found.figure(shown)}, output, format_, dpi)
+    for name, error in found.failed.items():
+        note(f"failed: {name}: {error}")
+    read = len(found.results) - len(found.failed)
+    earlier = len(found.results) - found.measured
+    note(
+        f"{len(found.results)} models: {read} read, {len(found.failed)} failed, {earlier} of them done before"
+        + (f"; {found.lost} times a worker was lost and its model begun again" if found.lost else "")
+    )
+    note(f"wrote scan.csv, layers.csv, scan.json, landscape.{format_} and models/ to {output}")
+    if not read:
+        raise AttnlensError(f"none of {len(found.results)} models could be read: the errors are above and in scan.csv")
+
+
+def model_table(found: Scan, fold: Fold) -> Table:
+    """Build the table of one fold: a row a model, medians over its layers."""
+    table = plain_table(
+        title=f"[bold]{len(found.results)} models[/bold]: {fold} products, M ~ α Z + β I",
+        caption="medians over layers; QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\n"
+        "OV β < 0: share of layers",
+    )
+    table.add_column("model", overflow="fold")
+    for name in ("layers", "heads", *_HEADINGS):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows():
+        if row["status"] == "ok" and row["fold"] == fold:
+            layers = f"{row['layers']}" if row["layers"] == row["depth"] else f"{row['layers']}/{row['depth']}"
+            table.add_row(escape(row["model"]), layers, row["heads"], *(_cell(row, name) for name in _STATISTICS))
+        elif row["status"] != "ok":
+            table.add_row(escape(row["model"]), "failed", style="dim")
+    return table
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if value is None:
+        return ""
+    if name == "ov_negative_share":
+        return f"{value:.0%}"
+    return f"{value:.1f}" if name.endswith("prominence") else number(value)

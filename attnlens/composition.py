@@ -1,0 +1,313 @@
+"""Composition of heads over layers: how much of what a head writes the query, key or value side of a later head reads.
+
+Row vectors: head 1 adds x W_OV1 to the stream, W_OV1 = W_V1 @ W_O1. A later head scores y W_QK2 y'^T and adds y' W_OV2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
+from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.files import write_text_atomic
+from attnlens.heads import Array, HeadWeights
+from attnlens.layouts import AttentionSpec, read_heads
+from attnlens.layouts.spec import Slot
+from attnlens.opening import Access, OpenedModel, open_model
+from attnlens.provenance import run_provenance
+from attnlens.table import Row, StatsTable
+from attnlens.threads import over_threads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import nn
+
+Composed = Literal["q", "k", "v"]
+KINDS: tuple[Composed, ...] = ("q", "k", "v")
+COLUMNS = ("kind", "from_layer", "from_head", "layer", "head", "fold", "score", "baseline", "deviation")
+READERS_HELD = 1 << 28
+"""Bytes of readers held at once; earlier layers are read again for each such block of later ones."""
+
+Pair = tuple[Composed, int, int]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+IndexedSpec = tuple[int, AttentionSpec]
+
+
+@dataclass(frozen=True)
+class Half:
+    """One side of a product M1 @ M2 of stacks of d x d matrices, reduced to what the Frobenius norm needs.
+
+    ``factor`` ``[head, rank, d]`` is R_A @ B^T of M = A @ B^T (of M2^T for the later side): ||M X|| = ||factor X||.
+    """
+
+    factor: Array
+    squared_norm: Array
+    concentration: Array
+    """sum of s^4 / (sum of s^2)^2 over singular values s: 1/d for a multiple of a rotation, 1 for rank one"""
+
+    @classmethod
+    def of(cls, product: FactoredProduct) -> Half:
+        """Reduce a stack of products."""
+        factor = np.matmul(product.triangles[0], np.swapaxes(product.B, -1, -2))
+        gram = np.matmul(factor, np.swapaxes(factor, -1, -2))
+        squared_norm = np.trace(gram, axis1=-2, axis2=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return cls(factor, squared_norm, (gram**2).sum((-2, -1)) / squared_norm**2)
+
+
+def composition_scores(earlier: FactoredProduct | Half, later: FactoredProduct | Half) -> tuple[Array, Array]:
+    """Return ||M1 @ M2||_F / (||M1||_F ||M2||_F) and its deviation, each ``[earlier head, later head]``.
+
+    M1 = A1 @ B1^T and M2 = A2 @ B2^T with B1 and A2 ``[head, d, rank]``; no d x d product is formed:
+    ||M1 M2||_F = ||R_A1 (B1^T A2) R_B2^T||_F with the triangular factors of A1 and B2, so that ||M1 M2||_F^2 =
+    <(B1^T A2)^T (A1^T A1) (B1^T A2), B2^T B2>. NaN where M1 or M2 is zero. A `Half` for ``later`` is that of M2^T.
+
+    Baseline: for M1 and M2 in directions that have nothing to do with each other, M1 U M2 with U uniform over
+    rotations, the squared score has mean 1/d exactly, whatever the singular values, and variance
+    2 (c1 - 1/d) (c2 - 1/d) / ((d - 1)(d + 2)) with c = sum s^4 / (sum s^2)^2. ``deviation`` is the squared score less
+    1/d in units of that standard deviation. Source: Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Circuits", for the score; the baseline is derived in docs/scale.md.
+    """
+    first = earlier if isinstance(earlier, Half) else Half.of(earlier)
+    second = later if isinstance(later, Half) else Half.of(later.T)
+    d = first.factor.shape[-1]
+    readers = np.swapaxes(second.factor, -1, -2)
+    squares = np.stack([np.square(np.matmul(writer, readers)).sum((-2, -1)) for writer in first.factor])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = squares / np.multiply.outer(first.squared_norm, second.squared_norm)
+        spread = np.multiply.outer(first.concentration - 1 / d, second.concentration - 1 / d)
+        deviation = (share - 1 / d) / np.sqrt(2 * spread / ((d - 1) * (d + 2)))
+    return np.sqrt(share), deviation
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What `compose` found, by kind ("q", "k" or "v"), earlier layer and later layer."""
+
+    model: str
+    fold: Fold
+    heads: Mapping[int, int]
+    """Query heads of every layer that was read."""
+    widths: Mapping[int, int]
+    """Width of the stream each layer reads."""
+    scores: Mapping[Pair, Array]
+    """``[earlier head, later head]``"""
+    deviations: Mapping[Pair, Array]
+    leaves_out: Mapping[int, tuple[str, ...]]
+    provenance: dict[str, Any]
+
+    def baseline(self, layer: int) -> float:
+        """Return the root of the mean squared score of unrelated directions, 1 / sqrt(d)."""
+        return self.widths[layer] ** -0.5
+
+    def array(self, kind: Composed) -> Array:
+        """Return the scores as ``[earlier layer, head, later layer, head]``, layers in the order of ``heads``.
+
+        NaN where there is no composition: no earlier layer, another stream, another width, a head that is not there.
+        """
+        places = {layer: place for place, layer in enumerate(self.heads)}
+        most = max(self.heads.values())
+        found = np.full((len(places), most, len(places), most), np.nan)
+        for (of, first, second), scores in self.scores.items():
+            if of == kind:
+                rows, columns = scores.shape
+                found[places[first], :rows, places[second], :columns] = scores
+        return found
+
+    @property
+    def stats(self) -> StatsTable:
+        """The scores as a table, a row a pair of heads and kind."""
+        return StatsTable(tuple(self._rows()), COLUMNS)
+
+    def _rows(self) -> Iterator[Row]:
+        for (kind, first, second), scores in self.scores.items():
+            deviations, baseline = self.deviations[kind, first, second], self.baseline(second)
+            for (i, j), score in np.ndenumerate(scores):
+                yield (kind, first, i, second, j, self.fold, float(score), baseline, float(deviations[i, j]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data: a matrix of scores for each pair of layers."""
+        pairs = [
+            {"kind": kind, "from_layer": first, "layer": second, "baseline": self.baseline(second)}
+            | {"scores": _plain(scores), "deviations": _plain(self.deviations[kind, first, second])}
+            for (kind, first, second), scores in self.scores.items()
+        ]
+        about = {"model": self.model, "fold": self.fold, "provenance": self.provenance}
+        layers = [
+            {"layer": layer, "heads": self.heads[layer], "leaves_out": list(self.leaves_out[layer])}
+            for layer in self.heads
+        ]
+        return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers, "pairs": pairs}
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw ``q_composition``, ``k_composition`` and ``v_composition``."""
+        from attnlens.figures.composition import draw_composition
+
+        return {f"{kind}_composition": draw_composition(self, kind) for kind in KINDS}
+
+
+def compose(
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    num_heads: int | None = None,
+    fold: str = "effective",
+    layers: Sequence[int] | None = None,
+    offline: bool = False,
+    remote: bool = False,
+    progress: Progress = iter,
+) -> Composition:
+    """Score how every head composes with every head of an earlier layer, exactly and without a d x d product.
+
+    With row vectors, for head 1 in an earlier layer and head 2 in a later one (see `composition_scores`):
+
+    - Q: ||W_OV1 W_QK2||_F / (||W_OV1||_F ||W_QK2||_F), what head 1 wrote asks;
+    - K: ||W_OV1 W_QK2^T||_F / (||W_OV1||_F ||W_QK2||_F), what head 1 wrote is asked for;
+    - V: ||W_OV1 W_OV2||_F / (||W_OV1||_F ||W_OV2||_F), what head 1 wrote is carried on.
+
+    ``fold`` is raw, effective (gain of the norm that head 2 reads, LayerScale behind head 1) or centred, as in
+    `attnlens.circuits`. The model is given as to `inspect`. Only layers of one stream compose: those whose paths agree
+    up to the first number and whose widths are equal. Memory: two layers' weights in float64 beside `READERS_HELD`.
+
+    Raises `UsageError` for a fold that is not one of the three or a layer that cannot be read,
+    `UnsupportedAttentionError` where no two layers compose, and what `inspect` raises.
+    """
+    chosen = parse_folds(fold)
+    if len(chosen) != 1:
+        raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
+    opened = open_model(model, checkpoint, num_heads, access=Access(offline=offline, remote=remote))
+    specs = _chosen(opened, layers, chosen[0])
+    scores: dict[Pair, Array] = {}
+    deviations: dict[Pair, Array] = {}
+    work = _Work(opened, chosen[0])
+    blocks = list(work.blocks(specs))
+    for block in progress(blocks) if len(blocks) > 1 else blocks:
+        earlier = [spec for spec in specs if any(work.composes(spec, later) for later in block)]
+        readers = dict(zip((spec[0] for spec in block), work.map(work.readers, block), strict=True))
+
+        def score(first: IndexedSpec, block: Any = block, readers: Any = readers) -> list[tuple[Pair, Array, Array]]:
+            writer = work.writer(first)
+            return [
+                ((kind, first[0], later[0]), *composition_scores(writer, half))
+                for later in block
+                if work.composes(first, later)
+                for kind, half in readers[later[0]].items()
+            ]
+
+        for found in work.map(score, earlier, progress if len(blocks) == 1 else iter):
+            scores |= {pair: score for pair, score, _ in found}
+            deviations |= {pair: deviation for pair, _, deviation in found}
+    if not scores:
+        raise UnsupportedAttentionError(
+            f"no two layers of {opened.name} compose: of {len(specs)} layers none stands behind another of its width"
+        )
+    ordered = sorted(scores, key=lambda pair: (KINDS.index(pair[0]), pair[1:]))
+    return Composition(
+        model=opened.name,
+        fold=chosen[0],
+        heads={layer: spec.q.heads for layer, spec in specs},
+        widths={layer: work.width(spec) for layer, spec in specs},
+        scores={pair: scores[pair] for pair in ordered},
+        deviations={pair: deviations[pair] for pair in ordered},
+        leaves_out={layer: spec.leaves_out for layer, spec in specs},
+        provenance={**opened.provenance(), **run_provenance()},
+    )
+
+
+def save_composition(found: Composition, folder: str | os.PathLike[str], command: str) -> None:
+    """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``, each atomically."""
+    data = found.to_json()
+    data["provenance"] = {**data["provenance"], "command": command}
+    found.stats.to_csv(Path(folder) / "composition.csv")
+    write_text_atomic(Path(folder) / "composition.json", json.dumps(data) + "\n")
+
+
+class _Work:
+    """Reads layers of one model and reduces them."""
+
+    def __init__(self, opened: OpenedModel, fold: Fold) -> None:
+        self._opened, self._fold, self._reading = opened, fold, Lock()
+
+    def map(
+        self, function: Callable[[IndexedSpec], Any], specs: Sequence[IndexedSpec], progress: Progress = iter
+    ) -> list[Any]:
+        """Apply a function that reads layers, in as many threads as memory has room for."""
+        largest = max((self._size(spec) for _, spec in specs), default=0)
+        return over_threads(function, specs, progress, largest=largest)
+
+    def blocks(self, specs: Sequence[IndexedSpec]) -> Iterator[list[IndexedSpec]]:
+        """Part the layers into runs whose readers fit into `READERS_HELD`, at least one layer each."""
+        held = np.cumsum([self._size(spec) for _, spec in specs]) // READERS_HELD
+        for _, run in groupby(zip(specs, held, strict=True), key=lambda item: item[1]):
+            yield [spec for spec, _ in run]
+
+    def composes(self, first: IndexedSpec, second: IndexedSpec) -> bool:
+        """Whether what the first layer writes is what the second reads: one stream, one width, one behind the other."""
+        return (
+            first[0] < second[0]
+            and first[1].o is not None
+            and _stream(first[1].path) == _stream(second[1].path)
+            and self._outer(first[1].o) == self.width(second[1])
+        )
+
+    def width(self, spec: AttentionSpec) -> int:
+        """Return the width a layer reads."""
+        return self._outer(spec.q)
+
+    def _outer(self, slot: Slot) -> int:
+        """Return the width of the network's side of a projection: the other axis, flattened to two dimensions."""
+        first, *rest = self._opened.architecture.shapes[slot.named(slot.tensor)[0]]
+        return math.prod(rest) if slot.axis == 0 else first
+
+    def writer(self, spec: IndexedSpec) -> Half:
+        """Return what the heads of a layer write."""
+        return Half.of(ov_circuit(self._read(spec), self._fold))
+
+    def readers(self, spec: IndexedSpec) -> dict[Composed, Half]:
+        """Return what the heads of a layer read: each product transposed, as the later side of a composition."""
+        weights = self._read(spec)
+        qk = qk_circuit(weights, self._fold)
+        found: dict[Composed, Half] = {"q": Half.of(qk.T), "k": Half.of(qk)}
+        if "latent_query" in weights.leaves_out:
+            del found["q"]
+        return found if weights.W_O is None else {**found, "v": Half.of(ov_circuit(weights, self._fold).T)}
+
+    def _read(self, indexed: IndexedSpec) -> HeadWeights:
+        with self._reading:  # a checkpoint serves one reader at a time
+            return read_heads(indexed[1], self._opened.checkpoint, indexed[0])
+
+    def _size(self, spec: AttentionSpec) -> int:
+        """Return the bytes of a layer's tensors in float64, which its readers are smaller than."""
+        return 8 * sum(math.prod(self._opened.architecture.shapes[name]) for name in spec.tensors())
+
+
+def _stream(path: str) -> str:
+    """Return what stands in front of the first number in a path: the layers of one tower share it."""
+    parts = path.split(".")
+    return ".".join(parts[: next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))])
+
+
+def _chosen(opened: OpenedModel, layers: Sequence[int] | None, fold: Fold) -> list[IndexedSpec]:
+    specs = [pair for pair in opened.architecture.indexed() if pair[1].opt_in_refusal() is None]
+    known = [pair for pair in specs if fold == "raw" or "norm_unknown" not in pair[1].leaves_out]
+    if specs and not known:
+        raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
+    readable = [layer for layer, _ in known]
+    wrong = [layer for layer in layers or () if layer not in readable]
+    if wrong:
+        raise UsageError(f"layer {wrong[0]} of {opened.name} cannot be read: choose from {readable}")
+    return [pair for pair in known if layers is None or pair[0] in layers]
+
+
+def _plain(values: Array) -> list[list[float | None]]:
+    return [[float(value) if np.isfinite(value) else None for value in row] for row in values]

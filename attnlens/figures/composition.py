@@ -1,0 +1,105 @@
+"""Composition of heads: one image of every earlier head against every later head, in blocks of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from attnlens.figures import style
+from attnlens.heads import Array
+
+if TYPE_CHECKING:
+    from attnlens.composition import Composed, Composition
+
+TITLES: Mapping[Composed, str] = {
+    "q": "Q-composition, ‖W_OV W_QK‖ / (‖W_OV‖ ‖W_QK‖): what a head wrote asks",
+    "k": "K-composition, ‖W_OV W_QKᵀ‖ / (‖W_OV‖ ‖W_QK‖): what a head wrote is asked for",
+    "v": "V-composition, ‖W_OV W_OV‖ / (‖W_OV‖ ‖W_OV‖): what a head wrote is carried on",
+}
+CLIP_PERCENTILE = 99.5
+SIDE = 720
+"""Device pixels a side that the image is about as large as, a whole number for each pair of heads."""
+
+
+def draw_composition(found: Composition, kind: Composed) -> Figure:
+    """Draw log2(score / baseline): rows are heads that write, columns heads that read, white is the baseline.
+
+    Entries without composition are grey. One colour scale to the 99.5th percentile of the absolute values.
+    """
+    image, starts = mosaic(found, kind)
+    shown = np.abs(image[np.isfinite(image)])
+    if not shown.size:
+        return style.message_figure(found.model, f"There is no {kind.upper()}-composition to draw.")
+    limit = max(float(np.percentile(shown, CLIP_PERCENTILE)), 1e-6)
+    zoom = max(1, SIDE // len(image))
+    side, left = len(image) * zoom, 85
+    total = left + side + 150
+    with style.look():
+        heading = style.Heading(total)
+        heading.add(found.model, 10, weight="bold")
+        heading.add(f"{TITLES[kind]}, {found.fold}", 8.5)
+        heading.add(
+            "log2 of score / baseline; the baseline 1/√d is the root mean square for unrelated directions; "
+            f"clipped at the {CLIP_PERCENTILE}th percentile",
+            7.5,
+            color=style.FAINT,
+        )
+        top = heading.height + 50
+        figure = style.new_figure(total, top + side + 30)
+        heading.write(figure)
+        axes = style.add_axes(figure, left, top, side, side)
+        colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#e4e4e4")
+        drawn = axes.imshow(
+            image, cmap=colours, norm=Normalize(-limit, limit), interpolation="none", aspect="auto", gid=kind
+        )
+        _frames(axes, starts, len(image))
+        _labels(axes, list(found.heads), starts, len(image), zoom)
+        cax = style.add_axes(figure, left + side + 30, top, 18, min(side, 420))
+        bar = figure.colorbar(drawn, cax=cax, extend="both" if shown.max() > limit else "neither")
+        bar.outline.set_linewidth(0.5)
+        cax.set_ylabel("log2(score / baseline)")
+    return figure
+
+
+def mosaic(found: Composition, kind: Composed) -> tuple[Array, Array]:
+    """Return log2(score / baseline), all layers' heads side by side; and where each layer begins, the size last."""
+    starts = np.cumsum([0, *found.heads.values()])
+    place = dict(zip(found.heads, starts[:-1].tolist(), strict=True))
+    image = np.full((starts[-1], starts[-1]), np.nan)
+    with np.errstate(divide="ignore"):
+        for (of, first, second), scores in found.scores.items():
+            if of == kind:
+                rows, columns = scores.shape
+                corner = slice(place[first], place[first] + rows), slice(place[second], place[second] + columns)
+                image[corner] = np.log2(scores / found.baseline(second))
+    return image, starts
+
+
+def _frames(axes: Axes, starts: Array, size: int) -> None:
+    """Draw a hairline between layers."""
+    ends = [-0.5, size - 0.5]
+    lines = [[(at - 0.5, end) for end in ends] for at in starts[1:-1]]
+    lines += [[(end, at - 0.5) for end in ends] for at in starts[1:-1]]
+    axes.add_collection(LineCollection(lines, colors=style.RULE, linewidths=0.4), autolim=False)
+
+
+def _labels(axes: Axes, layers: Sequence[int], starts: Array, size: int, zoom: int) -> None:
+    centres = (starts[:-1] + starts[1:] - 1) / 2
+    step = style.label_step([centre * zoom for centre in centres], 26)
+    names = [str(layer) for layer in layers[::step]]
+    axes.set_xticks(centres[::step], names)
+    axes.set_yticks(centres[::step], names)
+    axes.xaxis.set_ticks_position("top")
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("layer of the head that reads")
+    axes.set_ylabel("layer of the head that writes")
+    axes.tick_params(length=0)
+    axes.set_xlim(-0.5, size - 0.5)
+    axes.set_ylim(size - 0.5, -0.5)

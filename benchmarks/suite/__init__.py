@@ -1,0 +1,1 @@
+"""attnlens beside TransformerLens, WeightWatcher and the dense way: `python -m benchmarks.suite`."""

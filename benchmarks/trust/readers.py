@@ -1,0 +1,184 @@
+"""The readers that are tried, each driven as the commands drive it, and the memory each may take."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from attnlens import inspect
+from attnlens.architecture import describe_architecture
+from attnlens.checkpoints import open_checkpoint
+from attnlens.cli.console import note, write_stdout
+from attnlens.cli.fitting import fit_table, pooled_table
+from attnlens.cli.inspecting import caveats
+from attnlens.cli.terminal import layer_table
+from attnlens.errors import AttnlensError
+from attnlens.params import InitParams
+from attnlens.reporting.training import read_training
+from attnlens.training import datasets
+from attnlens.training.config import Config, Recipe, Run, Shape
+from attnlens.training.datasets import load_dataset
+from attnlens.training.engine import Stack
+from attnlens.training.records import check_gathered, restorable
+from attnlens.training.report import render_report
+from attnlens.training.results import results_lines, summarise
+from attnlens.training.store import Store
+from benchmarks.trust.guard import Bound, Reader
+
+CONFIG = Config(
+    dataset="none",
+    data_sha256="",
+    train_images=30,
+    test_images=7,
+    mean=[0.3],
+    std=[0.4],
+    source={},
+    params_sha256="",
+    shape=Shape(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2.0),
+    recipe=Recipe(epochs=2, batch_size=6, lr=1e-3),
+    arms=["default", "mimetic"],
+    contrasts=[("mimetic", "default")],
+    seeds=2,
+    data_seed=0,
+    init_seed=0,
+    target=0.5,
+    eval_every=1,
+    lr_grid=[],
+    tune_seeds=1,
+    device="cpu",
+    precision="float32",
+    compiled=False,
+    stack=1,
+)
+"""The comparison a results folder claims to hold."""
+
+
+def read_weights(path: Path, output: Path) -> None:
+    """Read every tensor of a weight file, then inspect it: by what it names, and by its tensors' names."""
+    checkpoint = open_checkpoint(path)
+    for name in checkpoint:
+        assert isinstance(checkpoint.shape(name), tuple)
+        value = checkpoint[name]
+        if not isinstance(value, np.ndarray):
+            value.double().numpy() if not value.is_complex() else value.numpy()
+        elif value.dtype.kind in "biufV":
+            value.astype(np.float64)
+    checkpoint.provenance()
+    if "architecture" in checkpoint.metadata:
+        read_model(path, output)
+    _shown(inspect(path, num_heads=2))
+
+
+def read_model(path: Path, _output: Path) -> None:
+    """Inspect a model folder or file, and print what `attnlens inspect` prints."""
+    _shown(inspect(path))
+
+
+def _shown(inspection) -> None:
+    for message in caveats(inspection):
+        note(message)
+    fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
+    Console(file=sys.stdout, width=200).print(layer_table(inspection, fold))
+    json.dumps(inspection.to_json(), allow_nan=False)
+    inspection.stats.to_csv().encode()
+
+
+def read_params(path: Path, _output: Path) -> None:
+    """Read a parameter file, ask it for the shipped network's requests, print its tables, write it again."""
+    params = InitParams.load(path)
+    params.requests(_architecture())
+    console = Console(file=sys.stdout, width=200)
+    for source in range(min(len(params.sources), 3)):
+        console.print(fit_table(params, source))
+    console.print(pooled_table(params))
+    params.to_json()
+
+
+@cache
+def _architecture():
+    return describe_architecture("vit_tiny_patch16_224")
+
+
+def read_results(folder: Path, _output: Path) -> None:
+    """Read a results folder as ``report --train`` and ``train-compare --resume`` do."""
+    refused: AttnlensError | None = None
+    for read in (_report, _resume):
+        try:
+            read(folder)
+        except AttnlensError as error:
+            str(error)
+            refused = error
+    if refused is not None:
+        raise refused
+
+
+def _report(folder: Path) -> None:
+    training = read_training(folder)
+    json.dumps([point.model_dump() for point in training.points], allow_nan=False).encode()
+
+
+def _resume(folder: Path) -> None:
+    store = Store.open(folder, CONFIG, resume=True)
+    records = store.load_runs()
+    summary = summarise(CONFIG, records)
+    write_stdout(render_report(summary))
+    results_lines(CONFIG, records).encode()
+    json.dumps(summary.to_json(), allow_nan=False)
+    summary.to_csv().encode()
+    run = Run("default", 1, 1e-3)
+    state = store.load_checkpoint(run.name)
+    if state is not None:
+        stack = loaded_stack()
+        restorable(state, unit=[run.name], seeds=[1], config=CONFIG, like=stack.snapshot())
+        check_gathered(state["stack"], stack.optimizer, "the checkpoint")
+        stack.restore(state["stack"])
+
+
+def loaded_stack() -> Stack:
+    """Return a stack of one network at its start."""
+    import torch
+
+    from attnlens.training.network import build_network
+
+    stack = Stack(CONFIG, 1, torch.device("cpu"))
+    stack.load([build_network(CONFIG.shape, 0).state_dict()], [1e-3], 10)
+    return stack
+
+
+def read_images(path: Path, output: Path) -> None:
+    """Decode a folder or tar of images."""
+    load_dataset(str(path), cache=output)
+
+
+def read_cache(path: Path, output: Path) -> None:
+    """Read a decoded data set from the cache; a damaged one is made again, of images that are none here."""
+    key = "key"
+    name = f"{datasets.hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    (output / name).write_bytes(path.read_bytes())
+    datasets._cached(output, "cached", key, lambda: iter(()), None)  # noqa: SLF001
+
+
+WEIGHTS = Bound(64, 64 << 20)
+"""Of readers of weights and JSON. Python's objects of a document of ``[[],[],...`` take thirty times its length."""
+IMAGES = Bound(256, 320 << 20)
+"""Of readers of images: decoded, stacked and parted, each 64 times the file and 64 MiB at most."""
+
+READERS: dict[str, tuple[Reader, Bound]] = {
+    "safetensors": (read_weights, WEIGHTS),
+    "pth": (read_weights, WEIGHTS),
+    "legacy pickle": (read_weights, WEIGHTS),
+    "npz": (read_weights, WEIGHTS),
+    "timm folder": (read_model, WEIGHTS),
+    "transformers folder": (read_model, WEIGHTS),
+    "shard index": (read_model, WEIGHTS),
+    "params.json": (read_params, WEIGHTS),
+    "results folder": (read_results, WEIGHTS),
+    "image folder": (read_images, IMAGES),
+    "image tar": (read_images, IMAGES),
+    "decoded cache": (read_cache, IMAGES),
+}

@@ -1,0 +1,90 @@
+"""Hostile files: every case written by hand and a small fuzz hold what docs/trust.md promises; the guard can fail."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from attnlens.errors import CheckpointError
+from attnlens.printable import LONGEST, one_line, printable
+from attnlens.reading import parse_json, within
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard reads /proc and inotify")
+
+
+def module(name, *arguments):
+    """Run a module of the benchmarks and return what it printed and its exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", f"benchmarks.trust.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout), done
+
+
+def test_the_guard_catches_a_reader_that_breaks_each_promise():
+    found, done = module("planted")
+    assert {name: verdict for name, (_, verdict) in found.items()} == {name: due for name, (due, _) in found.items()}
+    assert done.returncode == 0
+    assert {due for due, _ in found.values()} >= {"code", "outside", "memory", "error", "text", "timeout", "crash"}
+
+
+def test_no_hostile_file_breaks_a_promise():
+    found, done = module("hostile", "--inputs", "150", "--seed", "1", "--no-record")
+    assert done.returncode == 0, done.stderr
+    assert {name: count for name, count in found.items() if name.startswith("violations") and count} == {}
+    assert found["inputs"] > 800
+    assert found["accepted"] > 50, "a reader that refuses everything promises nothing"
+    assert all(count["refused"] for count in found["by_format"].values())
+
+
+def test_text_of_files_is_printable_on_one_line_of_bounded_length():
+    assert printable("plain \u00e4\u03b1") == "plain \u00e4\u03b1"
+    assert printable("\x1b[2J\u202e\ud800") == r"\x1b[2J\u202e\ud800"
+    assert str(CheckpointError("two\nlines \x1b]0;x\x07")) == r"two lines \x1b]0;x\x07"
+    long = one_line("\x1b" * 10**7 + "what to do")
+    assert len(long) == LONGEST
+    assert long.endswith("what to do")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[" * 100_000, "levels"),
+        ("[" * 65 + "]" * 65, "deeper than 64 levels"),
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        (r'["\ud800"]', "half of a surrogate pair"),
+        (r'{"\udfff": 1}', "half of a surrogate pair"),
+        ("[NaN]", "NaN is no JSON"),
+        ("[1e999]", "beyond what float64 holds"),
+        ("9" * 5000, "4300 digits"),
+        (b"\xff\xfe", "utf-8"),
+    ],
+)
+def test_json_that_readers_disagree_about_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+def test_json_within_the_limits_is_read_as_it_is():
+    assert parse_json("[" * 64 + "]" * 64)
+    assert parse_json(r'{"a": ["\ud83d\ude00", 1.5, null]}') == {"a": ["\U0001f600", 1.5, None]}
+    assert parse_json("[NaN]", constant=lambda _: None) == [None]
+
+
+def test_a_link_is_followed_inside_its_folder_and_in_a_hub_cache_only(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "1").write_text("x")
+    (snapshot / "in.json").write_text("x")
+    for name, target in {"own": "in.json", "hub": "../../blobs/1", "out": "../../secret", "circle": "circle"}.items():
+        (snapshot / name).symlink_to(target)
+    assert within(snapshot, snapshot / "own", CheckpointError)
+    assert within(snapshot, snapshot / "hub", CheckpointError)
+    with pytest.raises(CheckpointError, match="is a link that leaves"):
+        within(snapshot, snapshot / "out", CheckpointError)
+    with pytest.raises(CheckpointError, match="cannot be followed"):
+        within(snapshot, snapshot / "circle", CheckpointError)
