@@ -42,6 +42,8 @@ format: $(VENV)/installed
 
 figures: $(VENV)/installed  ## Make the figures of README and docs again
 	$(BIN)/python docs/example.py docs/gallery > docs/gallery/example.txt
+	$(BIN)/python docs/filters.py > docs/gallery/filters/filters.txt
+	$(BIN)/python docs/signal.py > docs/gallery/signal/signal.txt
 	$(BIN)/attnlens inspect
 	cp figures/embedded/depth_profile.png figures/readme/
 

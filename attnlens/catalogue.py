@@ -1,4 +1,4 @@
-"""Every timm architecture with attention in one row: how deep and wide, how much of it is read, which weights exist.
+"""Every timm architecture with attention or depthwise filters in one row: how much of it is read, its weights' tags.
 
 Finding this out builds each architecture once on the meta device, which takes minutes. The result for one timm
 version is shipped with the package; for any other it is built on first use and kept in the user's cache, beside the
@@ -22,6 +22,7 @@ from typing import Any
 from attnlens.architecture import cache_folder, pretrained_tags, rules_digest, suggest
 from attnlens.errors import ModelNotFoundError, OutputError, UsageError
 from attnlens.files import write_atomic, write_text_atomic
+from attnlens.filters.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Slot
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -33,7 +34,7 @@ SHIPPED = Path(__file__).parent / "catalogues"
 
 @dataclass(frozen=True)
 class Entry:
-    """One architecture: its attention layers counted, the distinct head counts and input widths of those described."""
+    """One architecture: its layers counted, the distinct head counts, input widths and kernels of those described."""
 
     name: str
     layers: int
@@ -45,6 +46,10 @@ class Entry:
     families: tuple[str, ...]
     tags: dict[str, dict[str, str | None]]
     """Pretrained tags and where timm says each is, the default one first."""
+    filters: int
+    """Layers of depthwise filters that are described."""
+    kernels: tuple[str, ...]
+    """Sizes of these filters, height x width."""
 
     @property
     def readable(self) -> int:
@@ -63,7 +68,7 @@ class Entry:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
         """Rebuild from `to_json`."""
-        return cls(**{**data, **{name: tuple(data[name]) for name in ("heads", "widths", "families")}})
+        return cls(**{**data, **{name: tuple(data[name]) for name in ("heads", "widths", "families", "kernels")}})
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Catalogue:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data."""
-        return {"schema": "attnlens.catalogue", "schema_version": 1, **asdict(self)}
+        return {"schema": "attnlens.catalogue", "schema_version": 2, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], origin: str) -> Catalogue:
@@ -103,7 +108,7 @@ class Catalogue:
             names = [entry.name for entry in self.entries]
             parts = sorted({part for name in names for part in name.split("_")})
             near = suggest((pattern or "").strip("*").lower(), names + parts)
-            raise ModelNotFoundError(f"no architecture with attention is named {pattern!r}{near}")
+            raise ModelNotFoundError(f"no architecture with attention or depthwise filters is named {pattern!r}{near}")
         if family is None:
             return found
         known = {name.lower(): name for name in self.families()}
@@ -184,7 +189,7 @@ def _read_journal(journal: Path) -> dict[str, dict[str, Any]]:
 
 
 def _examine(name: str) -> dict[str, Any]:
-    """Return ``{"entry": ...}`` for one architecture, None as the entry without attention, or ``{"error": ...}``."""
+    """Return ``{"entry": ...}`` for one architecture, its entry None without layers, or ``{"error": ...}``."""
     try:
         entry = summarise(name)
     except Exception as error:  # noqa: BLE001  # one architecture that cannot be built must not hide the others
@@ -194,17 +199,19 @@ def _examine(name: str) -> dict[str, Any]:
 
 
 def summarise(name: str) -> Entry | None:
-    """Build one architecture on the meta device and count its attention layers; None when it has none."""
+    """Build one architecture on the meta device and count its layers of attention and filters; None without any."""
     import timm
     import torch
 
+    from attnlens.filters.finding import filter_modules
     from attnlens.layouts.rules import attention_modules
 
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
-    found = list(attention_modules(model))
-    if not found:
+    found, filters = list(attention_modules(model)), list(filter_modules(model))
+    if not found and not filters:
         return None
+    described = [item for item in filters if isinstance(item, FilterSpec)]
     specs = [item for item in found if isinstance(item, AttentionSpec)]
     stored = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     shapes = {tensor: tuple(stored[tensor].shape) for spec in specs for tensor in spec.q.tensors()}
@@ -216,6 +223,8 @@ def summarise(name: str) -> Entry | None:
         widths=tuple(sorted({_input_width(spec.q, shapes) for spec in specs})),
         families=tuple(sorted({item.family for item in found})),
         tags=pretrained_tags(name),
+        filters=len(described),
+        kernels=tuple(f"{height}x{width}" for height, width in sorted({item.kernel for item in described})),
     )
 
 

@@ -82,7 +82,7 @@ def fit_params(
     filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
-        opened = open_model(model, checkpoint, num_heads, access)
+        opened = open_model(model, checkpoint, num_heads, access, filters=True)
         found, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += found
         own, unread = fit_filter_entries(opened, len(sources), shrinkage, progress)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -186,7 +187,7 @@ def inspect(
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
-    opened = open_model(model, checkpoint, num_heads, access=Access(offline=offline, remote=remote))
+    opened = open_model(model, checkpoint, num_heads, Access(offline=offline, remote=remote), filters=True)
     names = parse_folds(fold)
     wanted, unwanted = _by_kind(opened, include)
     specs = _chosen(opened, wanted, layers)
@@ -232,7 +233,7 @@ def save_inspection(
     with ExitStack() as stack:
         files = files or stack.enter_context(FileSet())
         for name, content in contents.items():
-            files.write(paths[name], lambda file, content=content: file.write(content))
+            files.write(paths[name], methodcaller("write", content))
         data = inspection.to_json()
         data["provenance"] = {**data["provenance"], "command": command}
         text = json.dumps({**data, "files": files.hashes()}, indent=1) + "\n"

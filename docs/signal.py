@@ -2,7 +2,7 @@
 
     python docs/signal.py [FOLDER]
 
-needs no network and no GPU; the figure goes to FOLDER, by default figures/signal.
+needs no network and no GPU; the figure goes to FOLDER, by default docs/gallery/signal.
 """
 
 import sys
@@ -17,7 +17,7 @@ from attnlens.language.gpt import create_gpt
 from attnlens.signal import rewire_
 from attnlens.signal.propagation import propagate
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "figures/signal")
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery/signal")
 
 # 1. Measure: 12 blocks without skips and norms, from three starts. One number a block: mean cosine of two tokens.
 found = propagate(arms=["default", "value-skipinit", "e-spa"], depth=12, tokens=16, seeds=3, skips=False, norms=False)

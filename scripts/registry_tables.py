@@ -60,13 +60,16 @@ def families_table() -> str:
 
 def totals(catalogue: Catalogue) -> str:
     """Return one sentence with the counts over all of timm."""
-    entries = catalogue.entries
+    entries = [entry for entry in catalogue.entries if entry.layers]
     whole = sum(entry.readable == entry.layers for entry in entries)
     part = sum(0 < entry.readable < entry.layers for entry in entries)
     tags = sum(len(entry.tags) for entry in entries)
+    depthwise = [entry for entry in catalogue.entries if entry.filters]
+    alone = sum(not entry.layers for entry in depthwise)
     return (
         f"timm {catalogue.timm} has {len(entries)} architectures ({tags} pretrained tags) with attention: {whole} are "
-        f"read whole, {part} in part, {len(entries) - whole - part} hold only what is read on request or refused."
+        f"read whole, {part} in part, {len(entries) - whole - part} hold only what is read on request or refused. "
+        f"{len(depthwise)} have depthwise filters that are read, {alone} of them no attention."
     )
 
 

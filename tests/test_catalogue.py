@@ -22,7 +22,7 @@ of_this_timm = pytest.mark.skipif(not shipped_file().is_file(), reason="no catal
 
 
 def entry(name, *, tags=(), families=("A",), **read):
-    return Entry(name, 3, read or {"token": 3}, (3, 5), (7, 11), families, dict.fromkeys(tags, TAG))
+    return Entry(name, 3, read or {"token": 3}, (3, 5), (7, 11), families, dict.fromkeys(tags, TAG), 2, ("3x3", "1x5"))
 
 
 SMALL = Catalogue(
@@ -42,7 +42,7 @@ def small_timm(monkeypatch, tmp_path):
     """Let timm know three architectures only, and keep what is built of them in an empty cache."""
     import timm
 
-    monkeypatch.setattr(timm, "list_models", lambda: ["test_vit", "test_resnet", "test_mambaout"])
+    monkeypatch.setattr(timm, "list_models", lambda: ["test_vit", "test_resnet", "test_nfnet"])
     monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "attnlens")
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "shipped")
     return tmp_path / "attnlens"
@@ -71,7 +71,16 @@ def test_labelled_kinds_are_counted_apart():
     assert (found.layers, found.readable, found.labelled) == (12, 6, {"channel": 6})
 
 
-def test_an_architecture_without_attention_has_no_row():
+def test_depthwise_filters_are_counted_beside_attention_and_without_it():
+    alone, beside = summarise("test_convnext"), summarise("test_vit")
+    assert (alone.layers, alone.filters, alone.kernels) == (0, 5, ("7x7",))
+    assert (beside.filters, beside.kernels) == (0, ())
+    both = summarise("coatnet_nano_rw_224")
+    assert both.layers > 0
+    assert both.filters > 0
+
+
+def test_an_architecture_without_either_has_no_row():
     assert summarise("test_resnet") is None
 
 
@@ -129,9 +138,9 @@ def test_a_build_that_was_killed_goes_on_where_it_was(small_timm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build_catalogue()
     journal = small_timm / "catalogue.jsonl"
-    journal.write_text(journal.read_text() + '\n{"name": "test_mamb')  # killed while writing
+    journal.write_text(journal.read_text() + '\n{"name": "test_nf')  # killed while writing
     assert names(build_catalogue().entries) == ["test_vit"]
-    assert examined == ["test_vit", "test_resnet", "test_mambaout", "test_mambaout"]
+    assert examined == ["test_vit", "test_resnet", "test_nfnet", "test_nfnet"]
     assert not journal.exists()
 
 
@@ -196,18 +205,18 @@ def test_a_pipe_gets_tab_separated_lines(listing):
     code, out, err = listing("tiny")
     assert (code, err) == (0, "")
     assert [line.split("\t") for line in out.splitlines()] == [
-        ["name", "layers", "read", "labelled", "heads", "width", "families", "tags"],
-        ["vit_tiny", "3", "3", "", "3-5", "7-11", "A", "2"],
-        ["xcit_tiny", "3", "1", "2 channel", "3-5", "7-11", "B2 C5", "0"],
+        ["name", "layers", "read", "labelled", "heads", "width", "families", "filters", "kernels", "tags"],
+        ["vit_tiny", "3", "3", "", "3-5", "7-11", "A", "2", "3x3 1x5", "2"],
+        ["xcit_tiny", "3", "1", "2 channel", "3-5", "7-11", "B2 C5", "2", "3x3 1x5", "0"],
     ]
 
 
 def test_a_terminal_gets_a_table(listing, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _, out, _ = listing("xcit")
-    assert "1 with attention in timm 1.2.3 (catalogue: built here)" in out
+    assert "1 with attention or depthwise filters in timm 1.2.3 (catalogue: built here)" in out
     assert [cell.strip() for cell in out.splitlines()[4].strip("│ ").split("│")] == [
-        *("xcit_tiny", "1/3", "2 channel", "3-5", "7-11", "B2 C5", "0"),
+        *("xcit_tiny", "1/3", "2 channel", "3-5", "7-11", "B2 C5", "2", "3x3 1x5", "0"),
     ]
 
 

@@ -107,6 +107,17 @@ def test_filters_resampled_have_the_covariance_resampled():
     np.testing.assert_allclose(resampled(flat.T @ flat, old, new), expected / np.trace(expected), atol=1e-12)
 
 
+@pytest.mark.parametrize("new", [(3, 3), (7, 7), (4, 9)])
+def test_a_white_floor_stays_white_at_another_kernel_size(new):
+    """Linear resampling alone would make neighbours alike in filters that have no structure."""
+    size = new[0] * new[1]
+    np.testing.assert_allclose(resampled(np.eye(25), (5, 5), new), np.eye(size) / size, atol=1e-14)
+    structure = closed_form((5, 5), 3.0)  # all but singular: its own floor is zero
+    found = resampled(0.7 * structure + 0.3 * np.eye(25) / 25, (5, 5), new)
+    expected = 0.7 * resampled(structure, (5, 5), new) + 0.3 * np.eye(size) / size
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
 def test_the_two_rules_for_kernel_size_agree_where_filters_are_smooth():
     """Linear resampling of the closed form is close to the closed form with s scaled by (k'/k)^2."""
     one, other = resampled(closed_form((5, 5), 3.0), (5, 5), (9, 9)), closed_form((9, 9), 3.0 * (9 / 5) ** 2)

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
+from attnlens.cli.terminal import escape, plain_table
 from attnlens.filters.inspecting import FilterInspection
 from attnlens.filters.measuring import DRAWS
 from attnlens.params import InitParams
@@ -19,7 +18,7 @@ _STYLES = {"closed form": "bold blue", "structured": "blue", "isotropic": "dim",
 
 def filter_table(filters: FilterInspection, model: str) -> Table:
     """Build the table of one model: a row a layer, what chance gives in brackets."""
-    table = _table(
+    table = plain_table(
         f"[bold]{escape(model)}[/bold]: depthwise filters, S = FᵀF / n against (1 - w) C(s) + w I / p",
         "rank: effective, tr(S)² / tr(S²), with its p; mean: share of the mean filter; s/k²: C's width by squared\n"
         "side; explained: share beyond isotropy; noise: share that sampling makes; (in brackets): chance, filters of\n"
@@ -39,7 +38,7 @@ def filter_table(filters: FilterInspection, model: str) -> Table:
 def fit_filter_table(params: InitParams, source: int) -> Table:
     """Build the table of one source: a row a layer with the shrinkage of the full form and the parametric form."""
     entries = [entry for entry in params.filters if entry.source == source]
-    table = _table(
+    table = plain_table(
         f"[bold]{escape(params.sources[source].model)}[/bold]: filter covariances "
         f"({entries[0].estimator}), and (1 - w) C(s) + w I / p",
         "full: the covariance, shrunk by c towards equal variances; parametric: s and w;\n"
@@ -74,16 +73,3 @@ def _measured(row: Mapping[str, Any]) -> list[str]:
 
 def _verdict(verdict: str) -> str:
     return f"[{_STYLES[verdict]}]{verdict}[/{_STYLES[verdict]}]"
-
-
-def _table(title: str, caption: str) -> Table:
-    return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
-    )

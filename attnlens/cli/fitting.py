@@ -24,7 +24,7 @@ from attnlens.layouts.flags import FLAGS
 from attnlens.params import Entry, InitParams, Per, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _UNSAID = {FLAGS[flag] for flag in UNSAID}
 _MARKS = {"identity": "+", "negative identity": "-", "none": "·", "not described by this model": "?"}
@@ -78,14 +78,20 @@ def run_fit(
     if as_json:
         write_stdout(params.to_json())
     else:
-        for place in range(len(params.sources)):
-            if any(entry.source == place for entry in params.entries):
-                print_wide(fit_table(params, place))
-            if any(entry.source == place for entry in params.filters):
-                print_wide(fit_filter_table(params, place))
-        if params.pooled:
-            print_wide(pooled_table(params))
+        for table in fit_tables(params):
+            print_wide(table)
     note(f"wrote {output}, and figures to {folder}")
+
+
+def fit_tables(params: InitParams) -> Iterator[Table]:
+    """Yield the tables of a parameter file: by source what was fitted of attention and of filters, then all pooled."""
+    for place in range(len(params.sources)):
+        if any(entry.source == place for entry in params.entries):
+            yield fit_table(params, place)
+        if any(entry.source == place for entry in params.filters):
+            yield fit_filter_table(params, place)
+    if params.pooled:
+        yield pooled_table(params)
 
 
 def caveats(source: Source) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from attnlens.catalogue import Catalogue, Entry, load_catalogue
 from attnlens.cli.console import note, tracked, write_stdout
 
-COLUMNS = ("name", "layers", "read", "labelled", "heads", "width", "families", "tags")
+COLUMNS = ("name", "layers", "read", "labelled", "heads", "width", "families", "filters", "kernels", "tags")
 
 
 def run_list(pattern: str | None, *, family: str | None, cached: bool, as_json: bool, rebuild: bool) -> None:
@@ -44,7 +44,7 @@ def _announced(names: Iterable[Any]) -> Iterator[Any]:
 
 def to_json(catalogue: Catalogue, entries: list[Entry]) -> dict[str, Any]:
     """Return chosen entries with the catalogue's header as JSON-ready data."""
-    header = {"schema": "attnlens.models", "schema_version": 1, "timm": catalogue.timm, "origin": catalogue.origin}
+    header = {"schema": "attnlens.models", "schema_version": 2, "timm": catalogue.timm, "origin": catalogue.origin}
     return {**header, "rules": catalogue.rules, "models": [entry.to_json() for entry in entries]}
 
 
@@ -58,6 +58,8 @@ def row(entry: Entry) -> tuple[str, ...]:
         _span(entry.heads),
         _span(entry.widths),
         " ".join(entry.families),
+        str(entry.filters),
+        " ".join(entry.kernels),
         str(len(entry.tags)),
     )
 
@@ -74,10 +76,11 @@ def _print_table(catalogue: Catalogue, entries: list[Entry]) -> None:
     from rich.table import Table
 
     where = "shipped" if catalogue.origin == "shipped" else "built here"
-    title = f"{len(entries)} with attention in timm {catalogue.timm} (catalogue: {where})"
+    title = f"{len(entries)} with attention or depthwise filters in timm {catalogue.timm} (catalogue: {where})"
     table = Table(title=title, title_justify="left")
-    for name in ("name", "read", "labelled", "heads", "width", "families", "tags"):
-        table.add_column(name, justify="left" if name in ("name", "labelled", "families") else "right", no_wrap=True)
+    left = ("name", "labelled", "families", "kernels")
+    for name in ("name", "read", *COLUMNS[3:]):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     for entry in entries:
         name, layers, read, *rest = row(entry)
         table.add_row(name, f"{read}/{layers}", *rest)

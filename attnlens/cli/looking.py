@@ -88,7 +88,7 @@ def inspect(
     )
 
 
-@app.command(short_help="List timm's architectures with attention.")
+@app.command(short_help="List timm's architectures and what is read of them.")
 def list_models(
     pattern: Annotated[
         str | None,
@@ -102,7 +102,7 @@ def list_models(
     ] = False,
     debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
 ) -> None:
-    """List timm's architectures with attention: depth, heads, width, how much of each is read, pretrained tags."""
+    """List timm's architectures with attention or depthwise filters: heads, kernels, what is read, pretrained tags."""
     from attnlens.cli.listing import run_list
 
     run_list(pattern, family=family, cached=cached, as_json=json_, rebuild=rebuild)

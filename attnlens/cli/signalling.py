@@ -111,22 +111,13 @@ def signal(
 
 def signal_table(found: Propagation) -> Table:
     """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
+    from attnlens.cli.terminal import escape, plain_table
     from attnlens.figures.signal import describe
 
-    table = Table(
+    table = plain_table(
         title=f"[bold]{escape(found.model)}[/bold]: mean cosine of two tokens behind a block",
         caption=f"{describe(found)[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to theory; "
         "by chance: expected of\nrandom coordinates; entries: mean square of the tokens behind the last block",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
     )
     layers = sorted({0, round(found.depth / 4), round(found.depth / 2), found.depth})
     names = ["arm", *(f"block {layer}" if layer else "input" for layer in layers)]

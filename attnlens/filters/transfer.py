@@ -21,11 +21,22 @@ def resampling(old: int, new: int) -> Array:
 
 
 def resampled(covariance: Array, old: Kernel, new: Kernel) -> Array:
-    """Return a covariance for another kernel size, ``A Sigma A^T`` with trace 1, A resampling rows and columns."""
-    if old != new:
-        A = np.kron(resampling(old[0], new[0]), resampling(old[1], new[1]))
-        covariance = A @ covariance @ A.T
-    return covariance / np.trace(covariance)
+    """Return a covariance for another kernel size, with trace 1; positive semi-definite as ``covariance`` is.
+
+    Its isotropic floor stays isotropic, with its share w = p lambda_min / tr(Sigma) of the trace, p the number of
+    positions; what stands on the floor becomes ``A (Sigma - lambda_min I) A^T``, A resampling rows and columns. Were
+    all of Sigma resampled, filters without structure would get one: A makes neighbours alike.
+    """
+    unit = covariance / np.trace(covariance)
+    if old == new:
+        return unit
+    A = np.kron(resampling(old[0], new[0]), resampling(old[1], new[1]))
+    floor = min(max(float(np.linalg.eigvalsh(unit)[0]) * len(unit), 0.0), 1.0)
+    rest = A @ (unit - floor / len(unit) * np.eye(len(unit))) @ A.T
+    trace = float(np.trace(rest))
+    share = (1 - floor) / trace if trace > 0 else 0.0
+    found = share * rest + floor / len(A) * np.eye(len(A))
+    return found / np.trace(found)
 
 
 def alike(one: Kernel, other: Kernel) -> bool:

@@ -112,7 +112,7 @@ def verify_init(
 
     Raises what `open_model` and the initialiser raise, and `UsageError` where a file's record cannot be followed.
     """
-    opened = open_model(model, checkpoint)
+    opened = open_model(model, checkpoint, filters=True)
     claim = Claim(init, seed, options) if init is not None else recorded(opened, seed, options)
     chosen = find_initialiser(claim.init)
     architecture, tensors = opened.architecture, opened.checkpoint

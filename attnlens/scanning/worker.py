@@ -29,13 +29,13 @@ class Settings:
 
 def measure(job: dict[str, Any], settings: dict[str, Any], cores: int) -> Result:
     """Inspect one model; whatever is wrong with it becomes the result ``{"status": "failed", "error": one line}``."""
-    from attnlens.inspection import inspect
+    from attnlens.inspection import inspect, need_attention
 
     asked, how = Job(**job), Settings(**settings)
     start = time.perf_counter()
     try:
         with limited_to(cores):
-            found = inspect(asked.model, asked.checkpoint, **asdict(how))
+            found = need_attention(inspect(asked.model, asked.checkpoint, **asdict(how)), "a scan")
     except AttnlensError as error:
         return failed(str(error))
     except Exception as error:  # noqa: BLE001  # one model, however broken, must not stop the others

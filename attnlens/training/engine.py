@@ -181,8 +181,7 @@ class Stack:
 
         with torch.no_grad():
             self.buffer.detach().copy_(snapshot["buffer"])
-            # without it the checkpoint is one of a plain ViT, whose positions `load` has put in place
-            for name, value in snapshot.get("fixed", {}).items():
+            for name, value in snapshot["fixed"].items():
                 self.fixed[name].copy_(value)
         self.optimizer.load_state_dict(snapshot["optimizer"])
         self.loss_sum.copy_(snapshot["loss_sum"])

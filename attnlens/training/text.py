@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.errors import UsageError
-from attnlens.training.datasets import DatasetError
+from attnlens.reading import within
+from attnlens.training.images import DatasetError
 
 PREFIX = "text:"
 WIKITEXT = "wikitext-103"
@@ -112,7 +113,8 @@ def load_text(name: str, *, data_dir: Path | None = None) -> Text:
 def _files(place: str, name: str) -> list[Path]:
     path = Path(place)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+        files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = [within(path, file, DatasetError) for file in files]
         hint = f"it holds no file ending in {', '.join(SUFFIXES)}"
     elif path.is_file():
         found, hint = [path], ""

@@ -124,6 +124,8 @@ def _links() -> Iterator[Case]:
         target = "FORBIDDEN" if "." not in place else "FORBIDDEN/secret.json"
         yield Case("results folder", f"link {place}", {**kept, place: Link(target)})
     yield Case("image folder", "link", {**seeds.images(), "cat/9.png": Link("FORBIDDEN/secret.png")})
+    yield Case("text folder", "link", {"a.txt": b"words " * 20, "b.txt": Link("FORBIDDEN/secret.py")})
+    yield Case("text folder", "bytes of value 0", {"a.txt": b"words\0" * 20})
     yield Case("image folder", "linked class", {**seeds.images(), "cow": Link("FORBIDDEN")})
 
 

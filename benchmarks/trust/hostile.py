@@ -1,6 +1,6 @@
 """Hostile input: ``python -m benchmarks.trust.hostile --inputs N --seed S`` fills "hostile" in trust.json.
 
-Every case of `handmade`, then N mutations of valid files of twelve formats, each read under `guard`. A violation is
+Every case of `handmade`, then N mutations of valid files of thirteen formats, each read under `guard`. A violation is
 printed with what was done to the file, and makes the exit code 1.
 """
 
@@ -38,6 +38,7 @@ SHARES = {
     "image folder": 3,
     "image tar": 4,
     "decoded cache": 2,
+    "text folder": 1,
 }
 """Of each format among the mutations: those that are read quickly are tried more often."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from attnlens import inspect
 from attnlens.architecture import describe_architecture
 from attnlens.checkpoints import open_checkpoint
 from attnlens.cli.console import note, write_stdout
-from attnlens.cli.fitting import fit_table, pooled_table
+from attnlens.cli.filters import filter_table
+from attnlens.cli.fitting import fit_tables
 from attnlens.cli.inspecting import caveats
 from attnlens.cli.terminal import layer_table
 from attnlens.errors import AttnlensError
@@ -28,6 +30,7 @@ from attnlens.training.records import check_gathered, restorable
 from attnlens.training.report import render_report
 from attnlens.training.results import results_lines, summarise
 from attnlens.training.store import Store
+from attnlens.training.text import PREFIX, load_text
 from benchmarks.trust.guard import Bound, Reader
 
 CONFIG = Config(
@@ -83,19 +86,25 @@ def _shown(inspection) -> None:
     for message in caveats(inspection):
         note(message)
     fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
-    Console(file=sys.stdout, width=200).print(layer_table(inspection, fold))
+    console = Console(file=sys.stdout, width=200)
+    if inspection.specs:
+        console.print(layer_table(inspection, fold))
+    if inspection.filters.specs:
+        console.print(filter_table(inspection.filters, inspection.model))
     json.dumps(inspection.to_json(), allow_nan=False)
-    inspection.stats.to_csv().encode()
+    for table in (inspection.stats, inspection.filters.stats):
+        table.to_csv().encode()
 
 
 def read_params(path: Path, _output: Path) -> None:
     """Read a parameter file, ask it for the shipped network's requests, print its tables, write it again."""
     params = InitParams.load(path)
     params.requests(_architecture())
+    for form in ("full", "parametric"):
+        params.filter_covariance(0.3, (5, 5), form)
     console = Console(file=sys.stdout, width=200)
-    for source in range(min(len(params.sources), 3)):
-        console.print(fit_table(params, source))
-    console.print(pooled_table(params))
+    for table in islice(fit_tables(params), 5):
+        console.print(table)
     params.to_json()
 
 
@@ -155,6 +164,11 @@ def read_images(path: Path, output: Path) -> None:
     load_dataset(str(path), cache=output)
 
 
+def read_text(path: Path, _output: Path) -> None:
+    """Read a folder of text files."""
+    load_text(f"{PREFIX}{path}").cut(4, 2, None).sha256()
+
+
 def read_cache(path: Path, output: Path) -> None:
     """Read a decoded data set from the cache; a damaged one is made again, of images that are none here."""
     key = "key"
@@ -181,4 +195,5 @@ READERS: dict[str, tuple[Reader, Bound]] = {
     "image folder": (read_images, IMAGES),
     "image tar": (read_images, IMAGES),
     "decoded cache": (read_cache, IMAGES),
+    "text folder": (read_text, WEIGHTS),
 }

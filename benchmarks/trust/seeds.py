@@ -19,6 +19,7 @@ MODEL_ARGS = {
     "img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3,
 }  # fmt: skip
 TIMM = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": MODEL_ARGS}
+CONVNEXT = {"architecture": "convnext_atto", "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}}
 TRANSFORMERS = {
     "model_type": "vit",
     "architectures": ["ViTModel"],
@@ -41,11 +42,24 @@ GEMMA = {
 @cache
 def timm_state():
     """Return the weights of a ViT of width 8 and two layers."""
+    return _state(_network(TIMM))
+
+
+@cache
+def convnext_state():
+    """Return the weights of a ConvNeXt of four depthwise layers and no attention."""
+    return _state(_network(CONVNEXT))
+
+
+def _network(config):
     import timm
     import torch
 
     torch.manual_seed(0)
-    model = timm.create_model(TIMM["architecture"], **MODEL_ARGS)
+    return timm.create_model(config["architecture"], **config["model_args"])
+
+
+def _state(model):
     return {name: value.contiguous() for name, value in model.state_dict().items()}
 
 
@@ -193,12 +207,8 @@ def results() -> dict[str, bytes]:
 
 @cache
 def params() -> bytes:
-    """Return a parameter file, of the tiny ViT's two layers."""
-    import timm
-    import torch
-
-    torch.manual_seed(0)
-    return fit_params(timm.create_model(TIMM["architecture"], **MODEL_ARGS)).to_json().encode()
+    """Return a parameter file, of the tiny ViT's two layers and the ConvNeXt's four."""
+    return fit_params(_network(TIMM), _network(CONVNEXT)).to_json().encode()
 
 
 @cache
@@ -246,6 +256,7 @@ def valid() -> list[Case]:
         Case("npz", "stored", {"model.npz": npz(hf)}, "model.npz"),
         Case("npz", "compressed", {"model.npz": npz(hf, compressed=True)}, "model.npz"),
         Case("timm folder", "safetensors", {"config.json": config, "model.safetensors": safetensors(timm)}),
+        Case("timm folder", "depthwise filters", {"config.json": json.dumps(CONVNEXT).encode(), "model.safetensors": safetensors(convnext_state())}),  # noqa: E501
         Case("timm folder", "bin", {"config.json": config, "pytorch_model.bin": pth(timm)}),
         Case("transformers folder", "vit", {"config.json": json.dumps(TRANSFORMERS).encode(), "model.safetensors": safetensors(hf)}),  # noqa: E501
         Case("transformers folder", "gemma2", {"config.json": json.dumps(GEMMA).encode(), "model.safetensors": safetensors(gemma_state())}),  # noqa: E501
@@ -256,5 +267,6 @@ def valid() -> list[Case]:
         Case("image folder", "five formats", images()),
         Case("image tar", "plain", {"data.tar": plain}, "data.tar"),
         *(Case("image tar", end, {f"data.tar.{end}": pack(plain)}, f"data.tar.{end}") for end, pack in packed.items()),
+        Case("text folder", "two files", {"a.txt": b"some words\n" * 9, "b/c.md": b"and others\n" * 9}),
         Case("decoded cache", "whole", {"cache.npz": decoded()}, "cache.npz"),
     ]  # fmt: skip
