@@ -73,7 +73,7 @@ def test_labelled_kinds_are_counted_apart():
 
 def test_depthwise_filters_are_counted_beside_attention_and_without_it():
     alone, beside = summarise("test_convnext"), summarise("test_vit")
-    assert (alone.layers, alone.filters, alone.kernels) == (0, 5, ("7x7",))
+    assert (alone.layers, alone.filters, alone.kernels) == (0, 9, ("7x7",))
     assert (beside.filters, beside.kernels) == (0, ())
     both = summarise("coatnet_nano_rw_224")
     assert both.layers > 0
@@ -179,8 +179,10 @@ def test_the_shipped_catalogue_is_small_and_says_what_it_was_made_with():
     header = json.loads(lzma.decompress(packed))
     assert len(packed) < 100_000
     assert (header["schema"], header["timm"], header["failed"]) == ("attnlens.catalogue", version("timm"), {})
-    assert len(header["entries"]) == 695
-    assert sum(len(item["tags"]) for item in header["entries"]) == 955
+    attention = [item for item in header["entries"] if item["layers"]]
+    assert (len(attention), sum(len(item["tags"]) for item in attention)) == (695, 955)
+    depthwise = [item for item in header["entries"] if item["filters"]]
+    assert (len(header["entries"]), len(depthwise), sum(item["filters"] for item in depthwise)) == (1006, 551, 15370)
 
 
 @of_this_timm
@@ -216,7 +218,7 @@ def test_a_terminal_gets_a_table(listing, monkeypatch):
     _, out, _ = listing("xcit")
     assert "1 with attention or depthwise filters in timm 1.2.3 (catalogue: built here)" in out
     assert [cell.strip() for cell in out.splitlines()[4].strip("│ ").split("│")] == [
-        *("xcit_tiny", "1/3", "2 channel", "3-5", "7-11", "B2 C5", "2", "3x3 1x5", "0"),
+        *("xcit_tiny", "1/3", "2 channel", "3-5", "7-11", "B2 C5", "2", "0"),
     ]
 
 

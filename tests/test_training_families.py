@@ -254,30 +254,6 @@ def test_a_convmixer_comparison_resumes_bit_for_bit_and_says_that_filters_were_f
     assert torch.equal(start[name], end[name])
 
 
-def test_a_checkpoint_of_the_first_format_goes_on(tmp_path):
-    """It held the positions alone, which are fixed."""
-    settings = config()
-    stack = Stack(settings, 1, CPU)
-    stack.load([build(SHAPE, 0).state_dict()], [1e-3], 4)
-    inputs, targets = batches(SHAPE, 1, 4, 6)
-    where = torch.zeros(1, dtype=torch.long)
-    stack.step(inputs[:, 0], targets[:, 0], where)
-    held = stack.snapshot()
-    old = {**{k: v for k, v in held.items() if k != "fixed"}, "positions": held["fixed"]["pos_embed"][:, 0]}
-    old = torch.load(_saved(old, tmp_path), weights_only=True)
-    stack.step(inputs[:, 1], targets[:, 1], where)
-    other = Stack(settings, 1, CPU)
-    other.load([build(SHAPE, 0).state_dict()], [1e-3], 4)
-    other.restore(old)
-    other.step(inputs[:, 1], targets[:, 1], where)
-    assert all(torch.equal(value, other.state(0)[name]) for name, value in stack.state(0).items())
-
-
-def _saved(state, folder):
-    torch.save(state, folder / "old.pt")
-    return folder / "old.pt"
-
-
 def test_configurations_of_the_first_comparisons_keep_their_hash():
     data = json.loads((ROOT / "benchmarks" / "results" / "digits_cpu" / "config.json").read_text())
     sha256 = data.pop("sha256")

@@ -78,10 +78,11 @@ def _print_table(catalogue: Catalogue, entries: list[Entry]) -> None:
     where = "shipped" if catalogue.origin == "shipped" else "built here"
     title = f"{len(entries)} with attention or depthwise filters in timm {catalogue.timm} (catalogue: {where})"
     table = Table(title=title, title_justify="left")
-    left = ("name", "labelled", "families", "kernels")
-    for name in ("name", "read", *COLUMNS[3:]):
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for name in ("name", "read", "labelled", "heads", "width", "families", "filters", "tags"):
+        table.add_column(name, justify="left" if name in ("name", "labelled", "families") else "right", no_wrap=True)
     for entry in entries:
-        name, layers, read, *rest = row(entry)
-        table.add_row(name, f"{read}/{layers}", *rest)
+        cells = dict(zip(COLUMNS, row(entry), strict=True))
+        read = f"{cells.pop('read')}/{cells.pop('layers')}"
+        cells.pop("kernels")  # terminals are narrow
+        table.add_row(cells.pop("name"), read, *cells.values())
     Console().print(table)
