@@ -43,7 +43,7 @@ format: $(VENV)/installed
 figures: $(VENV)/installed  ## Make the figures of README and docs again
 	$(BIN)/python docs/example.py docs/gallery > docs/gallery/example.txt
 	$(BIN)/python docs/filters.py > docs/gallery/filters/filters.txt
-	$(BIN)/python docs/signal.py > docs/gallery/signal/signal.txt
+	$(BIN)/python docs/rewire.py > docs/gallery/signal/rewire.txt
 	$(BIN)/attnlens inspect
 	cp figures/embedded/depth_profile.png figures/readme/
 

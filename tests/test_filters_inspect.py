@@ -101,6 +101,16 @@ def test_statistics_of_a_layer_known_by_hand():
     assert fit.noise_share == 1  # (25 + 20.5) / 4 > 20.5 - 12.5
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e14])
+def test_no_scale_changes_what_is_said_of_a_layer(scale):
+    filters = np.random.default_rng(0).normal(size=(20, 3, 3))
+    (one, _), (other, _) = fit_filters(filters), fit_filters(filters * scale)
+    assert other.rms == pytest.approx(one.rms * scale)
+    assert (one.verdict, one.p_value) == (other.verdict, other.p_value)
+    for name in ("effective_rank", "effective_rank_null", "explained", "explained_null", "isotropic_share"):
+        assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-5), name
+
+
 def test_filters_that_are_all_alike_are_their_mean():
     fit, values = fit_filters(np.ones((30, 3, 3)))
     assert fit.mean_share == pytest.approx(1)

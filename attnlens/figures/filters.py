@@ -155,7 +155,7 @@ def _panel(figure: Figure, place: tuple[float, float, float], image: Array, show
     axes.imshow(image, cmap=colours, vmin=-limit, vmax=limit, interpolation="none", aspect="auto")
     axes.set_axis_off()
     share = limit / (float(np.trace(shown.matrix)) / len(shown.matrix) or 1.0)
-    text = f"{shown.caption}\n±{style.number(float(f'{share:.2g}'))} of the mean variance"
+    text = f"{shown.caption}\n±{style.number(float(f'{share:.2g}'))}"
     style.add_text(figure, left, top - 40, text, 6.5)
 
 

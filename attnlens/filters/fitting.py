@@ -31,7 +31,8 @@ def fit_filter_entries(
         if fit.verdict == "zeros":
             unread.append(f"{spec.path} holds zeros only: its filters have no covariance")
             continue
-        covariance, shrinkage = shrunk(filters.reshape(len(filters), -1), estimator)
+        flat = filters.reshape(len(filters), -1)
+        covariance, shrinkage = shrunk(flat / np.abs(flat).max(), estimator)
         found.append(
             FilterEntry(
                 source=source,

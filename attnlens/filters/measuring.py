@@ -65,11 +65,13 @@ COLUMNS = ("layer", "name", "filters", "channels", "height", "width", *FilterFit
 def fit_filters(filters: Array, seed: int = 0) -> tuple[FilterFit, Array]:
     """Measure one layer's filters ``[filter, height, width]``: the statistics, and S's eigenvalues, descending."""
     count, height, width = filters.shape
-    covariance = second_moment(filters)
-    trace, size = float(np.trace(covariance)), height * width
-    if trace == 0:
+    size, largest = height * width, float(np.abs(filters).max())
+    if largest == 0:
         numbers = dict.fromkeys(FilterFit.names(), math.nan)
         return FilterFit(**{**numbers, "rms": 0.0, "verdict": "zeros"}), np.zeros(size)  # type: ignore[arg-type]
+    filters = filters / largest  # squares of very small weights would be zero
+    covariance = second_moment(filters)
+    trace = float(np.trace(covariance))
     values: Array = np.linalg.eigvalsh(covariance)[::-1].astype(np.float64)
     square = float((covariance**2).sum())
     fit = fit_closed_form(covariance, (height, width))
@@ -79,7 +81,7 @@ def fit_filters(filters: Array, seed: int = 0) -> tuple[FilterFit, Array]:
     beyond = square - trace**2 / size
     described = "closed form" if fit.explained >= EXPLAINED else "structured"
     found = FilterFit(
-        rms=math.sqrt(trace / size),
+        rms=largest * math.sqrt(trace / size),
         mean_share=_mean_share(filters.reshape(count, -1)),
         mean_share_null=float(null.mean_share.mean()),
         top_share=float(values[0] / trace),
@@ -96,7 +98,7 @@ def fit_filters(filters: Array, seed: int = 0) -> tuple[FilterFit, Array]:
         noise_share=min(1.0, (trace**2 + square) / count / beyond) if beyond > ROUNDING * square else 1.0,
         verdict=described if p_value <= LEVEL else "isotropic",
     )
-    return found, values
+    return found, values * largest**2
 
 
 @dataclass(frozen=True)

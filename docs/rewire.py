@@ -1,6 +1,6 @@
 """Deep networks without skips: measure what becomes of their tokens, then build one that keeps them apart.
 
-    python docs/signal.py [FOLDER]
+    python docs/rewire.py [FOLDER]
 
 needs no network and no GPU; the figure goes to FOLDER, by default docs/gallery/signal.
 """
