@@ -150,7 +150,7 @@ def test_bits_per_byte_are_the_loss_of_the_module_itself(whole):
 def test_every_arm_learns_and_sees_the_same_windows(whole):
     for curves in whole.summary.curves.values():
         for curve in curves.values():
-            assert curve[-1][1] < curve[0][1]
+            assert curve[-1][1] < curve[0][1] - 0.3
     assert whole.summary.streams == {0: len(ARMS), 1: len(ARMS)}
     records = [json.loads(line) for line in (whole.folder / "results.jsonl").read_text().splitlines()]
     assert all(record["bits_per_byte"] == pytest.approx(record["test_loss"] / math.log(2)) for record in records)
