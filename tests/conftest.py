@@ -31,10 +31,20 @@ def dinov2_file() -> Path:
     return path
 
 
+def _close_session():
+    """Drop the connections huggingface_hub keeps: the function's name changed with version 1."""
+    import huggingface_hub
+
+    if hasattr(huggingface_hub, "close_session"):
+        huggingface_hub.close_session()
+    else:
+        huggingface_hub.utils.reset_sessions()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Serve a hub on 127.0.0.1, with empty caches; this process is pointed at it, subprocesses by `hub_environment`."""
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import constants
 
     served = Hub()
     server = serve(served)
@@ -48,7 +58,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield served
-    close_session()
+    _close_session()
     server.shutdown()
     server.server_close()
 

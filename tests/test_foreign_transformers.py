@@ -223,7 +223,8 @@ def test_siglips_pooling_head_asks_with_its_probe_and_reads_normed_patches(tmp_p
     model = build(case)
     model.save_pretrained(tmp_path)
     seen = []
-    pool, norm = model.head.attention, model.post_layernorm
+    tower = getattr(model, "vision_model", model)  # a level that transformers 5.0 still had
+    pool, norm = tower.head.attention, tower.post_layernorm
     pool.register_forward_hook(lambda _module, args, output: seen.append((*args[:2], output[0])))
     norm.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
     with torch.no_grad():

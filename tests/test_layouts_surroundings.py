@@ -11,10 +11,11 @@ from attnlens.layouts.interpret import _input_norm
 from attnlens.layouts.rules import attention_modules
 from attnlens.layouts.spec import AttentionSpec
 from attnlens.layouts.surroundings import norm_spec, trace_surroundings, with_surroundings
+from tests.layout_forms import skipped_where_timm_is_older
 
 
 def traced(name: str) -> dict[str, AttentionSpec]:
-    with torch.device("meta"):
+    with skipped_where_timm_is_older(), torch.device("meta"):
         model = timm.create_model(name)
     return complete(model, model.pretrained_cfg["input_size"])
 

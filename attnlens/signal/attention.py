@@ -26,11 +26,12 @@ class MixedAttention(Attention):  # type: ignore[misc]  # timm is untyped
     """
 
     def __init__(self, like: Attention, mix: Mix, *, causal: bool) -> None:
-        with torch.device("meta"):
-            super().__init__(like.qkv.in_features, like.num_heads, attn_head_dim=like.head_dim)
-        self.qkv, self.proj = like.qkv, like.proj
-        self.attn_drop, self.proj_drop = like.attn_drop, like.proj_drop
-        self.fused_attn, self.causal = like.fused_attn, causal
+        nn.Module.__init__(self)
+        # beside its modules it holds numbers; which ones depends on timm's version
+        vars(self).update({name: value for name, value in vars(like).items() if name not in vars(self)})
+        for name, part in like.named_children():
+            self.add_module(name, part)
+        self.causal = causal
         self.train(like.training)
         weight = like.qkv.weight
         with np.errstate(divide="ignore"):  # log 0 = -inf is the causal mask
@@ -94,9 +95,9 @@ class RewiredBlock(nn.Module):
         )
         self.train(block.training)
 
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """Transform ``x [batch, token, embed_dim]``; the arguments are those of timm's blocks."""
-        branch = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+    def forward(self, x: Tensor, **masks: Any) -> Tensor:
+        """Transform ``x [batch, token, embed_dim]``; ``masks`` are what this version of timm passes to its blocks."""
+        branch = self.attn(self.norm1(x), **masks)
         x = self._joined(x, self.drop_path1(self.ls1(branch)))
         if self.mlp is not None:
             x = self._joined(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))

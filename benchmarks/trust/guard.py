@@ -28,6 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ Reader = Callable[[Path, Path], None]
 """Reads what lies at the first path, may write below the second."""
 
 
+def _callers() -> Iterator[str]:
+    """Yield the modules of the functions that lead to the audit hook, the nearest first."""
+    frame = sys._getframe(2)  # noqa: SLF001
+    while frame is not None:
+        yield str(frame.f_globals.get("__name__"))
+        frame = frame.f_back
+
+
 class _Blocked(BaseException):
     """Raised inside an operation that must not happen, so that it does not."""
 
@@ -130,7 +139,9 @@ class _Watch:
             return
         # ast.literal_eval, with which numpy reads its headers, compiles and runs nothing
         compiles = event == "compile" and sys._getframe(1).f_code.co_name != "parse"  # noqa: SLF001
-        if event in _CODE or compiles:
+        # to set its number of threads threadpoolctl asks the BLAS that is loaded; before 3.8 it opens it anew each time
+        asked = event in ("ctypes.dlopen", "ctypes.dlsym") and "threadpoolctl" in islice(_callers(), 6)
+        if (event in _CODE and not asked) or compiles:
             self._block("code", f"{event} {arguments!r:.300}")
         elif event in _READS and isinstance(arguments[0], str | bytes | os.PathLike):
             writing = event == "open" and bool(arguments[2] & _WRITING)
