@@ -24,7 +24,6 @@ from attnlens.layouts.spec import AttentionSpec
 NEWEST = Version("1.0.31")
 MISTAKES = {
     "vit_base_patch16_xp_224:blocks.0": ("1.0.26", "the MLP's bias is added to rows of q, k and v"),
-    "rotary_pool": ("1.0.24", "RotAttentionPool2d unpacks one tensor as two and fails"),
 }
 """Mistakes of timm's own forward passes, and a version known to be without each."""
 
@@ -74,7 +73,7 @@ def skipped_where_timm_is_older() -> Iterator[None]:
     """Skip what a timm before the newest one these forms were written for cannot build: an option it does not have."""
     try:
         yield
-    except (TypeError, NotImplementedError, RuntimeError) as error:
+    except (TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         if Version(timm.__version__) >= NEWEST:
             raise
         pytest.skip(f"timm {timm.__version__}: {str(error).splitlines()[0]}")
@@ -96,8 +95,6 @@ def fill_(module: nn.Module) -> None:
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if not value.is_floating_point():
             value.zero_()
-        elif name.endswith("_bias") and name not in module.state_dict():
-            value.zero_()  # stands for a bias that is not there; timm before 1.0.23 makes it once
         elif name.endswith(("_min", "_max")):
             value.fill_(-torch.inf if name.endswith("_min") else torch.inf)  # bounds of a clamp
         elif name.endswith("running_var"):

@@ -257,10 +257,13 @@ def test_hfds_says_what_to_install(monkeypatch):
 def test_hfds_is_read_through_timm(monkeypatch):
     """timm's own reader, over a stand-in for the package `datasets`, which is not installed here."""
 
-    labels = types.SimpleNamespace(names=["a", "b"], _str2int={"a": 0, "b": 1})
+    places, size = {"a": 0, "b": 1}, types.SimpleNamespace(num_examples=6)
+    labels = types.SimpleNamespace(names=["a", "b"], _str2int=places, str2int=places.get)
 
     class Rows(list):
-        info = types.SimpleNamespace(features={"image": None, "label": labels}, splits=None)
+        info = types.SimpleNamespace(
+            features={"image": None, "label": labels}, splits=dict.fromkeys(("train", "test"), size)
+        )
 
         def cast_column(self, _name, _kind):
             return self
