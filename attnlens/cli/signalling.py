@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from enum import StrEnum
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,7 +78,7 @@ def signal(
     from attnlens.cli.terminal import print_wide
     from attnlens.figures import save_figures
     from attnlens.figures.signal import draw_signal
-    from attnlens.files import write_text_atomic
+    from attnlens.files import FileSet
     from attnlens.provenance import run_provenance
     from attnlens.signal.arms import ARMS
     from attnlens.signal.propagation import propagate
@@ -99,9 +100,10 @@ def signal(
     folder = figure_folder(output, found.model)
     record = {**found.to_json(), "provenance": {**run_provenance(), "command": shlex.join(["attnlens", *sys.argv[1:]])}}
     text = json.dumps(record, indent=1)
-    found.table.to_csv(folder / "signal.csv")
-    write_text_atomic(folder / "signal.json", f"{text}\n")
-    save_figures({"signal": draw_signal(found)}, folder, format_.value, dpi)
+    with FileSet() as files:
+        save_figures({"signal": draw_signal(found)}, folder, format_.value, dpi, into=files.write)
+        files.write(folder / "signal.csv", methodcaller("write", found.table.to_csv().encode()))
+        files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))
     if json_:
         write_stdout(text)
     else:
