@@ -13,6 +13,7 @@ import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from benchmarks.trust import payloads
@@ -138,14 +139,18 @@ class Mutator:
                 holder[str(rng.choice(payloads.NAMES))] = holder.pop(key)
             elif way == 2:
                 extra = rng.choice(list(payloads.HOSTILE_KEYS))
-                holder[extra] = payloads.HOSTILE_KEYS[extra]
+                holder[extra] = deepcopy(payloads.HOSTILE_KEYS[extra])
             else:
-                holder[key] = rng.choice(self.values)
+                holder[key] = self._value()
         elif isinstance(holder, list) and holder:
-            holder[rng.randrange(len(holder))] = rng.choice(self.values)
+            holder[rng.randrange(len(holder))] = self._value()
         else:
-            return rng.choice(self.values)
+            return self._value()
         return data
+
+    def _value(self) -> Any:
+        """Return a value of one's own: one that is shared would be changed with the next document, or hold itself."""
+        return deepcopy(self.random.choice(self.values))
 
     def header(self, content: bytes) -> bytes:
         """Change the header of a safetensors file."""
