@@ -28,7 +28,7 @@ class MixedAttention(Attention):  # type: ignore[misc]  # timm is untyped
     def __init__(self, like: Attention, mix: Mix, *, causal: bool) -> None:
         nn.Module.__init__(self)
         # beside its modules it holds numbers; which ones depends on timm's version
-        vars(self).update({name: value for name, value in vars(like).items() if name not in vars(self)})
+        self.__dict__.update({name: value for name, value in vars(like).items() if name not in vars(self)})
         for name, part in like.named_children():
             self.add_module(name, part)
         self.causal = causal
