@@ -22,6 +22,8 @@ from attnlens.filters.covariance import second_moment
 from attnlens.filters.measuring import COLUMNS, fit_filters
 from attnlens.inits import init_, init_file
 from attnlens.layouts.spec import Refusal
+from attnlens.scanning.worker import measure
+from attnlens.training.arms import Source
 from tests.filter_models import CONVNEXT, both, convmixer, convnext
 
 # Which layers.
@@ -99,6 +101,25 @@ def test_statistics_of_a_layer_known_by_hand():
     assert fit.effective_rank == pytest.approx(25 / 20.5)
     assert fit.mean_share == pytest.approx(0.5**2 / 5)
     assert fit.noise_share == 1  # (25 + 20.5) / 4 > 20.5 - 12.5
+
+
+def test_what_is_of_attention_alone_refuses_filters_alone_in_one_line():
+    refused = "depthwise filters and no attention"
+    model = convmixer()
+    student = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3)
+    with pytest.raises(UnsupportedAttentionError, match=refused):
+        attnlens.compose(model)
+    with pytest.raises(UnsupportedAttentionError, match=refused):
+        Source.of(model)
+    with pytest.raises(UnsupportedAttentionError, match=refused):
+        init_(student, "transfer-attention", teacher=model)
+    assert len(attnlens.fit_params(model).filters) == len(attnlens.inspect(model).filters.specs) > 0
+
+
+def test_a_scan_tells_a_model_of_filters_alone_as_failed(weights):
+    found = measure({"name": "small", "model": str(weights)}, {}, 1)
+    assert found["status"] == "failed"
+    assert "no attention that was read: a scan is of attention" in found["error"]
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e14])

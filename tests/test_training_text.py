@@ -17,6 +17,7 @@ from attnlens.training.comparison import best_lrs, train_compare
 from attnlens.training.datasets import DatasetError
 from attnlens.training.families import build
 from attnlens.training.metrics import ACCURACY, BITS_PER_BYTE
+from attnlens.training.records import ResumeError, check_records
 from attnlens.training.report import conclusion
 from attnlens.training.resident import ResidentText
 from attnlens.training.settling import Options
@@ -145,6 +146,26 @@ def test_bits_per_byte_are_the_loss_of_the_module_itself(whole):
     first = whole.summary.curves["default"][0][0]
     assert first == (0, pytest.approx(loss / math.log(2), rel=1e-5))
     assert first[1] == pytest.approx(8, abs=0.1)  # 256 bytes, all alike
+
+
+def test_a_stored_run_of_a_text_without_its_bits_is_refused(whole):
+    settings = whole.summary.config
+    records = [json.loads(line) for line in (whole.folder / "results.jsonl").read_text().splitlines()]
+    run = [line for line in records if (line["arm"], line["seed"]) == ("default", 0)]
+    assert check_records(run, settings, "here") == run
+    for broken in ({**run[-1], "bits_per_byte": None}, {k: v for k, v in run[-1].items() if k != "bits_per_byte"}):
+        with pytest.raises(ResumeError, match="holds an epoch without its test bits per byte"):
+            check_records([*run[:-1], broken], settings, "here")
+
+
+def test_a_link_that_leaves_a_folder_of_texts_is_refused(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "own.txt").write_text("words " * 50)
+    (tmp_path / "secret.txt").write_text("secret " * 50)
+    assert len(load_text(f"text:{tmp_path / 'texts'}").train) == 270
+    (tmp_path / "texts" / "out.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(DatasetError, match=r"out\.txt is a link that leaves"):
+        load_text(f"text:{tmp_path / 'texts'}")
 
 
 def test_every_arm_learns_and_sees_the_same_windows(whole):
