@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnlens.comparing import compare
     from attnlens.composition import Composition, compose
     from attnlens.errors import AttnlensError
-    from attnlens.fitting import fit_params
+    from attnlens.fit.comparison import compare
+    from attnlens.fit.fit_params import fit_params
+    from attnlens.fit.params import InitParams
     from attnlens.inits import create_model, init_, initialisers, verify_init
     from attnlens.inspection import Inspection, inspect
-    from attnlens.params import InitParams
-    from attnlens.scanning import Scan, scan
+    from attnlens.scans import Scan, scan
 
 __version__ = "0.1.0"
 
@@ -21,17 +21,17 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AttnlensError": "errors",
     "Composition": "composition",
-    "InitParams": "params",
+    "InitParams": "fit.params",
     "Inspection": "inspection",
-    "Scan": "scanning",
-    "compare": "comparing",
+    "Scan": "scans",
+    "compare": "fit.comparison",
     "compose": "composition",
     "create_model": "inits",
-    "fit_params": "fitting",
+    "fit_params": "fit.fit_params",
     "init_": "inits",
     "initialisers": "inits",
     "inspect": "inspection",
-    "scan": "scanning",
+    "scan": "scans",
     "verify_init": "inits",
 }
 __all__ = [

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from attnlens.atomic import write_text_atomic
 from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.files import write_text_atomic
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, read_heads
 from attnlens.layouts.spec import Slot
-from attnlens.opening import Access, OpenedModel, open_model
+from attnlens.models.open import Access, OpenedModel, open_model
 from attnlens.provenance import run_provenance
-from attnlens.table import Row, StatsTable
+from attnlens.statistics.table import Row, StatsTable
 from attnlens.threads import over_threads
 
 if TYPE_CHECKING:

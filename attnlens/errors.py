@@ -1,6 +1,13 @@
 """Errors a user can act on: each says what was wrong, the value given, what is accepted and what to do."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from attnlens.printable import one_line
+
+if TYPE_CHECKING:
+    pass
 
 
 class AttnlensError(Exception):
@@ -29,3 +36,7 @@ class UnsupportedAttentionError(AttnlensError):
 
 class OutputError(AttnlensError, OSError):
     """A result could not be written; nothing half-written is left behind."""
+
+
+class ParamsError(AttnlensError, ValueError):
+    """A parameter file is not valid; the text names the file and the field."""

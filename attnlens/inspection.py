@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnlens.atomic import FileSet
 from attnlens.circuits import (
     FactoredProduct,
     Fold,
@@ -26,18 +27,17 @@ from attnlens.circuits import (
     parse_folds,
     qk_circuit,
 )
-from attnlens.diagonal import DiagonalFit, fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.files import FileSet
-from attnlens.filters.inspecting import FilterInspection, inspect_filters
+from attnlens.filters.inspection import FilterInspection, inspect_filters
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.flags import FLAGS
 from attnlens.layouts.spec import OPT_IN
-from attnlens.opening import Access, OpenedModel, open_model
+from attnlens.models.open import Access, OpenedModel, open_model
 from attnlens.provenance import run_provenance
-from attnlens.table import ALL_HEADS, Row, StatsTable
-from attnlens.threads import over_threads
+from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
+from attnlens.threads import Progress, over_threads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +53,6 @@ UNSAID = frozenset({"qk_bias"})
 CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
 SpectrumKey = tuple[int, Kind, Fold]
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from attnlens.reporting.notebook import inspection_html
+        from attnlens.reports.notebook import inspection_html
 
         return inspection_html(self)
 
@@ -182,7 +181,7 @@ def inspect(
     ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
     only on request. ``offline`` uses no network; ``remote`` fetches of a safetensors file on a hub, unless it is in the
     local cache, only the tensors that are read. ``progress`` wraps the iteration over layers. Layers of depthwise
-    convolutions are counted by themselves; what is said of each: `attnlens.filters.measuring.FilterFit`. ``layers``
+    convolutions are counted by themselves; what is said of each: `attnlens.filters.statistics.FilterFit`. ``layers``
     chooses of both kinds.
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.

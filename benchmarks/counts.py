@@ -32,13 +32,13 @@ from unittest.mock import patch
 import numpy as np
 
 from attnlens import inspect
-from attnlens.architecture import describe_architecture
+from attnlens.atomic import write_text_atomic
 from attnlens.checkpoints.files import SafetensorsFile
 from attnlens.circuits import FactoredProduct, layer_ov
-from attnlens.diagonal import fit_diagonal
-from attnlens.files import write_text_atomic
 from attnlens.heads import HeadWeights
+from attnlens.models.architecture import describe_architecture
 from attnlens.provenance import run_provenance
+from attnlens.statistics.diagonal import fit_diagonal
 
 RESULTS = Path(__file__).parent / "results" / "counts.json"
 FACTOR = 10

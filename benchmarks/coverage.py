@@ -1,4 +1,4 @@
-"""Measure the intervals and p-values of `attnlens.inference`: coverage, uniformity under nulls, power, time.
+"""Measure the intervals and p-values of `attnlens.statistics.inference`: coverage, uniformity under nulls, power, time.
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.coverage
 
@@ -30,11 +30,11 @@ from numpy.random import Generator
 from scipy import stats
 
 from attnlens.circuits import FactoredProduct, WholeProduct
-from attnlens.diagonal import fit_diagonal
 from attnlens.heads import Array
-from attnlens.inference import infer
-from attnlens.inverse import realised
-from attnlens.nulls import (
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.inference import infer
+from attnlens.statistics.inverse import realised
+from attnlens.statistics.nulls import (
     own_diagonal,
     pairing_p_value,
     rotation_p_value,
@@ -42,7 +42,7 @@ from attnlens.nulls import (
     sign_flip_p_value,
     squared_margins,
 )
-from attnlens.verdicts import LEVEL, Verdict, corrected, verdicts
+from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, verdicts
 
 SEED = 0
 DRAWS = {64: 600, 192: 200, 384: 60}
@@ -52,7 +52,7 @@ FAMILIES = 300
 FRESH = ("vit_small_patch14_dinov2", 16)
 ESTIMANDS = {
     "plain": "alpha and beta of the full draw alpha Z + beta I",
-    "truncated": "attnlens.inverse.realised(alpha, beta, k, d): the ensemble mean of the rank-k draw at large d",
+    "truncated": "inverse.realised(alpha, beta, k, d): the ensemble mean of the rank-k draw at large d",
     "factors": "sqrt(d k (1 + planted^2)) and planted k, the ensemble mean of A (B + planted A)^T with gains of "
     "E gain^2 = 1; *_given_gains: the mean over A and B alone, for the gains this draw has",
 }
@@ -246,7 +246,7 @@ def measure_fresh() -> dict[str, Any]:
     import timm
     import torch
 
-    from attnlens.fitting import fit_params
+    from attnlens.fit.fit_params import fit_params
 
     name, n = FRESH
     smallest, alone, words = [], [], []

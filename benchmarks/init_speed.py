@@ -28,13 +28,13 @@ from typing import Any
 import timm
 import torch
 
-from attnlens.architecture import describe_module
+from attnlens.atomic import write_text_atomic
 from attnlens.checkpoints import ModuleWeights
-from attnlens.files import write_text_atomic
 from attnlens.inits import init_
 from attnlens.inits.products import draw_matrix
-from attnlens.inits.streams import Streams
+from attnlens.inits.random import Streams
 from attnlens.layouts import read_heads
+from attnlens.models.architecture import describe_module
 from attnlens.provenance import run_provenance
 
 RESULTS = Path(__file__).parent / "results" / "init_speed.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from attnlens.files import write_text_atomic
+from attnlens.atomic import write_text_atomic
 from attnlens.inits.report import expected_at
 from attnlens.provenance import run_provenance
 

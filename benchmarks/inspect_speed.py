@@ -44,7 +44,7 @@ class Peak(threading.Thread):
 PRODUCTS = """
 import sys, time
 from attnlens.inspection import measure_layer
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
 from attnlens.layouts import read_heads
 from attnlens.threads import over_threads
 opened = open_model("vit_base_patch16_224", sys.argv[1])
@@ -57,7 +57,7 @@ print(time.perf_counter() - start, sum(1 for row in rows if row[1] != "all"))
 
 PRODUCTS_DENSE = """
 import sys, time, numpy as np
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
 from attnlens.layouts import read_heads
 from attnlens.heads import expand_groups
 opened = open_model("vit_base_patch16_224", sys.argv[1])

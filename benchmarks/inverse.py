@@ -1,4 +1,4 @@
-"""Measure how far `attnlens.inverse` is from fresh draws, and how long a call takes.
+"""Measure how far `attnlens.statistics.inverse` is from fresh draws, and how long a call takes.
 
     OMP_NUM_THREADS=1 python -m benchmarks.inverse
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import scipy
 
-from attnlens.inverse import Parameters, realised, request
+from attnlens.statistics.inverse import Parameters, realised, request
 
 DRAWS = {64: 2000, 128: 600, 256: 160, 512: 40, 1024: 10, 2048: 3}
 KEPT = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)

@@ -25,11 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from attnlens.files import write_text_atomic
+from attnlens.atomic import write_text_atomic
 from attnlens.provenance import run_provenance
-from attnlens.training.augment import augmented, draw_epoch
 from attnlens.training.comparison import describe_device
 from attnlens.training.config import Config, Recipe, Shape
+from attnlens.training.data.augment import augmented, draw_epoch
 from attnlens.training.engine import Stack
 from attnlens.training.network import ARCHITECTURE, build_network, model_args
 

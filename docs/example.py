@@ -10,8 +10,8 @@ from pathlib import Path
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.figures.fits import draw_fits
-from attnlens.reporting import build_report
+from attnlens.fit.figures import draw_fits
+from attnlens.reports import build_report
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery")
 

@@ -15,7 +15,7 @@ from timm.models.convmixer import ConvMixer
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.figures.fits import draw_fits
+from attnlens.fit.figures import draw_fits
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery/filters")
 epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 30

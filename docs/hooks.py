@@ -24,7 +24,7 @@ def on_page_markdown(markdown, page, **_):
 
 def on_post_build(config, **_):
     """Write the report that the gallery links to."""
-    from attnlens.reporting import build_report
+    from attnlens.reports import build_report
 
     page = build_report(command="attnlens report")
     (Path(config.site_dir) / "gallery" / "report.html").write_text(page, encoding="utf-8")

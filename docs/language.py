@@ -17,10 +17,10 @@ import numpy as np
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.figures.fits import draw_fits
-from attnlens.figures.training import draw_curves
+from attnlens.fit.figures import draw_fits
 from attnlens.training import train_compare
-from attnlens.training.settling import Options
+from attnlens.training.figures import draw_curves
+from attnlens.training.options import Options
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("folder", nargs="?", type=Path, default=Path("docs/gallery/language"))

@@ -12,9 +12,9 @@ import timm
 import torch
 
 from attnlens.figures import save_figures
-from attnlens.figures.signal import draw_signal
-from attnlens.language.gpt import create_gpt
+from attnlens.gpt import create_gpt
 from attnlens.signal import rewire_
+from attnlens.signal.figure import draw_signal
 from attnlens.signal.propagation import propagate
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery/signal")

@@ -18,11 +18,11 @@ from torch import nn
 from attnlens.circuits import Kind, layer_ov, qk_circuit
 from attnlens.figures import save_figures, style
 from attnlens.figures.heatmaps import colour_scale
-from attnlens.fitting import fit_params
+from attnlens.fit.fit_params import fit_params
 from attnlens.heads import Array
 from attnlens.inits import create_model
 from attnlens.layouts import read_heads
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 LAYERS = (0, 2, 4, 6, 8, 10, 11)

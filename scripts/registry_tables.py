@@ -11,14 +11,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from attnlens.catalogue import Catalogue, load_catalogue
-from attnlens.files import write_text_atomic
-from attnlens.foreign.huggingface import families as foreign_families
+from attnlens.atomic import write_text_atomic
 from attnlens.inits import initialisers
-from attnlens.layouts.families import FAMILIES
+from attnlens.layouts.describe import rules_by_class
 from attnlens.layouts.flags import FLAGS
-from attnlens.layouts.rules import REFUSED, rules_by_class
+from attnlens.layouts.registry import REFUSED
 from attnlens.layouts.spec import OPT_IN
+from attnlens.layouts.timm.families import FAMILIES
+from attnlens.models.catalogue import Catalogue, load_catalogue
+from attnlens.models.transformers.describe import families as foreign_families
 
 ROOT = Path(__file__).parent.parent
 

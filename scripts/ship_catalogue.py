@@ -1,7 +1,7 @@
 """Build the catalogue of timm's architectures and put it where the package ships it from: `make catalogue`."""
 
-from attnlens.catalogue import build_catalogue, ship_catalogue
 from attnlens.cli.console import tracked
+from attnlens.models.catalogue import build_catalogue, ship_catalogue
 
 if __name__ == "__main__":
     catalogue = build_catalogue(tracked("architectures"))

@@ -20,9 +20,9 @@ import timm
 import torch
 import typer
 
-from attnlens.files import write_atomic, write_text_atomic
+from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.training.config import AUGMENTATIONS, Config, Run
-from attnlens.training.datasets import Images, load_dataset
+from attnlens.training.data.images import Images, load_dataset
 from attnlens.training.network import ARCHITECTURE, model_args
 from attnlens.training.store import Store, stored_config
 

@@ -54,7 +54,7 @@ def hub(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("attnlens.checkpoints.hub.RETRY_WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("attnlens.checkpoints.transport.RETRY_WAITS", (0.01, 0.01, 0.01))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield served

@@ -18,7 +18,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from attnlens.layouts.rules import attention_spec
+from attnlens.layouts.describe import attention_spec
 from attnlens.layouts.spec import AttentionSpec
 
 NEWEST = Version("1.0.31")

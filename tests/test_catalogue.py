@@ -11,9 +11,9 @@ from importlib.metadata import version
 
 import pytest
 
-from attnlens import catalogue as module
-from attnlens.catalogue import Catalogue, Entry, build_catalogue, load_catalogue, shipped_file, summarise
 from attnlens.errors import ModelNotFoundError, UsageError
+from attnlens.models import catalogue as module
+from attnlens.models.catalogue import Catalogue, Entry, build_catalogue, load_catalogue, shipped_file, summarise
 
 TAG = {"hf_hub_id": "owner/name", "hf_hub_filename": None, "url": None}
 
@@ -230,7 +230,7 @@ def test_json_holds_the_header_and_whole_rows(listing):
 
 def test_cached_keeps_the_tags_at_hand(listing, monkeypatch):
     monkeypatch.setattr(
-        "attnlens.checkpoints.local.cached_tags", lambda tags: {k: tags[k] for k in tags if k == "second"}
+        "attnlens.checkpoints.hub.cached_tags", lambda tags: {k: tags[k] for k in tags if k == "second"}
     )
     code, out, _ = listing("--cached", "--json")
     assert code == 0
@@ -239,7 +239,7 @@ def test_cached_keeps_the_tags_at_hand(listing, monkeypatch):
 
 
 def test_nothing_cached_is_an_empty_list_and_a_word_on_stderr(listing, monkeypatch):
-    monkeypatch.setattr("attnlens.checkpoints.local.cached_tags", lambda _: {})
+    monkeypatch.setattr("attnlens.checkpoints.hub.cached_tags", lambda _: {})
     code, out, err = listing("--cached")
     assert (code, out.count("\n")) == (0, 1)
     assert err == "none of them has weights in the local cache\n"

@@ -8,8 +8,8 @@ import timm
 import torch
 
 import attnlens
-from attnlens.comparing import Comparison, Profile, compare
 from attnlens.errors import UsageError
+from attnlens.fit.comparison import Comparison, Profile, compare
 from attnlens.inits import init_
 from tests.test_inspect import SMALL, small_vit
 

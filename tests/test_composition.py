@@ -13,7 +13,7 @@ from attnlens.composition import KINDS, composition_scores
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.figures.composition import mosaic
 from attnlens.layouts import read_heads
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
 from benchmarks.trust.scale import CONFIG, write_model
 
 GROUPED = {

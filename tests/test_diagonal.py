@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnlens.circuits import FactoredProduct, WholeProduct
-from attnlens.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
 
 
 def dense_statistics(M, k):

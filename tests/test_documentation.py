@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from attnlens.catalogue import shipped_file
+from attnlens.models.catalogue import shipped_file
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -30,8 +30,9 @@ def test_tables_are_what_the_registries_say(name):
 
 
 def test_every_family_of_a_rule_is_put_into_words():
-    from attnlens.layouts.families import FAMILIES
-    from attnlens.layouts.rules import REFUSED, rules_by_class
+    from attnlens.layouts.describe import rules_by_class
+    from attnlens.layouts.registry import REFUSED
+    from attnlens.layouts.timm.families import FAMILIES
 
     of_rules = {rule.family for rules in rules_by_class().values() for rule in rules}
     assert of_rules | {known.family for known in REFUSED.values()} == set(FAMILIES)

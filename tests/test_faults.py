@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from attnlens.atomic import TEMPORARY, FileSet, open_scratch, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints import open_checkpoint
 from attnlens.errors import CheckpointError, OutputError, UsageError
-from attnlens.files import TEMPORARY, FileSet, open_scratch, sweep, write_atomic, write_text_atomic
 from attnlens.training.store import Store
 from benchmarks.trust.fault_checks import (
     DamagedError,
@@ -42,7 +42,7 @@ def run_python(*lines):
 
 def killed_while_writing(target):
     write = ("def write(file):", "    file.write(b'ha')", f"    {KILL}")
-    code = run_python("from attnlens.files import write_atomic", *write, f"write_atomic({str(target)!r}, write)")
+    code = run_python("from attnlens.atomic import write_atomic", *write, f"write_atomic({str(target)!r}, write)")
     assert code == -9
 
 
@@ -59,7 +59,7 @@ def test_the_temporary_file_of_a_writer_at_work_is_not_swept(tmp_path):
     with FileSet() as files:
         files.write(tmp_path / "a.txt", lambda file: file.write(b"new"))
         sweep(tmp_path)
-        sweeping = ("from pathlib import Path", "from attnlens.files import sweep", f"sweep(Path({str(tmp_path)!r}))")
+        sweeping = ("from pathlib import Path", "from attnlens.atomic import sweep", f"sweep(Path({str(tmp_path)!r}))")
         assert run_python(*sweeping) == 0
         assert len(leftovers(tmp_path)) == 1
     assert (tmp_path / "a.txt").read_text() == "new"
@@ -75,7 +75,7 @@ def test_files_of_others_are_never_swept(tmp_path):
 def test_a_scratch_file_of_a_killed_process_is_swept(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     elsewhere = ("import tempfile", f"tempfile.tempdir = {str(tmp_path)!r}")
-    assert run_python(*elsewhere, "from attnlens.files import open_scratch", "open_scratch('x')", KILL) == -9
+    assert run_python(*elsewhere, "from attnlens.atomic import open_scratch", "open_scratch('x')", KILL) == -9
     assert len(leftovers(tmp_path)) == 1
     path, file = open_scratch("y")
     assert leftovers(tmp_path) == [path]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.errors import OutputError
-from attnlens.files import write_atomic, write_text_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

@@ -11,19 +11,19 @@ from timm.layers import StdConv2d
 from torch import nn
 
 import attnlens
-from attnlens import architecture
-from attnlens.architecture import describe_architecture, describe_module
 from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import CheckpointError, UnsupportedAttentionError, UsageError
-from attnlens.figures.filters import Covariance, colour_limit, draw_mosaics, mosaic
 from attnlens.filters import FilterSpec, filter_modules, filter_parameters, read_filters, write_filters
 from attnlens.filters.closed_form import mixture
 from attnlens.filters.covariance import second_moment
-from attnlens.filters.measuring import COLUMNS, fit_filters
+from attnlens.filters.figures import Covariance, colour_limit, draw_mosaics, mosaic
+from attnlens.filters.statistics import COLUMNS, fit_filters
 from attnlens.inits import init_, init_file
 from attnlens.layouts.spec import Refusal
-from attnlens.scanning.worker import measure
-from attnlens.training.arms import Source
+from attnlens.models import architecture
+from attnlens.models.architecture import describe_architecture, describe_module
+from attnlens.scans.worker import measure
+from attnlens.training.source import Source
 from tests.filter_models import CONVNEXT, both, convmixer, convnext
 
 # Which layers.
@@ -215,7 +215,7 @@ def test_zeros_are_called_zeros():
 
 
 def test_compare_and_report_say_that_they_are_of_attention():
-    from attnlens.reporting import build_report
+    from attnlens.reports import build_report
 
     with pytest.raises(UnsupportedAttentionError, match="the report is of attention"):
         build_report(convmixer())
@@ -280,7 +280,7 @@ def test_every_layer_is_drawn_once_at_whole_pixels_and_too_many_are_refused(monk
     width = figure.axes[4].get_window_extent().width
     assert width == pytest.approx(round(width / 11) * 11)
     assert sum("layer" in text.get_text() for text in figure.texts) == 11
-    monkeypatch.setattr("attnlens.figures.filters.MAX_ENTRIES", 11 * 11**2 - 1)
+    monkeypatch.setattr("attnlens.filters.figures.MAX_ENTRIES", 11 * 11**2 - 1)
     with pytest.raises(UsageError, match="too large to draw: choose fewer layers"):
         draw_mosaics({"": panels}, model="m", title="t")
 

@@ -9,14 +9,14 @@ from sklearn.covariance import LedoitWolf
 from torch import nn
 
 import attnlens
-from attnlens.errors import UsageError
-from attnlens.figures.fits import draw_fits
+from attnlens.errors import ParamsError, UsageError
 from attnlens.filters.closed_form import mixture
 from attnlens.filters.covariance import second_moment
 from attnlens.filters.entries import triangle
-from attnlens.filters.fitting import shrunk
+from attnlens.filters.fit import shrunk
+from attnlens.fit.figures import draw_fits
+from attnlens.fit.params import InitParams
 from attnlens.inits import init_, init_file
-from attnlens.params import InitParams, ParamsError
 from tests.filter_models import CONVNEXT, both, convmixer, vit
 
 

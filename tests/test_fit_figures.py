@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import attnlens
-from attnlens.figures.fits import draw_comparison, draw_fits
+from attnlens.fit.figures import draw_comparison, draw_fits
 from tests.test_inspect import small_vit
 
 

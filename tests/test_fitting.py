@@ -13,13 +13,13 @@ from safetensors.torch import save_model
 
 import attnlens
 from attnlens.circuits import layer_ov, qk_circuit
-from attnlens.diagonal import fit_diagonal
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.inference import infer
+from attnlens.fit.params import InitParams
 from attnlens.inits import init_
-from attnlens.inverse import realised, request
-from attnlens.params import InitParams
-from attnlens.verdicts import corrected
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.inference import infer
+from attnlens.statistics.inverse import realised, request
+from attnlens.statistics.verdicts import corrected
 from tests.test_inspect import SMALL, small_vit
 
 DINOV2 = "vit_small_patch14_dinov2"

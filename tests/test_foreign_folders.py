@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 import attnlens
 from attnlens.errors import CheckpointError, ModelNotFoundError
-from attnlens.foreign.huggingface import families
 from attnlens.layouts import read_heads
 from attnlens.layouts.flags import FLAGS
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
+from attnlens.models.transformers.describe import families
 
 BERT = {"model_type": "bert", "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"model_type": "gpt2", "n_embd": 6, "n_layer": 2, "n_head": 2}

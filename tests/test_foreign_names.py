@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import attnlens
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.layouts import read_heads
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
 
 HEADS, WIDTH = 3, 33
 

@@ -13,7 +13,7 @@ import attnlens
 from attnlens.checkpoints import open_checkpoint
 from attnlens.errors import CheckpointError
 from attnlens.layouts import read_heads
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 36, "depth": 3, "num_heads": 3, "num_classes": 5}
 D, HEADS = 36, 3

@@ -12,7 +12,7 @@ import torch
 
 from attnlens.heads import expand_groups
 from attnlens.layouts import read_heads
-from attnlens.opening import open_model
+from attnlens.models.open import open_model
 from tests.transformers_models import CASES, build, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -14,7 +14,7 @@ import pytest
 
 import attnlens
 from attnlens.circuits import layer_ov
-from attnlens.diagonal import fit_diagonal
+from attnlens.statistics.diagonal import fit_diagonal
 
 GOLDEN = Path(__file__).parent / "golden" / "vit_small_patch14_dinov2.json"
 COLUMNS = ("alpha", "beta", "beta_stderr", "diagonal_prominence", "frobenius_norm", "spectral_norm")

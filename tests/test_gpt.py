@@ -9,7 +9,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 import attnlens
 from attnlens.errors import ModelNotFoundError, UsageError
-from attnlens.language.gpt import GPT, create_gpt
+from attnlens.gpt import GPT, create_gpt
 
 SIZES = {"context": 11, "embed_dim": 15, "depth": 2, "num_heads": 3, "vocab_size": 19}
 

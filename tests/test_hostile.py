@@ -9,7 +9,7 @@ import pytest
 
 from attnlens.errors import CheckpointError
 from attnlens.printable import LONGEST, one_line, printable
-from attnlens.reading import parse_json, within
+from attnlens.strict_json import parse_json, within
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard reads /proc and inotify")

@@ -13,10 +13,9 @@ import pytest
 from safetensors.numpy import save
 
 from attnlens.checkpoints.download import cached_path, fetch_url
-from attnlens.checkpoints.hub import fetch, fetch_weights, find_weights, open_weights
-from attnlens.checkpoints.local import cached_tags
+from attnlens.checkpoints.hub import cached_tags, fetch, fetch_weights, find_weights, open_weights
 from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
-from attnlens.opening import Access, open_model
+from attnlens.models.open import Access, open_model
 from tests.hub_server import COMMIT, OLD_COMMIT
 
 FILE = "model.safetensors"

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 
 from attnlens.circuits import FactoredProduct, WholeProduct
-from attnlens.diagonal import fit_diagonal
 from attnlens.errors import UsageError
-from attnlens.inference import Inference, infer, noise_edge
-from attnlens.inverse import realised
-from attnlens.nulls import (
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.inference import Inference, infer, noise_edge
+from attnlens.statistics.inverse import realised
+from attnlens.statistics.nulls import (
     own_diagonal,
     pairing_draws,
     pairing_moments,
@@ -23,7 +23,7 @@ from attnlens.nulls import (
     sign_flip_p_value,
     squared_margins,
 )
-from attnlens.verdicts import LEVEL, Verdict, corrected, judge, verdicts
+from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, judge, verdicts
 
 
 def product_of(seed, d, k, stack=()):

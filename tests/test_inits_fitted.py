@@ -8,7 +8,7 @@ import timm
 import torch
 
 from attnlens.errors import UsageError
-from attnlens.fitting import fit_params
+from attnlens.fit.fit_params import fit_params
 from attnlens.inits import create_model, init_
 from tests.test_inits_names import SMALL, vit
 

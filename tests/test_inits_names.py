@@ -8,12 +8,12 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
 import attnlens
-from attnlens.architecture import describe_module
 from attnlens.checkpoints import ModuleWeights
 from attnlens.circuits import layer_ov, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.inits import UnusableScaleError, init_, initialisers
 from attnlens.layouts import read_heads
+from attnlens.models.architecture import describe_module
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 3}
 FILTERS_ONLY = "conv-covariance"

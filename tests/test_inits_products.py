@@ -9,15 +9,15 @@ import torch
 from timm.layers.attention2d import MultiQueryAttention2d
 from torch import nn
 
-from attnlens.architecture import describe_module
 from attnlens.checkpoints import ModuleWeights
 from attnlens.circuits import qk_circuit
 from attnlens.heads import expand_groups
 from attnlens.inits import init_
 from attnlens.inits.products import draw_matrix
-from attnlens.inits.streams import Streams
+from attnlens.inits.random import Streams
 from attnlens.inits.truncation import split, unwanted_band
 from attnlens.layouts import read_heads
+from attnlens.models.architecture import describe_module
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 3}
 

@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 from attnlens.checkpoints import open_checkpoint
 from attnlens.errors import UsageError
-from attnlens.fitting import fit_params
+from attnlens.fit.fit_params import fit_params
 from attnlens.inits import init_, init_file, verify_init
-from attnlens.inits.mistakes import MISTAKES
-from attnlens.inits.saving import save_weights
+from attnlens.inits.file import save_weights
+from attnlens.inits.verify.mistakes import MISTAKES
 from tests.test_inits_names import NAMES, SMALL, options, vit
 
 WIDTH = {"embed_dim": 96, "num_heads": 3, "depth": 2}

@@ -6,7 +6,7 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 
 from attnlens.errors import AttnlensError, UsageError
-from attnlens.inverse import Parameters, UnreachableParametersError, realised, request
+from attnlens.statistics.inverse import Parameters, UnreachableParametersError, realised, request
 
 RATIOS = (0.03, 0.3, 0.97, 1.0, 1.03, 3.0, 30.0)  # alpha / beta; at 1 the gap of the singular values around 0 closes
 SIZES = ((1, 67), (13, 67), (61, 67), (31, 1999))  # head_dim, embed_dim

@@ -12,8 +12,8 @@ import timm
 import torch
 
 from attnlens.layouts import AttentionSpec, Refusal
+from attnlens.layouts.describe import attention_modules
 from attnlens.layouts.flags import FLAGS
-from attnlens.layouts.rules import attention_modules
 from attnlens.layouts.spec import OPT_IN
 from tests.layout_forms import skipped_where_timm_is_older
 

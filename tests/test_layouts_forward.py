@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from attnlens.layouts import read_heads
-from attnlens.layouts.rules import class_name, rules_by_class
-from attnlens.layouts.slots import blocks, by_head, columns
+from attnlens.layouts.builders import blocks, by_head, columns
+from attnlens.layouts.describe import rules_by_class
+from attnlens.layouts.registry import class_name
 from tests.layout_forms import FORMS, FORMS_BY_CLASS, Form, build
 
 TOLERANCE = 1e-9

@@ -12,8 +12,8 @@ from torch import nn
 from attnlens.errors import CheckpointError
 from attnlens.heads import HeadWeights
 from attnlens.layouts import AttentionSpec, Slot, read_heads, write_heads
-from attnlens.layouts.interpret import missing_tensors
-from attnlens.layouts.rules import attention_spec
+from attnlens.layouts.describe import attention_spec
+from attnlens.layouts.read_write import missing_tensors
 from tests.layout_forms import FORMS, build, skipped_where_timm_is_older
 
 ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")

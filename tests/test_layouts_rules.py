@@ -9,8 +9,8 @@ from packaging.version import Version
 from torch import nn
 
 from attnlens.layouts import AttentionSpec, Refusal
+from attnlens.layouts.describe import attention_modules, attention_spec, describe_attention, rules_by_class
 from attnlens.layouts.flags import ATTRIBUTE_FLAGS, FLAGS
-from attnlens.layouts.rules import attention_modules, attention_spec, describe_attention, rules_by_class
 from tests.layout_forms import NEWEST, skipped_where_timm_is_older
 
 

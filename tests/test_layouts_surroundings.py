@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from attnlens.layouts import read_heads
-from attnlens.layouts.interpret import _input_norm
-from attnlens.layouts.rules import attention_modules
+from attnlens.layouts.describe import attention_modules
+from attnlens.layouts.norms import norm_spec, trace_surroundings, with_surroundings
+from attnlens.layouts.read_write import _input_norm
 from attnlens.layouts.spec import AttentionSpec
-from attnlens.layouts.surroundings import norm_spec, trace_surroundings, with_surroundings
 from tests.layout_forms import skipped_where_timm_is_older
 
 

@@ -17,9 +17,9 @@ DATA = {
     "attnlens/embedded/config.json",
     "attnlens/embedded/model.safetensors",
     "attnlens/embedded/README.md",
-    "attnlens/reporting/assets/report.js",
-    "attnlens/reporting/assets/vendor/LICENSES.txt",
-    "attnlens/reporting/templates/report.html.j2",
+    "attnlens/reports/assets/report.js",
+    "attnlens/reports/assets/vendor/LICENSES.txt",
+    "attnlens/reports/templates/report.html.j2",
 }
 
 

@@ -8,9 +8,10 @@ import timm
 import torch
 
 import attnlens
-from attnlens import params as params_module
-from attnlens.errors import AttnlensError, OutputError
-from attnlens.params import InitParams, ParamsError, Trend, relative_depth
+from attnlens.errors import AttnlensError, OutputError, ParamsError
+from attnlens.fit import params as params_module
+from attnlens.fit.params import InitParams
+from attnlens.statistics.depth import Trend, relative_depth
 from tests.test_inspect import SMALL, small_vit
 
 

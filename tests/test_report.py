@@ -15,9 +15,9 @@ from safetensors.torch import save_model
 
 import attnlens
 from attnlens import cli
-from attnlens.reporting import build_report
-from attnlens.reporting.matrices import CODES, HALF, corner_size, encode
-from attnlens.reporting.training import ResultsError, read_training
+from attnlens.reports import build_report
+from attnlens.reports.matrices import CODES, HALF, corner_size, encode
+from attnlens.reports.training import ResultsError, read_training
 from tests.test_inspect import SMALL, small_vit
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
@@ -170,7 +170,7 @@ def test_the_characters_of_a_heatmap_are_written_as_they_are():
 def test_more_heads_get_smaller_corners(monkeypatch):
     inspection = attnlens.inspect()
     assert corner_size(inspection) == 64
-    monkeypatch.setattr("attnlens.reporting.matrices.HEATMAP_BYTES", 200_000)
+    monkeypatch.setattr("attnlens.reports.matrices.HEATMAP_BYTES", 200_000)
     assert corner_size(inspection) == math.isqrt(200_000 // len(inspection.stats))
 
 
@@ -237,7 +237,7 @@ def test_a_model_without_square_products_has_numbers_and_says_why_no_verdict(mon
     def refuse(*_, **__):
         raise attnlens.errors.UnsupportedAttentionError("no product of it is square")
 
-    monkeypatch.setattr("attnlens.reporting.page.fit_params", refuse)
+    monkeypatch.setattr("attnlens.reports.page.fit_params", refuse)
     page = build_report()
     assert "No verdicts: no product of it is square" in page
     assert Page(page).data["judged"] == {}

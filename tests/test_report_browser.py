@@ -11,7 +11,7 @@ from PIL import Image
 
 import attnlens
 from attnlens.inspection import save_inspection
-from attnlens.reporting import build_report
+from attnlens.reports import build_report
 from tests.test_inspect import SMALL, small_vit
 from tests.test_report import HOSTILE, results_folder
 

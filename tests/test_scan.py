@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 import attnlens
-from attnlens.catalogue import shipped_file
 from attnlens.errors import ModelNotFoundError, UsageError
-from attnlens.figures.landscape import draw_landscape
-from attnlens.scanning.executors import WorkerLostError
-from attnlens.scanning.local import LocalExecutor
-from attnlens.scanning.planning import Job, plan_scan
-from attnlens.scanning.running import ATTEMPTS, Run
-from attnlens.scanning.summary import GRID, curves, spread
-from attnlens.scanning.worker import Settings
+from attnlens.models.catalogue import shipped_file
+from attnlens.scans.executors import WorkerLostError
+from attnlens.scans.landscape import draw_landscape
+from attnlens.scans.local import LocalExecutor
+from attnlens.scans.plan import Job, plan_scan
+from attnlens.scans.run import ATTEMPTS, Run
+from attnlens.scans.tables import GRID, curves, spread
+from attnlens.scans.worker import Settings
 from benchmarks.trust.scale import CONFIG, write_model
 
 ROOT = Path(__file__).parent.parent

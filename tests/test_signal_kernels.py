@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlens.errors import UsageError
-from attnlens.signal import mixing
+from attnlens.signal import variants as mixing
 from attnlens.signal.kernels import (
     LEAST,
     NegativeAttentionError,
@@ -18,7 +18,7 @@ from attnlens.signal.kernels import (
     split_rows,
     uniform_kernels,
 )
-from attnlens.signal.mixing import Mix, make_mixes, predicted_kernels
+from attnlens.signal.variants import Mix, make_mixes, predicted_kernels
 
 VARIANTS = ("e-spa", "u-spa")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.figures.signal import draw_signal
+from attnlens.signal.figure import draw_signal
 from attnlens.signal.kernels import Tokens, mean_cosine
-from attnlens.signal.mixing import make_mixes
 from attnlens.signal.propagation import COLUMNS, propagate, random_tokens, sampling_error, token_cosines
+from attnlens.signal.variants import make_mixes
 
 SMALL = {"depth": 2, "tokens": 16, "seeds": 2, "sequences": 2}
 

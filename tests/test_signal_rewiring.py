@@ -11,14 +11,15 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 import attnlens
 from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.gpt import create_gpt
 from attnlens.inits.truncation import haar
-from attnlens.language.gpt import create_gpt
-from attnlens.signal import VARIANTS, NegativeAttentionError, mixing, rewire_
+from attnlens.signal import VARIANTS, NegativeAttentionError, rewire_
+from attnlens.signal import variants as mixing
 from attnlens.signal.activation import TailoredLeakyReLU, scaled_orthogonal, similarity, tailored_slope
 from attnlens.signal.attention import MixedAttention
 from attnlens.signal.kernels import mean_cosine
-from attnlens.signal.mixing import Mix
-from attnlens.signal.rewiring import rewire_with_theory_
+from attnlens.signal.rewire import rewire_with_theory_
+from attnlens.signal.variants import Mix
 
 
 def vit(**changes):

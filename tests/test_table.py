@@ -9,7 +9,7 @@ import pytest
 
 from attnlens.circuits import ov_circuit
 from attnlens.inspection import measure_layer
-from attnlens.table import StatsTable
+from attnlens.statistics.table import StatsTable
 from tests.conftest import random_heads
 
 

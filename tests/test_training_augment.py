@@ -6,9 +6,9 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import auto_augment
 
-from attnlens.training import randaugment
-from attnlens.training.augment import augmented, draw_epoch, shifted
-from attnlens.training.streams import digest, epoch_order, generator
+from attnlens.training.data import randaugment
+from attnlens.training.data.augment import augmented, draw_epoch, shifted
+from attnlens.training.data.order import digest, epoch_order, generator
 
 FILL = (10, 200, 77)
 GOLDEN_ORDER = [8, 0, 3, 7, 6, 4, 1, 5, 2, 9]

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from attnlens.cli.app import app
 from attnlens.errors import UsageError
-from attnlens.training import datasets, images
-from attnlens.training.datasets import DatasetError, Images, load_dataset
+from attnlens.training.data import image_files as images
+from attnlens.training.data import images as datasets
+from attnlens.training.data.images import DatasetError, Images, load_dataset
 from tests.conftest import ROOT
 from tests.training_setup import write_source
 

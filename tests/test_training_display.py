@@ -14,13 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from attnlens.figures.training import QUANTITIES, curve_matrix, draw_curves, draw_structure
 from attnlens.training.config import Run
 from attnlens.training.display import Display
+from attnlens.training.figures import QUANTITIES, curve_matrix, draw_curves, draw_structure
 from attnlens.training.network import build_network
 from attnlens.training.presets import eval_every
-from attnlens.training.probing import fastest_stack, stack_rate
 from attnlens.training.results import summarise
+from attnlens.training.stack_size import fastest_stack, stack_rate
 from tests.conftest import ROOT
 from tests.test_training_statistics import records_of
 from tests.training_setup import SHAPE, config, write_source
@@ -59,7 +59,7 @@ def test_evaluation_costs_no_more_than_a_tenth():
 
 def test_the_fastest_stack_is_the_one_that_measured_fastest(monkeypatch):
     rates = {1: 10.0, 2: 30.0, 4: 20.0}
-    monkeypatch.setattr("attnlens.training.probing.stack_rate", lambda _config, size, _device: rates[size])
+    monkeypatch.setattr("attnlens.training.stack_size.stack_rate", lambda _config, size, _device: rates[size])
     assert fastest_stack(config(seeds=2), torch.device("cpu")) == 2
 
 

@@ -9,11 +9,12 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn.functional import cross_entropy
 
 from attnlens import inspect
-from attnlens.architecture import describe_module
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.training.arms import Source, initial_state
+from attnlens.models.architecture import describe_module
+from attnlens.training.arms import initial_state
 from attnlens.training.engine import Stack
 from attnlens.training.network import build_network, forward, patches_of
+from attnlens.training.source import Source
 from attnlens.training.structure import measure_structure
 from tests.training_setup import SHAPE, config, write_source
 
@@ -240,7 +241,7 @@ def test_the_pretrained_arm_computes_what_its_source_does_where_sizes_agree(tmp_
 def test_layer_scale_and_prefix_tokens_are_folded_or_left_behind():
     import timm
 
-    from attnlens.fitting import fit_params
+    from attnlens.fit.fit_params import fit_params
 
     model = timm.create_model(
         "vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=2, img_size=32, patch_size=8, init_values=0.5,
@@ -249,7 +250,7 @@ def test_layer_scale_and_prefix_tokens_are_folded_or_left_behind():
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.add_(0.2 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(tensor.shape))))
-    from attnlens.opening import open_model
+    from attnlens.models.open import open_model
 
     shape = SHAPE.model_copy(update={"image_size": 32, "patch_size": 8, "channels": 3})
     source = Source(None, None, open_model(model, None), fit_params(model), 24, 2, 2, 2.0)
@@ -265,8 +266,8 @@ def test_layer_scale_and_prefix_tokens_are_folded_or_left_behind():
 def test_sources_that_are_no_plain_vit_are_refused():
     import timm
 
-    from attnlens.fitting import fit_params
-    from attnlens.opening import open_model
+    from attnlens.fit.fit_params import fit_params
+    from attnlens.models.open import open_model
 
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=2, qk_norm=True)
     source = Source(None, None, open_model(model, None), fit_params(model), 24, 2, 2, 4.0)

@@ -13,15 +13,15 @@ from torch.nn.functional import cross_entropy
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.filters import filter_parameters
 from attnlens.training import convmixer
-from attnlens.training.arms import Source, initial_state
+from attnlens.training.arms import initial_state
 from attnlens.training.config import Config, Run
 from attnlens.training.engine import Stack
 from attnlens.training.families import PLAIN, Wiring, build, family_of
-from attnlens.training.running import units_of
-from attnlens.training.scratch import Scratch
-from attnlens.training.settling import default_contrasts
+from attnlens.training.options import default_contrasts
 from attnlens.training.shapes import ConvMixerShape, GptShape
+from attnlens.training.source import Scratch, Source
 from attnlens.training.starts import WIRINGS, start_of
+from attnlens.training.trainer import units_of
 from tests.conftest import ROOT
 from tests.training_setup import SHAPE, compare, config, small, write_source
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from attnlens import inspect
 from attnlens.errors import OutputError, UsageError
-from attnlens.training import running
+from attnlens.training import trainer as running
 from attnlens.training.comparison import best_lrs, lr_table
 from attnlens.training.config import TUNING_SEEDS, Run
-from attnlens.training.control import Control
 from attnlens.training.engine import Stack
-from attnlens.training.running import OutOfMemoryError, units_of
-from attnlens.training.settling import default_contrasts
+from attnlens.training.options import default_contrasts
+from attnlens.training.stop import Control
 from attnlens.training.store import ResumeError
+from attnlens.training.trainer import OutOfMemoryError, units_of
 from tests.conftest import ROOT
 from tests.training_setup import compare, config, small, write_source
 

@@ -9,14 +9,7 @@ from scipy import stats
 
 from attnlens.training.report import conclusion, render_report
 from attnlens.training.results import PairingError, check_pairing, results_lines, summarise
-from attnlens.training.statistics import (
-    Mean,
-    contrasts,
-    epochs_to,
-    gap_closed,
-    paired_t,
-    sign_flip,
-)
+from attnlens.training.statistics import Mean, contrasts, epochs_to, gap_closed, paired_t, sign_flip
 from tests.training_setup import config
 
 RNG = np.random.default_rng(0)

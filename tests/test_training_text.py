@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from attnlens import gpt
 from attnlens.errors import UsageError
-from attnlens.figures.training import draw_curves, draw_structure
-from attnlens.language import gpt
 from attnlens.training.comparison import best_lrs, train_compare
-from attnlens.training.datasets import DatasetError
+from attnlens.training.data.images import DatasetError
+from attnlens.training.data.on_device import ResidentText
+from attnlens.training.data.text import Text, load_text, parted
 from attnlens.training.families import build
+from attnlens.training.figures import draw_curves, draw_structure
 from attnlens.training.metrics import ACCURACY, BITS_PER_BYTE
-from attnlens.training.records import ResumeError, check_records
+from attnlens.training.options import Options
+from attnlens.training.record_schema import ResumeError, check_records
 from attnlens.training.report import conclusion
-from attnlens.training.resident import ResidentText
-from attnlens.training.settling import Options
 from attnlens.training.shapes import GptShape
 from attnlens.training.statistics import contrasts, epochs_to
-from attnlens.training.text import Text, load_text, parted
 from tests.training_setup import config
 
 CPU = torch.device("cpu")
@@ -253,7 +253,7 @@ def test_learning_rates_of_a_text_are_chosen_by_the_fewest_bits_on_the_end_of_it
 
 
 def test_a_run_whose_bits_are_no_number_counts_as_diverged(tmp_path, monkeypatch):
-    from attnlens.training import running
+    from attnlens.training import trainer as running
 
     original = running.initial_state
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from attnlens.training.comparison import train_compare
 from attnlens.training.config import Config, Recipe, Shape
 from attnlens.training.network import ARCHITECTURE, build_network, model_args
-from attnlens.training.settling import Options
+from attnlens.training.options import Options
 
 SHAPE = Shape(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0)
 

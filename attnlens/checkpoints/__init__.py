@@ -1,5 +1,7 @@
 """Where weights come from: files, hubs and live modules, opened lazily and never executed."""
 
-from attnlens.checkpoints.files import Checkpoint, ModuleWeights, SafetensorsFile, TorchFile, open_checkpoint
+from attnlens.checkpoints.base import Checkpoint, ModuleWeights
+from attnlens.checkpoints.files import SafetensorsFile, TorchFile
+from attnlens.checkpoints.open import open_checkpoint
 
 __all__ = ["Checkpoint", "ModuleWeights", "SafetensorsFile", "TorchFile", "open_checkpoint"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.checkpoints.files import Checkpoint, NpzFile, SafetensorsFile
+from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.files import NpzFile, SafetensorsFile
 from attnlens.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
 from urllib.parse import unquote, urlparse
 
+from attnlens.atomic import write_atomic
 from attnlens.errors import CheckpointError, ModelNotFoundError, OutputError
-from attnlens.files import write_atomic
 
 # torch.hub's convention, `name-<first digits of the sha256>.pth`: eight digits at least, in front of the suffix.
 # Its own pattern takes any number, and so the "-300e" of `IN1K-vit.h.14-300e.pth.tar` for a hash.
@@ -26,7 +26,7 @@ def fetch_url(url: str, *, offline: bool = False) -> Path:
     path = cached_path(url)
     if is_whole(path):
         return path
-    from attnlens.checkpoints.hub import is_offline
+    from attnlens.checkpoints.transport import is_offline
 
     if is_offline(offline):
         state = "is damaged" if path.is_file() else "is not there"
@@ -61,7 +61,7 @@ def _download(url: str, name: str, file: IO[bytes]) -> None:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
 
-    from attnlens.checkpoints.hub import first_line, patiently, transport_errors
+    from attnlens.checkpoints.transport import first_line, patiently, transport_errors
 
     def attempt() -> None:
         try:

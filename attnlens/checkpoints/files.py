@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,79 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
+from attnlens.checkpoints.base import _File
 from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError
-from attnlens.reading import parse_json
+from attnlens.strict_json import parse_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 # Names a state dict is nested under in training checkpoints, in the order they are preferred.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher", "module", "encoder")
 _PREFIXES = ("module.", "_orig_mod.")
-
-SAFETENSORS_SUFFIXES = (".safetensors",)
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-NUMPY_SUFFIXES = (".npz",)
-INDEX_SUFFIX = ".index.json"
-_ACCEPTED = "a .safetensors, .pth, .bin or .npz file, or a shard index (.index.json)"
-
-
-class Checkpoint(Mapping[str, Any]):
-    """Stored tensors by name; a value is read only when it is asked for."""
-
-    metadata: Mapping[str, str] = {}
-
-    def provenance(self) -> dict[str, Any]:
-        """Return where the weights came from, JSON-ready; for a file its name, size and sha256."""
-        raise NotImplementedError
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, from the file's header where there is one."""
-        return tuple(self[name].shape)
-
-    def size(self) -> int:
-        """Return the bytes on disk, 0 where nothing is on disk."""
-        return 0
-
-    def expect(self, names: Iterable[str]) -> None:
-        """Take note of which tensors will be asked for, where reading several together saves something."""
-
-
-class _File(Checkpoint):
-    """A checkpoint that is one file on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._status = path.stat()
-
-    def size(self) -> int:
-        """Return the file's length."""
-        return self._status.st_size
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the file's name, size and sha256. Raises `CheckpointError` where it changed since it was opened."""
-        with self._reading(), self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            changed = self.path.stat().st_mtime_ns != self._status.st_mtime_ns
-        if changed:
-            raise CheckpointError(f"{self.path} changed while it was read: run again when nothing writes it")
-        return {"file": self.path.name, "bytes": self._status.st_size, "sha256": digest}
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Read only from the file that was opened, at its length: a mapped page beyond a file's end is a bus error."""
-        try:
-            now = self.path.stat()
-            if (now.st_dev, now.st_ino, now.st_size) != (
-                self._status.st_dev,
-                self._status.st_ino,
-                self._status.st_size,
-            ):
-                raise CheckpointError(f"{self.path} was replaced or cut while it was read: run again")
-            yield
-        except OSError as error:
-            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
 
 
 class SafetensorsFile(_File):
@@ -239,57 +175,6 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, kind = read(file)
     return tuple(shape), kind
-
-
-class ModuleWeights(Checkpoint):
-    """The weights of a live module, as they are at each read."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the module's class; weights in memory have no file to hash."""
-        return {"module": f"{type(self._module).__module__}.{type(self._module).__qualname__}"}
-
-    def __getitem__(self, name: str) -> Any:
-        """Return a parameter or buffer, detached."""
-        return self._tensors[name].detach()
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of parameters and buffers."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """Return the number of parameters and buffers."""
-        return len(self._tensors)
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a weight file by its suffix: safetensors, a state dict (``.pth``, ``.pt``, ``.bin``, ...) or ``.npz``.
-
-    The index of a sharded checkpoint (``.index.json``) opens the shards beside it as one. Raises `CheckpointError`
-    when the file is missing, truncated, corrupt, of another format, or a pickle that holds more than weights.
-    """
-    path = Path(path)
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not there"
-        raise CheckpointError(f"{path} is {kind}: give {_ACCEPTED}")
-    suffix = path.suffix.lower()
-    try:
-        if suffix in SAFETENSORS_SUFFIXES:
-            return SafetensorsFile(path)
-        if suffix in TORCH_SUFFIXES:
-            return TorchFile(path)
-        if suffix in NUMPY_SUFFIXES:
-            return NpzFile(path)
-        if path.name.endswith(INDEX_SUFFIX):
-            from attnlens.checkpoints.shards import ShardedFile
-
-            return ShardedFile(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    raise CheckpointError(f"{path} has suffix {suffix!r}: give {_ACCEPTED}")
 
 
 _DTYPES = {

@@ -6,24 +6,20 @@ it is first imported. A download goes to a temporary name and into the cache whe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
-from attnlens.checkpoints.files import INDEX_SUFFIX, Checkpoint, open_checkpoint
+from attnlens.checkpoints.base import INDEX_SUFFIX, Checkpoint
+from attnlens.checkpoints.download import cached_path, is_whole
+from attnlens.checkpoints.open import open_checkpoint
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES, read_index
+from attnlens.checkpoints.transport import _offline_advice, ask, explained, is_offline
 from attnlens.errors import CheckpointError, ModelNotFoundError
-
-T = TypeVar("T")
 
 WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 """Names a hub repository keeps its weights under, in the order timm tries them."""
-RETRY_WAITS = (0.5, 1.0, 2.0)
-"""Seconds between attempts where a server fails for the moment."""
 
 
 def open_weights(
@@ -125,109 +121,6 @@ def _check_hash(path: Path, declared: str | None, name: str) -> None:
     raise CheckpointError(f"what the hub sends for {name} has not the sha256 it declares: it is damaged, try again")
 
 
-def ask(url: str) -> Any:
-    """Return the metadata of a file on the hub; raises what `explained` turns into a message.
-
-    huggingface_hub itself tries for minutes to reach a hub that is not there: here a first connection that fails is
-    final, and only a hub that answers is asked again.
-    """
-    from huggingface_hub import constants, get_hf_file_metadata
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def attempt() -> Any:
-        return get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-
-    try:
-        return attempt()
-    except HfHubHTTPError as error:
-        if not _passes(error):
-            raise
-    return patiently(attempt)
-
-
-def patiently(attempt: Callable[[], T]) -> T:
-    """Call ``attempt``, again after `RETRY_WAITS` where the connection broke or the server failed for the moment."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for wait in RETRY_WAITS:
-        try:
-            return attempt()
-        except transport_errors() as error:
-            if isinstance(error, HfHubHTTPError) and not _passes(error):
-                raise
-            time.sleep(wait)
-    return attempt()
-
-
-def _passes(error: Exception) -> bool:
-    """Whether the server's answer is one that may be another in a moment."""
-    return getattr(getattr(error, "response", None), "status_code", None) in (408, 429, 500, 502, 503, 504)
-
-
-def transport_errors() -> tuple[type[Exception], ...]:
-    """Return the base classes of what huggingface_hub's HTTP library raises: requests, httpx or httpx2 by version."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    bases: Any = HfHubHTTPError.__bases__
-    return (*bases, OSError)
-
-
-@contextlib.contextmanager
-def explained(repo: str, filename: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a `ModelNotFoundError` of one line, save a missing file's error."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it means: no answer
-        reason = f"the hub gives no answer ({first_line(error.__cause__ or error)})"
-        raise ModelNotFoundError(_offline_advice(repo, filename, reason)) from error
-    except EntryNotFoundError:
-        raise
-    except RevisionNotFoundError as error:
-        raise ModelNotFoundError(f"{repo} has no revision {revision!r}: give a branch, a tag or a commit") from error
-    except GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{repo} needs its licence accepted on the hub: do that, then `hf auth login` or set HF_TOKEN"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"the hub has no repository {repo!r} (or it is private: set HF_TOKEN)") from error
-    except HFValidationError as error:
-        raise ModelNotFoundError(f"{repo!r} is no hub repository: give owner/name ({first_line(error)})") from error
-    except transport_errors() as error:
-        if getattr(error, "response", None) is None and type(error).__module__ != "builtins":
-            reason = f"the hub cannot be reached ({first_line(error)})"
-            raise ModelNotFoundError(_offline_advice(repo, filename, reason)) from error
-        raise ModelNotFoundError(f"cannot download {repo}/{filename}: {first_line(error)}") from error
-
-
-def _offline_advice(repo: str, filename: str, reason: str) -> str:
-    return (
-        f"{repo}/{filename} is not in the local cache, and {reason}. Run `hf download {repo} {filename}` while online, "
-        "or download the file elsewhere and pass --checkpoint FILE"
-    )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error that says something, else its class."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
-
-
-def is_offline(asked: bool) -> bool:
-    """Whether the network is not to be used: asked for, or by ``HF_HUB_OFFLINE``."""
-    from huggingface_hub import constants
-
-    return asked or constants.HF_HUB_OFFLINE
-
-
 def _cached(repo: str, filename: str, revision: str | None) -> Path | object | None:
     """Return the cached file, None when nothing is known, another object when it is known not to exist."""
     from huggingface_hub import try_to_load_from_cache
@@ -241,3 +134,19 @@ def _commit(path: Path) -> str:
     """Return the commit a file in the hub's cache is of: its folder below ``snapshots``."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
+
+
+Tag = dict[str, str | None]
+
+
+def cached_tags(tags: Mapping[str, Tag]) -> dict[str, Tag]:
+    """Return those of an architecture's pretrained tags whose weights the hub's or torch.hub's cache holds."""
+    return {tag: place for tag, place in tags.items() if _is_cached(place)}
+
+
+def _is_cached(place: Tag) -> bool:
+    repo, url = place["hf_hub_id"], place["url"]
+    if repo:
+        repo, _, revision = repo.partition("@")
+        return find_weights(repo, place["hf_hub_filename"], revision or None) is not None
+    return url is not None and is_whole(cached_path(url))

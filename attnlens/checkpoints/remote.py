@@ -9,10 +9,11 @@ from collections.abc import ItemsView, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from attnlens.checkpoints.files import Checkpoint, SafetensorsFile
-from attnlens.checkpoints.hub import ask, explained, patiently
+from attnlens.atomic import open_scratch
+from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.files import SafetensorsFile
+from attnlens.checkpoints.transport import ask, explained, patiently
 from attnlens.errors import CheckpointError, UsageError
-from attnlens.files import open_scratch
 
 HEADER_LIMIT = 100_000_000
 """Bytes a safetensors header may have, the limit of the safetensors library."""

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from attnlens.checkpoints.files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint, open_checkpoint
+from attnlens.checkpoints.base import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
+from attnlens.checkpoints.open import open_checkpoint
 from attnlens.errors import CheckpointError
-from attnlens.reading import read_json, within
+from attnlens.strict_json import read_json, within
 
 TRANSFORMERS_FILES = (
     "model.safetensors",

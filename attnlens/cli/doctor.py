@@ -122,8 +122,8 @@ def _gpus() -> list[str]:
 
 
 def _shipped() -> Iterator[Finding]:
-    from attnlens.catalogue import shipped_file
-    from attnlens.opening import EMBEDDED
+    from attnlens.models.catalogue import shipped_file
+    from attnlens.models.open import EMBEDDED
 
     weights = EMBEDDED / "model.safetensors"
     whole = weights.is_file()

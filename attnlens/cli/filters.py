@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from attnlens.cli.terminal import escape, plain_table
-from attnlens.filters.inspecting import FilterInspection
-from attnlens.filters.measuring import DRAWS
-from attnlens.params import InitParams
+from attnlens.filters.inspection import FilterInspection
+from attnlens.filters.statistics import DRAWS
+from attnlens.fit.params import InitParams
 
 _STYLES = {"closed form": "bold blue", "structured": "blue", "isotropic": "dim", "zeros": "dim"}
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Literal
 from rich import box
 from rich.table import Table
 
+from attnlens.atomic import FileSet
 from attnlens.circuits import Fold, Kind
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.filters import fit_filter_table
 from attnlens.cli.inspecting import figure_folder, format_layers
 from attnlens.cli.terminal import escape, number, plain_table, print_wide
-from attnlens.comparing import Comparison, compare
-from attnlens.files import FileSet
 from attnlens.filters.entries import Estimator
-from attnlens.fitting import fit_params
+from attnlens.fit.comparison import Comparison, compare
+from attnlens.fit.fit_params import fit_params
+from attnlens.fit.params import Entry, InitParams, Per, Source
 from attnlens.inspection import UNSAID
 from attnlens.layouts.flags import FLAGS
-from attnlens.params import Entry, InitParams, Per, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,7 +69,7 @@ def run_fit(
         for message in caveats(source):
             note(f"{source.model}: {message}")
     from attnlens.figures import save_figures
-    from attnlens.figures.fits import draw_fits
+    from attnlens.fit.figures import draw_fits
 
     folder = figure_folder(figures, "+".join(source.model for source in params.sources))
     with FileSet() as files:
@@ -172,7 +172,7 @@ def run_compare(
     else:
         print_wide(distance_table(comparison))
     from attnlens.figures import save_figures
-    from attnlens.figures.fits import draw_comparison
+    from attnlens.fit.figures import draw_comparison
 
     folder = figure_folder(figures, "+".join(comparison.models))
     save_figures({"comparison": draw_comparison(comparison)}, folder, format_, dpi)

@@ -9,10 +9,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from attnlens.atomic import FileSet
 from attnlens.circuits import Fold
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.errors import UsageError
-from attnlens.files import FileSet
 from attnlens.inspection import Inspection, inspect, save_inspection
 
 

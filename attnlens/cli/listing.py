@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from attnlens.catalogue import Catalogue, Entry, load_catalogue
 from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.models.catalogue import Catalogue, Entry, load_catalogue
 
 COLUMNS = ("name", "layers", "read", "labelled", "heads", "width", "families", "filters", "kernels", "tags")
 
@@ -19,7 +19,7 @@ def run_list(pattern: str | None, *, family: str | None, cached: bool, as_json: 
     catalogue = load_catalogue(_announced, rebuild=rebuild)
     entries = catalogue.select(pattern, family)
     if cached:
-        from attnlens.checkpoints.local import cached_tags
+        from attnlens.checkpoints.hub import cached_tags
 
         found = ((entry, cached_tags(entry.tags)) for entry in entries)
         entries = [replace(entry, tags=tags) for entry, tags in found if tags]

@@ -156,7 +156,7 @@ def train_compare(
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
     from attnlens.cli.training import run_train_compare
-    from attnlens.training.settling import Options
+    from attnlens.training.options import Options
 
     run_train_compare(
         Options(

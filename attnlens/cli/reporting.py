@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnlens.atomic import write_text_atomic
 from attnlens.cli.console import note, tracked
-from attnlens.files import write_text_atomic
-from attnlens.reporting import build_report
+from attnlens.reports import build_report
 
 
 def run_report(

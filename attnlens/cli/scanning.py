@@ -13,8 +13,8 @@ from attnlens.circuits import Fold
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.terminal import escape, number, plain_table, print_wide
 from attnlens.errors import AttnlensError
-from attnlens.scanning.planning import plan_scan
-from attnlens.scanning.running import Scan, scan
+from attnlens.scans.plan import plan_scan
+from attnlens.scans.run import Scan, scan
 
 _STATISTICS = ("qk_ratio", "qk_diagonal_prominence", "ov_ratio", "ov_diagonal_prominence", "ov_negative_share")
 _HEADINGS = ("QK β/α", "prom", "OV β/α", "prom", "OV β < 0")

@@ -72,15 +72,15 @@ def signal(
     debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
 ) -> None:
     """Measure how alike random tokens become by depth before training, beside theory: table, CSV, JSON and a figure."""
+    from attnlens.atomic import FileSet
     from attnlens.cli.console import note, tracked, write_stdout
     from attnlens.cli.initialising import parse_pairs
     from attnlens.cli.inspecting import figure_folder
     from attnlens.cli.terminal import print_wide
     from attnlens.figures import save_figures
-    from attnlens.figures.signal import draw_signal
-    from attnlens.files import FileSet
     from attnlens.provenance import run_provenance
     from attnlens.signal.arms import ARMS
+    from attnlens.signal.figure import draw_signal
     from attnlens.signal.propagation import propagate
 
     found = propagate(
@@ -114,7 +114,7 @@ def signal(
 def signal_table(found: Propagation) -> Table:
     """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
     from attnlens.cli.terminal import escape, plain_table
-    from attnlens.figures.signal import describe
+    from attnlens.signal.figure import describe
 
     table = plain_table(
         title=f"[bold]{escape(found.model)}[/bold]: mean cosine of two tokens behind a block",

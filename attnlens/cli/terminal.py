@@ -15,7 +15,7 @@ from rich.text import Text
 from attnlens.circuits import Fold
 from attnlens.inspection import Inspection
 from attnlens.printable import printable
-from attnlens.table import ALL_HEADS, StatsTable
+from attnlens.statistics.table import ALL_HEADS, StatsTable
 
 # Mark and style of one head by its diagonal prominence; the mark alone tells the sign where there is no colour.
 _MARKS = ((3.0, "▲", "bold blue"), (1.0, "△", "blue"), (-1.0, "·", "dim"), (-3.0, "▽", "red"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from attnlens.cli.console import note, write_stdout
 from attnlens.errors import UsageError
 from attnlens.training.comparison import train_compare
-from attnlens.training.settling import Options
+from attnlens.training.options import Options
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import UsageError
 from attnlens.figures import style
-from attnlens.figures.filters import draw_filters
 from attnlens.figures.heatmaps import Shape, draw_heatmap
 from attnlens.figures.profiles import draw_profile
 from attnlens.figures.saving import save_figures
 from attnlens.figures.spectra import draw_spectra
+from attnlens.filters.figures import draw_filters
 from attnlens.heads import Array
-from attnlens.table import ALL_HEADS
+from attnlens.statistics.table import ALL_HEADS
 
 if TYPE_CHECKING:
     from attnlens.inspection import Inspection

@@ -20,7 +20,7 @@ from attnlens.circuits import Fold, Kind
 from attnlens.errors import UsageError
 from attnlens.figures import style
 from attnlens.heads import Array
-from attnlens.table import ALL_HEADS
+from attnlens.statistics.table import ALL_HEADS
 
 Panels = Mapping[int, Mapping[int | str, Array]]
 """Corners of products by layer and head, ``all`` being the sum over a layer's heads."""

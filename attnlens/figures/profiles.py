@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from attnlens.circuits import Fold
 from attnlens.figures import style
 from attnlens.heads import Array
-from attnlens.table import ALL_HEADS, StatsTable
+from attnlens.statistics.table import ALL_HEADS, StatsTable
 
 COLUMNS = {"qk": "QK, every head", "ov": "OV, every head", "sum": "OV, summed over heads"}
 ROWS = {

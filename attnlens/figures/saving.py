@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from attnlens.atomic import Writer, write_atomic
 from attnlens.errors import UsageError
 from attnlens.figures import style
-from attnlens.files import Writer, write_atomic
 
 
 def save_figures(

@@ -285,3 +285,13 @@ def _even_ticks(low: float, high: float) -> list[float]:
         if (high - low) / (step * 10.0**power) <= 6
     )
     return [float(f"{place * step:.12g}") for place in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+# Okabe & Ito's palette; beyond seven arms the line's pattern tells them apart.
+COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", ":")
+
+
+def line_style(place: int) -> dict[str, Any]:
+    """Return the colour and dash of the arm at a place."""
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}

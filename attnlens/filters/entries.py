@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from attnlens.errors import ParamsError
+from attnlens.filters.closed_form import LARGEST, SMALLEST
 from attnlens.filters.spec import Kernel
 from attnlens.filters.transfer import alike, interpolated, resampled
 from attnlens.heads import Array
+from attnlens.statistics.depth import Trend, _Part
+
+if TYPE_CHECKING:
+    pass
 
 Estimator = Literal["ledoit-wolf", "oas", "none"]
 _ROUNDING = 1e-6
@@ -86,3 +93,18 @@ def carried_over(entries: Sequence[FilterEntry], depth: float, kernel: Kernel) -
             matrices = [resampled(entry.matrix(), entry.kernel, kernel) for entry in own]
             found.append(interpolated([entry.depth for entry in own], matrices, depth))
     return np.mean(found, axis=0) if found else None
+
+
+class FilterTrend(_Part):
+    """How the closed form of depthwise filters goes with relative depth, over the layers of all sources."""
+
+    log_relative_s: Trend
+    isotropic_share: Trend
+    n: int = Field(ge=1, description="layers the width's trend is of")
+
+    def at(self, depth: float) -> tuple[float, float]:
+        """Return s / side^2 and the isotropic share at a relative depth, each within its range."""
+        log_s, share = self.log_relative_s(depth), self.isotropic_share(depth)
+        if math.isnan(log_s) or math.isnan(share):
+            raise ParamsError(f"the trend of filters is no number at depth {depth:g}: fit again")
+        return math.exp(min(max(log_s, math.log(SMALLEST)), math.log(LARGEST))), min(max(share, 0.0), 1.0)

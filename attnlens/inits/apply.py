@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from attnlens.architecture import Architecture, describe_module, suggest
 from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.filters import FilterSpec, read_filters, write_filters
 from attnlens.heads import Array, HeadWeights
+from attnlens.inits.caveats import layer_notes, whole_layer_reason
 from attnlens.inits.folding import folding_notes, gains, silent_roles, unfolded
-from attnlens.inits.meaning import layer_notes, whole_layer_reason
 from attnlens.inits.plan import FilterLayer, FilterPlan, Layer, Network, Plan, Rule, without_silent
+from attnlens.inits.random import Streams
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import FilterReport, InitReport, ProductReport, Skipped, measure, measure_filters
-from attnlens.inits.streams import Streams
 from attnlens.layouts import AttentionSpec, read_heads, write_heads
-from attnlens.layouts.interpret import Tensors
-from attnlens.params import relative_depth
+from attnlens.layouts.read_write import Tensors
+from attnlens.models.architecture import Architecture, describe_module, suggest
+from attnlens.statistics.depth import relative_depth
 
 if TYPE_CHECKING:
     import torch

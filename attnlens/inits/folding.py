@@ -19,7 +19,7 @@ from attnlens.circuits import Fold
 from attnlens.errors import AttnlensError
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec
-from attnlens.layouts.interpret import Tensors
+from attnlens.layouts.read_write import Tensors
 
 _USABLE = 1e-3
 """Share of the largest entry below which a gain or LayerScale entry is not divided by."""

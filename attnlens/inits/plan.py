@@ -9,14 +9,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from attnlens.architecture import Architecture
 from attnlens.circuits import Fold, Kind
 from attnlens.filters.spec import FilterSpec
 from attnlens.heads import Array, HeadWeights
-from attnlens.inits.streams import Streams
+from attnlens.inits.random import Streams
 from attnlens.layouts import AttentionSpec
-from attnlens.layouts.interpret import Tensors
-from attnlens.table import ALL_HEADS
+from attnlens.layouts.read_write import Tensors
+from attnlens.models.architecture import Architecture
+from attnlens.statistics.table import ALL_HEADS
 
 if TYPE_CHECKING:
     import torch

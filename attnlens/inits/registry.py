@@ -13,7 +13,7 @@ from attnlens.errors import UsageError
 from attnlens.inits.plan import Network, Rule
 
 Make = Callable[..., Rule]
-_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teachers", "filters", "default")
+_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teacher", "filters", "default")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def initialiser(name: str) -> Callable[[Make], Make]:
 def initialisers() -> dict[str, Initialiser]:
     """Return every initialiser by name."""
     for module in _MODULES:
-        import_module(f"attnlens.inits.{module}")
+        import_module(f"attnlens.inits.rules.{module}")
     return dict(_KNOWN)
 
 

@@ -13,7 +13,7 @@ from attnlens.filters.covariance import covariance_error, relative_distance, sec
 from attnlens.heads import Array, HeadWeights, expand_groups
 from attnlens.inits.folding import folded
 from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Layer, Plan, Request
-from attnlens.inverse import Parameters, realised
+from attnlens.statistics.inverse import Parameters, realised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,7 +231,7 @@ def expected_at(alpha: float, beta: float, rank: int, width: int) -> Parameters:
 
 
 def factored_parameters(A: Array, B: Array) -> list[Parameters]:
-    """Return alpha and beta of each product A[h] @ B[h]^T from its factors, as `attnlens.diagonal` defines them."""
+    """Return alpha and beta of each product A[h] @ B[h]^T from its factors, as `statistics.diagonal` defines them."""
     a, b = _tensor(A), _tensor(B)
     d = a.shape[-2]
     if d != b.shape[-2]:

@@ -5,7 +5,7 @@ A layout is data: an `AttentionSpec` names, for each role, the tensor and the ro
 interpret it for numpy arrays and torch tensors alike.
 """
 
-from attnlens.layouts.interpret import read_heads, write_heads
+from attnlens.layouts.read_write import read_heads, write_heads
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
 
 __all__ = ["AttentionSpec", "NormSpec", "Refusal", "Slot", "read_heads", "write_heads"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnlens.layouts.fused import standard
-from attnlens.layouts.rules import Slots
+from attnlens.layouts.registry import Slots
+from attnlens.layouts.timm.fused import standard
 
 LABEL = "layout guessed"
 

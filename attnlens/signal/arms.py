@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
-from attnlens.signal.mixing import KEEP, VARIANTS, accepted_options
-from attnlens.signal.rewiring import Rewired, rewire_with_theory_, tokens_of
+from attnlens.signal.rewire import Rewired, rewire_with_theory_, tokens_of
+from attnlens.signal.variants import KEEP, VARIANTS, accepted_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,8 +71,8 @@ def build_arm(
 
 def build_network(model: str | None, seed: int, depth: int | None, tokens: int | None) -> tuple[nn.Module, str]:
     """Return a float64 network under a seed, and its name; None is the shipped ViT's architecture."""
-    from attnlens.inits.saving import build
-    from attnlens.language.gpt import PRESETS, create_gpt
+    from attnlens.gpt import PRESETS, create_gpt
+    from attnlens.inits.file import build
 
     sizes: dict[str, Any] = {} if depth is None else {"depth": depth}
     if model in PRESETS:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnlens.errors import UsageError
-from attnlens.signal.mixing import Mix
+from attnlens.signal.variants import Mix
 
 
 class MixedAttention(Attention):  # type: ignore[misc]  # timm is untyped

@@ -14,8 +14,8 @@ from attnlens.errors import UsageError
 from attnlens.heads import Array
 from attnlens.signal.arms import ARMS, build_arm, settled_options
 from attnlens.signal.kernels import cosines, mean_cosine
-from attnlens.signal.rewiring import RewireReport
-from attnlens.table import Row, StatsTable
+from attnlens.signal.rewire import RewireReport
+from attnlens.statistics.table import Row, StatsTable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

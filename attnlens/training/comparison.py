@@ -10,25 +10,24 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from attnlens.atomic import write_text_atomic
 from attnlens.errors import AttnlensError, UsageError
-from attnlens.files import write_text_atomic
 from attnlens.provenance import run_provenance
-from attnlens.training.arms import Source
 from attnlens.training.config import Config, Run
-from attnlens.training.control import Control, Reason
-from attnlens.training.datasets import Images
+from attnlens.training.data.images import Images
+from attnlens.training.data.on_device import resident
+from attnlens.training.data.text import Text
 from attnlens.training.display import Display
+from attnlens.training.distributed import Spread, spread
 from attnlens.training.metrics import ACCURACY, Metric
+from attnlens.training.options import Options, find_source, load_data, settle
 from attnlens.training.report import LrTable, render_report
-from attnlens.training.resident import resident
 from attnlens.training.results import Summary, results_lines, summarise
-from attnlens.training.running import Session, run_units, unit_name
-from attnlens.training.scratch import Scratch
-from attnlens.training.settling import Options, find_source, load_data, settle
-from attnlens.training.spread import Spread, spread
+from attnlens.training.source import Scratch, Source
+from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure
-from attnlens.training.text import Text
+from attnlens.training.trainer import Session, run_units, unit_name
 
 if TYPE_CHECKING:
     import torch
@@ -210,7 +209,7 @@ def _write(
     import json
 
     from attnlens.figures import save_figures
-    from attnlens.figures.training import draw_curves, draw_structure, has_structure
+    from attnlens.training.figures import draw_curves, draw_structure, has_structure
 
     write_text_atomic(output / "results.jsonl", results_lines(config, done))
     write_text_atomic(output / "summary.json", json.dumps(summary.to_json(), indent=1) + "\n")

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import ModelNotFoundError
-from attnlens.training.families import (
-    PLAIN,
-    Forward,
-    ModuleForward,
-    Wiring,
-    image_reader,
-    random_images,
-)
+from attnlens.training.families import PLAIN, Forward, ModuleForward, Wiring, image_reader, random_images
 from attnlens.training.network import DRAWING
 from attnlens.training.shapes import ConvMixerShape
 

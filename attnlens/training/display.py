@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.printable import printable
 from attnlens.training.config import Config
-from attnlens.training.running import Unit
+from attnlens.training.trainer import Unit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from attnlens.language.gpt import GPT
+    from attnlens.gpt import GPT
     from attnlens.training.config import Config
 
 PREFIX = "gpt-"
@@ -24,7 +24,7 @@ BYTES = 256
 def sizes_of(name: str) -> dict[str, int]:
     """Return the sizes behind a preset's name. Raises `ModelNotFoundError`."""
     from attnlens.errors import ModelNotFoundError
-    from attnlens.language.gpt import PRESETS
+    from attnlens.gpt import PRESETS
 
     if name not in PRESETS:
         raise ModelNotFoundError(f"no language model is named {name!r}: choose from {', '.join(PRESETS)}")
@@ -39,8 +39,8 @@ class GptFamily:
 
     def build(self, seed: int) -> GPT:
         """Build the network as GPT-2's rule draws it."""
+        from attnlens.gpt import GPT
         from attnlens.inits.apply import seeded
-        from attnlens.language.gpt import GPT
 
         with DRAWING, seeded(seed):
             return GPT(vocab_size=BYTES, **self.shape.model_dump())
@@ -66,4 +66,4 @@ class GptFamily:
 
     def exported(self) -> dict[str, str]:
         """Return class and sizes."""
-        return {"network": "attnlens.language.gpt.GPT", "sizes": json.dumps(self.shape.model_dump())}
+        return {"network": "attnlens.gpt.GPT", "sizes": json.dumps(self.shape.model_dump())}

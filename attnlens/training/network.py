@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from attnlens.training.families import (
-    PLAIN,
-    Forward,
-    ModuleForward,
-    Wiring,
-    image_reader,
-    random_images,
-)
+from attnlens.training.families import PLAIN, Forward, ModuleForward, Wiring, image_reader, random_images
 from attnlens.training.shapes import Shape
 
 if TYPE_CHECKING:

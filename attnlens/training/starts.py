@@ -11,8 +11,7 @@ from attnlens.inits.registry import initialisers
 from attnlens.training.families import PLAIN, Wiring
 
 if TYPE_CHECKING:
-    from attnlens.training.arms import Source
-    from attnlens.training.scratch import Scratch
+    from attnlens.training.source import Scratch, Source
 
 BASELINE = "default"
 PRETRAINED = "pretrained"

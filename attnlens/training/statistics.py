@@ -16,8 +16,8 @@ import numpy as np
 from scipy import stats
 
 from attnlens.heads import Array
+from attnlens.statistics.verdicts import corrected
 from attnlens.training.metrics import ACCURACY, Metric
-from attnlens.verdicts import corrected
 
 LEVEL = 0.95
 SCREENING_BELOW = 6

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError, OutputError, UsageError
-from attnlens.files import Write, claimed, sweep, write_atomic, write_text_atomic
-from attnlens.reading import read_json
+from attnlens.strict_json import read_json
 from attnlens.training.config import Config, Run
-from attnlens.training.records import PARTS, ResumeError, check_links, check_records, check_state, parse_runs
+from attnlens.training.record_schema import PARTS, ResumeError, check_links, check_records, check_state, parse_runs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnlens.circuits import Fold, layer_ov, qk_circuit
-from attnlens.diagonal import fit_diagonal
 from attnlens.layouts import AttentionSpec, read_heads
+from attnlens.statistics.diagonal import fit_diagonal
 
 if TYPE_CHECKING:
-    from attnlens.training.arms import Source
-    from attnlens.training.scratch import Scratch
+    from attnlens.training.source import Scratch, Source
 
 FOLDS: tuple[Fold, ...] = ("raw", "effective")
 Structure = dict[str, dict[str, list[float]]]

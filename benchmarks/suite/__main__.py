@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from attnlens.files import write_text_atomic
+from attnlens.atomic import write_text_atomic
 from benchmarks.suite.agreement import Apart, differences, disagreements
 from benchmarks.suite.cases import CASES, Case, by_name
 from benchmarks.suite.methods import REFERENCE, TOOLS

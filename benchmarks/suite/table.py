@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from attnlens.files import write_text_atomic
+from attnlens.atomic import write_text_atomic
 from benchmarks.suite.cases import by_name
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"

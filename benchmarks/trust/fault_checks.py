@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
-from attnlens.files import TEMPORARY
+from attnlens.atomic import TEMPORARY
 
 ABSENT = "absent"
 _PASSING = (

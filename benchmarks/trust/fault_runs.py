@@ -46,10 +46,9 @@ def warm() -> None:
     import timm  # noqa: F401
     import torch
 
-    for name in ("cli.app", "cli.fitting", "cli.initialising", "cli.inspecting", "cli.training"):
+    commands = ("cli.app", "cli.fitting", "cli.initialising", "cli.inspecting", "cli.training")
+    for name in (*commands, "fit.figures", "training.figures"):
         import_module(f"attnlens.{name}")
-    for name in ("fits", "training"):
-        import_module(f"attnlens.figures.{name}")
 
     torch.set_num_threads(1)
 

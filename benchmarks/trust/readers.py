@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 
 from attnlens import inspect
-from attnlens.architecture import describe_architecture
 from attnlens.checkpoints import open_checkpoint
 from attnlens.cli.console import note, write_stdout
 from attnlens.cli.filters import filter_table
@@ -20,17 +19,18 @@ from attnlens.cli.fitting import fit_tables
 from attnlens.cli.inspecting import caveats
 from attnlens.cli.terminal import layer_table
 from attnlens.errors import AttnlensError
-from attnlens.params import InitParams
-from attnlens.reporting.training import read_training
-from attnlens.training import datasets
+from attnlens.fit.params import InitParams
+from attnlens.models.architecture import describe_architecture
+from attnlens.reports.training import read_training
 from attnlens.training.config import Config, Recipe, Run, Shape
-from attnlens.training.datasets import load_dataset
+from attnlens.training.data import images as datasets
+from attnlens.training.data.images import load_dataset
+from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.engine import Stack
-from attnlens.training.records import check_gathered, restorable
+from attnlens.training.record_schema import check_gathered, restorable
 from attnlens.training.report import render_report
 from attnlens.training.results import results_lines, summarise
 from attnlens.training.store import Store
-from attnlens.training.text import PREFIX, load_text
 from benchmarks.trust.guard import Bound, Reader
 
 CONFIG = Config(

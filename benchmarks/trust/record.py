@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from attnlens.files import write_text_atomic
+from attnlens.atomic import write_text_atomic
 
 RESULTS = Path(__file__).parents[1] / "results" / "trust.json"
 

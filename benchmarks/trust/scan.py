@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import attnlens
-from attnlens.scanning import Scan
+from attnlens.scans import Scan
 from benchmarks.trust.record import record
 from benchmarks.trust.scale import CONFIG, write_model
 

@@ -214,7 +214,7 @@ def params() -> bytes:
 @cache
 def decoded() -> bytes:
     """Return a decoded data set as the cache keeps it."""
-    from attnlens.training.datasets import Images
+    from attnlens.training.data.images import Images
 
     pixels, labels = np.arange(8 * 3 * 4 * 4, dtype=np.uint8).reshape(8, 3, 4, 4), np.arange(8) % 2
     found = Images("cached", pixels[:6], labels[:6], pixels[6:], labels[6:], ("cat", "dog"))

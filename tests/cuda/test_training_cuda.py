@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from attnlens.training.augment import augmented, draw_epoch
+from attnlens.training.data.augment import augmented, draw_epoch
 from attnlens.training.engine import Stack
 from attnlens.training.network import build_network
-from attnlens.training.running import OutOfMemoryError
+from attnlens.training.trainer import OutOfMemoryError
 from tests.training_setup import SHAPE, compare, config, small, write_source
 
 pytestmark = [

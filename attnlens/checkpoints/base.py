@@ -1,0 +1,100 @@
+"""What every source of weights offers: `Checkpoint`, files of one kind behind it, and the weights of a live module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnlens.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SAFETENSORS_SUFFIXES = (".safetensors",)
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+NUMPY_SUFFIXES = (".npz",)
+INDEX_SUFFIX = ".index.json"
+
+
+class Checkpoint(Mapping[str, Any]):
+    """Stored tensors by name; a value is read only when it is asked for."""
+
+    metadata: Mapping[str, str] = {}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return where the weights came from, JSON-ready; for a file its name, size and sha256."""
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from the file's header where there is one."""
+        return tuple(self[name].shape)
+
+    def size(self) -> int:
+        """Return the bytes on disk, 0 where nothing is on disk."""
+        return 0
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Take note of which tensors will be asked for, where reading several together saves something."""
+
+
+class _File(Checkpoint):
+    """A checkpoint that is one file on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._status = path.stat()
+
+    def size(self) -> int:
+        """Return the file's length."""
+        return self._status.st_size
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the file's name, size and sha256. Raises `CheckpointError` where it changed since it was opened."""
+        with self._reading(), self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            changed = self.path.stat().st_mtime_ns != self._status.st_mtime_ns
+        if changed:
+            raise CheckpointError(f"{self.path} changed while it was read: run again when nothing writes it")
+        return {"file": self.path.name, "bytes": self._status.st_size, "sha256": digest}
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Read only from the file that was opened, at its length: a mapped page beyond a file's end is a bus error."""
+        try:
+            now = self.path.stat()
+            if (now.st_dev, now.st_ino, now.st_size) != (
+                self._status.st_dev,
+                self._status.st_ino,
+                self._status.st_size,
+            ):
+                raise CheckpointError(f"{self.path} was replaced or cut while it was read: run again")
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
+
+
+class ModuleWeights(Checkpoint):
+    """The weights of a live module, as they are at each read."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the module's class; weights in memory have no file to hash."""
+        return {"module": f"{type(self._module).__module__}.{type(self._module).__qualname__}"}
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a parameter or buffer, detached."""
+        return self._tensors[name].detach()
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of parameters and buffers."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of parameters and buffers."""
+        return len(self._tensors)

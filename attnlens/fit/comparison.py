@@ -1,0 +1,148 @@
+"""Comparing models: the same depth profiles side by side, and how far apart two models' structures are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from attnlens.circuits import Fold, Kind
+from attnlens.errors import UsageError
+from attnlens.heads import Array
+from attnlens.inspection import Inspection, inspect, need_attention
+from attnlens.statistics.depth import relative_depth
+from attnlens.statistics.table import ALL_HEADS, StatsTable
+from attnlens.threads import Progress
+
+_GRID = np.linspace(0.0, 1.0, 101)
+STATISTICS = ("alpha", "beta", "identity_share")
+PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
+"""What is compared: QK as the mean over a layer's heads, OV as the layer's sum."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One statistic of one circuit by relative depth, of one model.
+
+    ``depth`` is t = layer / (depth - 1) in [0, 1]; ``identity_share`` is the identity cosine divided by the largest one
+    a product of that rank can have, sqrt(k/d): between -1 and 1 whatever width and rank are.
+    """
+
+    model: str
+    circuit: Kind
+    statistic: str
+    depth: Array
+    values: Array
+
+    def at(self, depth: Array) -> Array:
+        """Interpolate linearly at relative depths."""
+        return np.interp(depth, self.depth, self.values)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Profiles of several models and the distances between each pair."""
+
+    fold: Fold
+    models: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    distances: tuple[dict[str, Any], ...]
+
+    def select(self, circuit: Kind, statistic: str) -> list[Profile]:
+        """Return one statistic's profile of every model."""
+        return [p for p in self.profiles if (p.circuit, p.statistic) == (circuit, statistic)]
+
+
+def compare(
+    *models: Any,
+    fold: Fold = "effective",
+    checkpoints: Sequence[Any] = (),
+    offline: bool = False,
+    remote: bool = False,
+    progress: Progress = iter,
+) -> Comparison:
+    """Inspect several models and measure how their structure differs with depth.
+
+    Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
+    the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
+    Beside it ``log_alpha``: the same of log10(alpha), the difference in noise scale. ``checkpoints`` are files, one a
+    model; ``offline`` and ``remote`` are those of `inspect`. Raises what `inspect` raises.
+    """
+    if len(models) < 2:
+        raise UsageError("compare needs at least two models")
+    if checkpoints and len(checkpoints) != len(models):
+        raise UsageError(f"{len(checkpoints)} checkpoints for {len(models)} models: give one for each, in their order")
+    files = checkpoints or [None] * len(models)
+    how: dict[str, Any] = {"fold": fold, "offline": offline, "remote": remote, "progress": progress}
+    found = [need_attention(inspect(model, file, **how), "compare") for model, file in zip(models, files, strict=True)]
+    return compare_inspections(found, fold)
+
+
+def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Comparison:
+    """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each."""
+    names = _distinct([inspection.model for inspection in inspections])
+    profiles = [p for name, found in zip(names, inspections, strict=True) for p in profiles_of(found, name, fold)]
+    return Comparison(fold, tuple(names), tuple(profiles), tuple(_distances(names, profiles)))
+
+
+def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
+    """Return every profile of one inspected model."""
+    found = []
+    for circuit, heads in PROFILES:
+        stats = inspection.stats.select(circuit=circuit, fold=fold)
+        by_layer = {layer: _of_heads(stats.select(layer=layer), heads) for layer in inspection.layers}
+        for statistic in STATISTICS:
+            values = {layer: _statistic(rows, statistic) for layer, rows in by_layer.items()}
+            means = {layer: v[np.isfinite(v)].mean() for layer, v in values.items() if np.isfinite(v).any()}
+            if means:  # a layer without a number (a product that is zero, or not square) is interpolated over
+                depth = np.array([relative_depth(layer, inspection.depth) for layer in means])
+                found.append(Profile(name, circuit, statistic, depth, np.array(list(means.values()))))
+    return found
+
+
+def _of_heads(stats: StatsTable, heads: str) -> StatsTable:
+    if heads == ALL_HEADS:
+        return stats.select(head=ALL_HEADS)
+    place = stats.columns.index("head")
+    return StatsTable(tuple(row for row in stats.rows if row[place] != ALL_HEADS), stats.columns)
+
+
+def _statistic(stats: StatsTable, name: str) -> Array:
+    if name == "identity_share":
+        return stats.column("identity_cosine") / stats.column("identity_cosine_bound")
+    return stats.column(name)
+
+
+def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[str, Any]]:
+    by_key = {(p.model, p.circuit, p.statistic): p.at(_GRID) for p in profiles}
+    found: list[dict[str, Any]] = []
+    for first, second in combinations(names, 2):
+        for circuit, _ in PROFILES:
+            if any((name, circuit, "identity_share") not in by_key for name in (first, second)):
+                continue
+            shares = [by_key[name, circuit, "identity_share"] for name in (first, second)]
+            with np.errstate(divide="ignore"):
+                logs = [np.log10(by_key[name, circuit, "alpha"]) for name in (first, second)]
+            found.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "circuit": circuit,
+                    "identity_share": _rms(shares[0] - shares[1]),
+                    "log_alpha": _rms(logs[0] - logs[1]) if np.isfinite(logs).all() else None,
+                }
+            )
+    return found
+
+
+def _rms(values: Array) -> float:
+    """Root mean square over [0, 1] of values on the even grid, by the trapezoid rule."""
+    return float(np.sqrt(np.trapezoid(values**2, _GRID)))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Number names that occur more than once."""
+    return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]

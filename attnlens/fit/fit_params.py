@@ -1,0 +1,306 @@
+"""Fitting parameters: from inspected models to a parameter file that drives an initialiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, qk_circuit
+from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.filters.entries import Estimator, FilterEntry
+from attnlens.filters.fit import filter_trend, fit_filter_entries
+from attnlens.fit.params import Entry, InitParams, LayerSummary, Per, Pooled, Source, Summary
+from attnlens.heads import Array, HeadWeights
+from attnlens.layouts import AttentionSpec, read_heads
+from attnlens.layouts.flags import FLAGS
+from attnlens.layouts.spec import OPT_IN
+from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.provenance import run_provenance
+from attnlens.statistics.depth import Trend, relative_depth
+from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.inference import Inference, infer
+from attnlens.statistics.inverse import Parameters, UnreachableParametersError, request
+from attnlens.statistics.table import ALL_HEADS
+from attnlens.statistics.verdicts import corrected, judge
+
+if TYPE_CHECKING:
+    import os
+
+    from attnlens.threads import Progress
+
+_NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
+# Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
+_NEAREST_SHARE_OF_BOUND = 0.99
+
+Heads = Literal["each", "all"]
+
+
+def fit_params(
+    *models: Any,
+    checkpoint: str | os.PathLike[str] | None = None,
+    per: Per = "head",
+    fold: Fold = "effective",
+    level: float = 0.95,
+    seed: int = 0,
+    num_heads: int | None = None,
+    shrinkage: Estimator = "ledoit-wolf",
+    offline: bool = False,
+    remote: bool = False,
+    command: str | None = None,
+    progress: Progress = iter,
+) -> InitParams:
+    """Fit every circuit, and every layer of depthwise filters, of one or more models: what to ask of an initialiser.
+
+    ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
+    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
+    Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
+    ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
+    layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
+    ``num_heads``, ``offline`` and ``remote`` are those of `attnlens.inspect`.
+
+    Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
+    """
+    if shrinkage not in get_args(Estimator):
+        raise UsageError(f"shrinkage = {shrinkage!r} is not known: choose {', '.join(get_args(Estimator))}")
+    if checkpoint is not None and len(models) > 1:
+        raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
+    access = Access(offline=offline, remote=remote)
+    everything: list[Entry] = []
+    filters: list[FilterEntry] = []
+    sources: list[Source] = []
+    for model in models or (None,):
+        opened = open_model(model, checkpoint, num_heads, access, filters=True)
+        found, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
+        everything += found
+        own, unread = fit_filter_entries(opened, len(sources), shrinkage, progress)
+        if not found and not own:
+            raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {unread[0]}")
+        filters += own
+        sources.append(
+            Source(
+                model=opened.name,
+                provenance=opened.provenance(),
+                num_layers=len(opened.architecture.order),
+                num_heads=heads,
+                num_filter_layers=len(opened.architecture.filters),
+                **_caveats(opened, fold, unread),
+            )
+        )
+    entries = [entry for entry in everything if entry.fold == fold]
+    groups = [(circuit, heads) for circuit, heads in _GROUPS if _group(entries, circuit, heads)]
+    return InitParams(
+        schema="attnlens.params",
+        schema_version=2,
+        fold=fold,
+        per=per,
+        level=level,
+        created=_created(command),
+        sources=sources,
+        entries=everything,
+        layers=list(_layer_summaries(entries)),
+        pooled=[_pool(circuit, heads, _group(entries, circuit, heads)) for circuit, heads in groups],
+        filters=filters,
+        filter_trend=filter_trend(filters),
+    )
+
+
+_INFERRED = (
+    "alpha_stderr",
+    "alpha_low",
+    "alpha_high",
+    "beta_low",
+    "beta_high",
+    "null_sd",
+    "pairing_p_value",
+    "rotation_p_value",
+    "share_identity",
+    "share_diagonal_spread",
+    "share_low_rank",
+    "offdiagonal_kurtosis",
+    "diagonal_median",
+    "top_channel_share",
+)
+_GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov", "all"))
+
+
+def _group(entries: Iterable[Entry], circuit: Kind, heads: Heads) -> list[Entry]:
+    return [e for e in entries if e.circuit == circuit and (e.head == ALL_HEADS) == (heads == ALL_HEADS)]
+
+
+def _fit_model(
+    opened: OpenedModel, source: int, fold: Fold, level: float, seed: int, progress: Progress
+) -> tuple[list[Entry], list[int]]:
+    """Fit every circuit of one model, raw and under ``fold``; p-values are corrected over each kind of circuit.
+
+    A model without one has no entries where it has filters, and is refused where it has none.
+    """
+    specs = [(layer, spec) for layer, spec in opened.architecture.indexed() if not _unread(spec, fold)]
+    if not specs and opened.architecture.filters:
+        return [], []
+    if not specs:
+        layer, spec = opened.architecture.indexed()[0]
+        raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold)}")
+    folds = tuple(dict.fromkeys(("raw", fold)))
+    stacks: list[_Stack] = []
+    heads: list[int] = []
+    for layer, spec in progress(specs):
+        weights = read_heads(spec, opened.checkpoint, layer)
+        heads.append(weights.num_heads)
+        place = {"source": source, "layer": layer, "depth": relative_depth(layer, len(opened.architecture.order))}
+        for name in folds:
+            for circuit, names, product in _circuits(weights, name):
+                if product.is_square:
+                    stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+    if not stacks and opened.architecture.filters:
+        return [], heads
+    if not stacks:
+        raise UnsupportedAttentionError(f"no product of {opened.name} is square: there is no diagonal to fit")
+    return [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])], heads
+
+
+def _unread(spec: AttentionSpec, fold: Fold) -> str:
+    """Say why a layer is not fitted, to follow its name; empty for one that is."""
+    if spec.kind in OPT_IN:
+        return "is {}: {}".format(*OPT_IN[spec.kind])
+    if fold != "raw" and "norm_unknown" in spec.leaves_out:
+        return f"has norms that are not known, so that it has no {fold} product: use --fold raw"
+    return ""
+
+
+def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str, Any]:
+    """Return what of a model is not in its fit: modules that were not read, and what the products leave out."""
+    not_read = [*(f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused), *unread]
+    left_out: dict[str, list[int]] = {}
+    for layer, spec in opened.architecture.indexed():
+        reason = _unread(spec, fold)
+        if reason:
+            not_read.append(f"{spec.path} {reason}")
+            continue
+        for flag in spec.leaves_out:
+            left_out.setdefault(FLAGS.get(flag, flag), []).append(layer)
+    return {"not_read": not_read, "left_out": left_out}
+
+
+def _circuits(weights: HeadWeights, fold: Fold) -> Iterator[tuple[Kind, list[int | str], FactoredProduct]]:
+    yield "qk", list(range(weights.num_heads)), qk_circuit(weights, fold)
+    if weights.W_O is not None:
+        yield "ov", list(range(weights.num_value_heads)), ov_circuit(weights, fold)
+        yield "ov", [ALL_HEADS], layer_ov(weights, fold)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The fits of one layer's products of one kind, before p-values are corrected over the model."""
+
+    place: dict[str, Any]
+    names: Sequence[int | str]
+    fit: DiagonalFit
+    inference: Inference
+
+
+def _measure(
+    product: FactoredProduct, place: dict[str, Any], names: Sequence[int | str], level: float, seed: int
+) -> _Stack:
+    fit, inference = fit_diagonal(product, None), infer(product, level=level, seed=seed)
+    return _Stack({**place, "head_dim": product.rank_bound, "embed_dim": product.shape[-1]}, names, fit, inference)
+
+
+def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
+    """Yield the entries of one model under one fold; their p-values are corrected over all of them as one family."""
+    p_values = corrected(np.concatenate([np.ravel(stack.inference.p_value) for stack in stacks]))
+    start = 0
+    for stack in stacks:
+        own = p_values[start : start + len(stack.names)]
+        start += len(stack.names)
+        judged = judge(stack.fit, stack.inference, own)
+        for index, (name, judgement) in enumerate(zip(stack.names, judged, strict=True)):
+            alpha, beta, beta_stderr = (
+                float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta", "beta_stderr")
+            )
+            inferred: dict[str, Any] = {
+                field: _defined(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
+            }
+            asked, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
+            yield Entry(
+                **stack.place,
+                **inferred,
+                head=name,  # type: ignore[arg-type]
+                alpha=alpha,
+                beta=beta,
+                beta_stderr=beta_stderr,
+                p_value=float(own[index]),
+                p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
+                verdict=judgement.verdict.value,
+                reason=judgement.reason,
+                request_alpha=asked.alpha,
+                request_beta=asked.beta,
+                reachable=reachable,
+            )
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _request(alpha: float, beta: float, rank: int, embed_dim: int) -> tuple[Parameters, bool]:
+    """Return the request that realises a fit, or the nearest one: the fit's beta, alpha raised into reach."""
+    try:
+        return request(alpha, beta, rank, embed_dim), True
+    except UnreachableParametersError:
+        reach = _NEAREST_SHARE_OF_BOUND**2 * rank / embed_dim
+        return request(abs(beta) * math.sqrt(1 / reach - 1), beta, rank, embed_dim), False
+
+
+def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
+    for circuit, heads in _GROUPS:
+        group = _group(entries, circuit, heads)
+        for source, layer in dict.fromkeys((entry.source, entry.layer) for entry in group):
+            found = [entry for entry in group if (entry.source, entry.layer) == (source, layer)]
+            alpha, beta = (np.array([getattr(entry, name) for entry in found]) for name in ("alpha", "beta"))
+            yield LayerSummary(
+                source=source,
+                layer=layer,
+                circuit=circuit,
+                head=heads,
+                alpha_mean=float(alpha.mean()),
+                alpha_sd=_sd(alpha),
+                beta_mean=float(beta.mean()),
+                beta_sd=_sd(beta),
+                n=len(found),
+            )
+
+
+def _pool(circuit: Kind, heads: Heads, entries: Sequence[Entry]) -> Pooled:
+    noisy = [entry for entry in entries if entry.request_alpha > 0]
+    return Pooled(
+        circuit=circuit,
+        head=heads,
+        alpha=_summary(entries, "request_alpha"),
+        beta=_summary(entries, "request_beta"),
+        log_alpha_trend=_trend(noisy, "request_alpha", np.log) if noisy else _NO_NOISE,
+        beta_trend=_trend(entries, "request_beta"),
+    )
+
+
+def _summary(entries: Sequence[Entry], name: str) -> Summary:
+    values = np.array([getattr(entry, name) for entry in entries])
+    sources = sorted({entry.source for entry in entries})
+    means = np.array([np.mean([getattr(e, name) for e in entries if e.source == source]) for source in sources])
+    between = _sd(means) if len(means) > 1 else None
+    return Summary(mean=float(values.mean()), sd=_sd(values), between_model_sd=between, n=len(values))
+
+
+def _trend(entries: Sequence[Entry], name: str, of: Callable[[Array], Array] = np.asarray) -> Trend:
+    return Trend.fit([entry.depth for entry in entries], of(np.array([getattr(entry, name) for entry in entries])))
+
+
+def _sd(values: Array) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def _created(command: str | None) -> dict[str, Any]:
+    return {**run_provenance(), "command": command}

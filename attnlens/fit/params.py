@@ -1,0 +1,328 @@
+"""The parameter file: what was measured in which models, and what to ask of an initialiser to start there.
+
+A file holds, per source, layer and head, the realised fit (alpha, beta with intervals) and the *request*: the (alpha,
+beta) to draw with so that the truncated product realises it. Requests are free of width and rank: a full d x d draw
+``alpha * Z + beta * I`` has the same two numbers whatever d is, so they, and not the realised ones, carry over to
+another model. Of depthwise filters it holds the covariance of every layer and a closed form fitted to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from attnlens.atomic import write_text_atomic
+from attnlens.circuits import Fold, Kind
+from attnlens.errors import ParamsError
+from attnlens.filters.closed_form import mixture, side
+from attnlens.filters.entries import FilterEntry, FilterTrend, carried_over
+from attnlens.filters.spec import Kernel
+from attnlens.heads import Array
+from attnlens.statistics.depth import Trend, _Part, relative_depth
+from attnlens.statistics.table import ALL_HEADS
+from attnlens.strict_json import parse_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from attnlens.models.architecture import Architecture
+
+SCHEMA = "attnlens.params"
+VERSION = 2
+Per = Literal["head", "layer", "model"]
+LARGEST_LOG = 700.0
+"""Of the logarithm of alpha: beyond it float64 ends."""
+
+# Version -> function that turns a file of that version into the next one.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda data: {**data, "filters": [], "filter_trend": None, "schema_version": 2}
+}
+
+
+# A product that is zero has no shares.
+Share = Annotated[float | None, Field(ge=0, le=1 + 1e-9)]
+
+
+class Entry(_Part):
+    """The fit of one circuit: of a head's QK or OV product, or of a layer's summed OV (``head`` is ``all``)."""
+
+    source: int = Field(ge=0)
+    layer: int = Field(ge=0)
+    depth: float = Field(ge=0, le=1, description="relative position of the layer: layer / (depth - 1)")
+    circuit: Kind
+    head: int | Literal["all"]
+    fold: Fold
+    head_dim: int = Field(ge=1)
+    embed_dim: int = Field(ge=2)
+    alpha: float = Field(ge=0)
+    alpha_stderr: float = Field(ge=0)
+    alpha_low: float
+    alpha_high: float
+    beta: float
+    beta_stderr: float = Field(ge=0)
+    beta_low: float
+    beta_high: float
+    p_value: float = Field(
+        ge=0, le=1, description="of the diagonal under the null, corrected over the source's entries of this fold"
+    )
+    p_value_alone: float = Field(ge=0, le=1, description="the same before correction")
+    pairing_p_value: float = Field(ge=0, le=1, description="before correction, against random pairing of rows")
+    rotation_p_value: float = Field(ge=0, le=1, description="before correction, against rotation of the factors")
+    verdict: Literal["identity", "negative identity", "none", "not described by this model"]
+    reason: str = Field(description="the finding that decided the verdict")
+    null_sd: float = Field(ge=0, description="of the mean diagonal under the null")
+    share_identity: Share = Field(description="of ||M||_F^2 in beta * I")
+    share_diagonal_spread: Share = Field(description="of ||M||_F^2 in the diagonal's deviation from beta")
+    share_low_rank: Share = Field(description="of ||M||_F^2 in singular directions above the noise's edge")
+    offdiagonal_kurtosis: float | None = Field(description="excess kurtosis of the off-diagonal entries")
+    diagonal_median: float
+    top_channel_share: Share = Field(description="share of sum |M_ii| in the largest 1% of entries")
+    request_alpha: float = Field(ge=0)
+    request_beta: float
+    reachable: bool = Field(description="False where no request realises the fit: the nearest reachable one is given")
+
+
+class Source(_Part):
+    """A model the parameters were measured in."""
+
+    model: str
+    provenance: dict[str, Any]
+    num_layers: int = Field(ge=0, description="of attention")
+    num_heads: list[int]
+    num_filter_layers: int = Field(default=0, ge=0)
+    not_read: list[str] = Field(description="attention modules that were left out, and why")
+    left_out: dict[str, list[int]] = Field(description="what the network applies beside the products, and the layers")
+
+
+class Summary(_Part):
+    """Mean, spread over everything pooled, spread between models' means, and the number of values."""
+
+    mean: float
+    sd: float = Field(ge=0)
+    between_model_sd: float | None = Field(description="None with one model")
+    n: int = Field(ge=1)
+
+
+class Pooled(_Part):
+    """One circuit's requests, pooled over all layers (and heads) of all models, and their trend with depth.
+
+    The trend of alpha is that of its logarithm: at no depth does it ask for less than no noise.
+    """
+
+    circuit: Kind
+    head: Literal["each", "all"]
+    alpha: Summary
+    beta: Summary
+    log_alpha_trend: Trend
+    beta_trend: Trend
+
+    def at(self, depth: float) -> tuple[float, float]:
+        """Return the (alpha, beta) to request at a relative depth."""
+        log_alpha, beta = self.log_alpha_trend(depth), self.beta_trend(depth)
+        if not (log_alpha < LARGEST_LOG and math.isfinite(beta)):
+            raise ParamsError(f"the trend of {self.circuit} ({self.head}) is no number at depth {depth:g}: fit again")
+        return math.exp(log_alpha), beta
+
+
+class LayerSummary(_Part):
+    """One circuit's realised fit in one layer of one model: mean and spread over heads."""
+
+    source: int = Field(ge=0)
+    layer: int = Field(ge=0)
+    circuit: Kind
+    head: Literal["each", "all"]
+    alpha_mean: float
+    alpha_sd: float
+    beta_mean: float
+    beta_sd: float
+    n: int = Field(ge=1)
+
+
+class LayerRequest(_Part):
+    """What to draw one layer with: (alpha, beta) pairs before truncation, in float64 arrays."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    layer: int
+    qk: Any
+    """``[num_heads, 2]``, None where the file has no QK product"""
+    ov: Any
+    """``[2]``, of the layer's summed OV; beta carries its sign; None where the file has none"""
+    ov_heads: Any = None
+    """``[num_heads, 2]`` of single heads, None where the file has none"""
+
+
+class InitParams(_Part):
+    """Fitted parameters of one or more models; see the module's text for what carries over and how."""
+
+    schema_: Literal["attnlens.params"] = Field(alias="schema")
+    schema_version: Literal[2]
+    fold: Fold = Field(description="what an initialiser takes; entries of other folds stand beside for comparison")
+    per: Per
+    level: float = Field(gt=0, lt=1, description="of the intervals")
+    created: dict[str, Any]
+    sources: list[Source] = Field(min_length=1)
+    entries: list[Entry]
+    layers: list[LayerSummary]
+    pooled: list[Pooled]
+    filters: list[FilterEntry]
+    filter_trend: FilterTrend | None
+
+    @model_validator(mode="after")
+    def _refer_to_sources(self) -> InitParams:
+        rows: list[tuple[str, Entry | FilterEntry]] = [
+            *((f"entries.{place}", entry) for place, entry in enumerate(self.entries)),
+            *((f"filters.{place}", filters) for place, filters in enumerate(self.filters)),
+        ]
+        if not rows:
+            raise ValueError("entries and filters are both empty")
+        for name, row in rows:
+            if row.source >= len(self.sources):
+                raise ValueError(f"{name}.source is {row.source}, but there are {len(self.sources)} sources")
+        if bool(self.filters) != (self.filter_trend is not None):
+            raise ValueError("filters and filter_trend go together")
+        return self
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from attnlens.reports.notebook import params_html
+
+        return params_html(self)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> InitParams:
+        """Read and validate a parameter file.
+
+        Raises `ParamsError` that names the file and the field that is wrong, or the version that is not known.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParamsError(f"cannot read {path}: {error}") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str = "the parameter file") -> InitParams:
+        """Validate the text of a parameter file; ``where`` names it in errors."""
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise ParamsError(f"{where} is not JSON ({error}): write it with `attnlens fit-params`") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ParamsError(f"{where} is not a parameter file: its field 'schema' is not {SCHEMA!r}")
+        return cls._validated(_migrated(data, where), where)
+
+    @classmethod
+    def _validated(cls, data: dict[str, Any], where: str) -> InitParams:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise ParamsError(f"{where}: {field}: {first['msg']}") from error
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the file atomically."""
+        return write_text_atomic(Path(path), self.to_json())
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        return self.model_dump_json(indent=1, by_alias=True) + "\n"
+
+    def select(
+        self, circuit: Kind, head: Literal["each", "all"], layer: int | None = None, fold: Fold | None = None
+    ) -> list[Entry]:
+        """Return the entries of one circuit, of single heads (``each``) or of layer sums (``all``); of `fold`."""
+        return [
+            entry
+            for entry in self.entries
+            if (entry.circuit, entry.fold) == (circuit, fold or self.fold)
+            and (entry.head == ALL_HEADS) == (head == ALL_HEADS)
+            and layer in (None, entry.layer)
+        ]
+
+    def for_model(self, module: nn.Module) -> tuple[LayerRequest, ...]:
+        """Return the requests for every readable layer of a live module, by the transfer rule of `requests`."""
+        from attnlens.models.architecture import describe_module
+
+        return self.requests(describe_module(module))
+
+    def requests(self, architecture: Architecture) -> tuple[LayerRequest, ...]:
+        """Return what to draw each readable layer of an architecture with.
+
+        Transfer rule, in requests (which do not depend on width, head count or head dim):
+
+        - ``per="head"``: one source of the same depth: layer by layer; head by head where the head counts agree, the
+          layer's mean request for every head where they do not.
+        - ``per="layer"``: sources of the same depth: layer by layer, the mean over heads and models.
+        - otherwise (another depth; several models under ``per="head"``): the depth trend at t = layer / (depth - 1).
+        - ``per="model"``: the pooled mean for every layer.
+        """
+        places = [(layer, spec.q.heads, spec.o.heads if spec.o else 0) for layer, spec in architecture.indexed()]
+        depth = len(architecture.order)
+        depths = [source.num_layers for source in self.sources if source.num_layers]
+        same_depth = all(layers == depth for layers in depths)
+        by_layer = same_depth and (self.per == "layer" or (self.per == "head" and len(depths) == 1))
+        found = []
+        for layer, heads, value_heads in places:
+            t = relative_depth(layer, depth)
+            qk = self._heads("qk", layer if by_layer else None, heads, t)
+            ov = self._heads("ov", layer if by_layer else None, value_heads, t)
+            total = self._pairs("ov", "all", layer if by_layer else None, t)
+            found.append(LayerRequest(layer=layer, qk=qk, ov=total.mean(0) if len(total) else None, ov_heads=ov))
+        return tuple(found)
+
+    def _heads(self, circuit: Kind, layer: int | None, heads: int, t: float) -> Array | None:
+        pairs = self._pairs(circuit, "each", layer, t)
+        if not len(pairs) or not heads:
+            return None
+        if self.per == "head" and len(pairs) == heads:
+            return pairs
+        return np.tile(pairs.mean(0), (heads, 1))
+
+    def _pairs(self, circuit: Kind, head: Literal["each", "all"], layer: int | None, t: float) -> Array:
+        """Return ``[n, 2]`` requests: those of a layer, or the one pair that trend or pooled mean give."""
+        if layer is not None:
+            entries = self.select(circuit, head, layer)
+            if entries:
+                return np.array([[entry.request_alpha, entry.request_beta] for entry in entries])
+        pooled = next((p for p in self.pooled if p.circuit == circuit and p.head == head), None)
+        if pooled is None:
+            return np.empty((0, 2))
+        if self.per == "model":
+            return np.array([[pooled.alpha.mean, pooled.beta.mean]])
+        return np.array([pooled.at(t)])
+
+    def filter_covariance(self, depth: float, kernel: Kernel, form: Literal["full", "parametric"]) -> Array | None:
+        """Return the covariance, with trace 1, to draw a layer of depthwise filters with; None where there is none.
+
+        ``full``: the measured ones, carried over to this relative depth and kernel by `filters.entries.carried_over`.
+        ``parametric``: `filters.closed_form.mixture` with the width and isotropic share of the trend at this depth, s
+        scaled with the square of the kernel's side.
+        """
+        if form == "full":
+            return carried_over(self.filters, depth, kernel)
+        if self.filter_trend is None:
+            return None
+        relative, isotropic = self.filter_trend.at(depth)
+        return mixture(kernel, relative * side(kernel) ** 2, isotropic)
+
+
+def _migrated(data: dict[str, Any], where: str) -> dict[str, Any]:
+    version = data.get("schema_version")
+    while type(version) is int and version < VERSION and version in MIGRATIONS:
+        data = MIGRATIONS[version](data)
+        version = data.get("schema_version")
+    if type(version) is not int or version != VERSION:  # JSON's true equals 1
+        raise ParamsError(
+            f"{where} has schema_version {version!r}; this attnlens reads {sorted([*MIGRATIONS, VERSION])}: "
+            "update attnlens, or fit again"
+        )
+    return data

@@ -1,0 +1,124 @@
+"""From an architecture's name to a weight file: build, initialise, write with provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from attnlens.atomic import write_atomic
+from attnlens.errors import CheckpointError, ParamsError, UsageError
+from attnlens.inits.apply import build_model, init_
+from attnlens.inits.registry import find_initialiser
+from attnlens.inits.report import InitReport, describe_option
+from attnlens.models.architecture import check_model_args
+from attnlens.models.open import EMBEDDED
+from attnlens.provenance import run_provenance
+from attnlens.strict_json import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+METADATA_KEY = "attnlens"
+"""Entry of a safetensors file's metadata that says how `attnlens init` made it."""
+
+
+class Built(NamedTuple):
+    """A new network, and what timm needs to build it again."""
+
+    module: nn.Module
+    architecture: str
+    model_args: dict[str, Any]
+
+
+def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
+    """Build a network with the weights timm draws under ``seed``: a timm name, a model folder, or the shipped ViT."""
+    folder = EMBEDDED if model is None else Path(model.removeprefix("local-dir:"))
+    if folder.is_dir():
+        settled = {**_folder_args(folder / "config.json"), **model_args}
+        module = build_model(f"local-dir:{folder}", seed, settled)
+        config: Any = module.pretrained_cfg
+        return Built(module, str(config["architecture"]), settled)
+    assert model is not None
+    module = build_model(model, seed, model_args)
+    return Built(module, model.removeprefix("timm/").partition(".")[0], dict(model_args))
+
+
+def _folder_args(config: Path) -> dict[str, Any]:
+    """Return what a folder's config adds to its architecture: model_args, and the number of classes."""
+    try:
+        data = read_json(config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {config}: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{config} holds a JSON {type(data).__name__} where an object is expected")
+    classes = check_model_args({name: data[name] for name in ("num_classes",) if name in data}, str(config))
+    return {**classes, **check_model_args(data.get("model_args", {}), str(config))}
+
+
+def init_file(
+    model: str | None,
+    output: str | os.PathLike[str],
+    *,
+    init: str = "mimetic",
+    seed: int = 0,
+    model_args: Mapping[str, Any] | None = None,
+    command: str | None = None,
+    **options: Any,
+) -> InitReport | None:
+    """Write the weights of a new network with initialised attention as a safetensors file; None for ``default``.
+
+    ``model``: a timm name, a folder with timm's ``config.json``, or None for the architecture of the shipped ViT;
+    ``model_args`` go to timm. Outside attention the weights are what timm draws under ``seed``, as `create_model` has
+    them. The file loads strictly with ``timm.create_model(..., checkpoint_path=...)``; its metadata name architecture
+    and arguments, initialiser, seed, options, the parameter file's hash, versions and ``command``.
+    """
+    chosen = find_initialiser(init)
+    built = build(model, seed, model_args or {})
+    report, params = None, params_record(options.get("params"))
+    if chosen.name != "default":
+        report = init_(built.module, init, seed=seed, **options)
+    elif options:
+        raise UsageError("initialiser 'default' has no options")
+    if params != params_record(options.get("params")):
+        raise ParamsError(f"{options['params']} changed while it was read: run again when nothing writes it")
+    record = {
+        "init": init,
+        "seed": seed,
+        "options": {name: describe_option(value) for name, value in options.items()},
+        "params": params,
+        "worst_error": None if report is None else report.worst_error,
+        "skipped": [] if report is None else [f"{s.name} {s.circuit}: {s.reason}" for s in report.skipped],
+        **run_provenance(),
+        "command": command,
+    }
+    metadata = {
+        "format": "pt",
+        "architecture": built.architecture,
+        "model_args": json.dumps(built.model_args),
+        METADATA_KEY: json.dumps(record),
+    }
+    save_weights(built.module, output, metadata)
+    return report
+
+
+def save_weights(module: nn.Module, output: str | os.PathLike[str], metadata: dict[str, str]) -> Path:
+    """Write a network's state as safetensors, atomically; tensors that share memory are written each by themselves."""
+    from safetensors.torch import save
+
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    return write_atomic(Path(output), lambda file: file.write(save(state, metadata)))
+
+
+def params_record(params: Any) -> dict[str, Any] | None:
+    """Return name and hash of a parameter file; None where parameters came another way, or not at all."""
+    if not isinstance(params, str | os.PathLike) or not os.fspath(params).endswith(".json"):
+        return None
+    path = Path(params)
+    try:
+        return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except OSError as error:
+        raise ParamsError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,134 @@
+"""Initialisation from a fit: the parameters measured in pre-trained models, drawn so that they are realised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from attnlens.circuits import Fold
+from attnlens.errors import UsageError
+from attnlens.filters.spec import Kernel
+from attnlens.heads import Array
+from attnlens.inits.plan import ALL_HEADS, Layer, Network, Plan, Request, Rule
+from attnlens.inits.products import Columns, Noise, Pair, ov_reason, plan_ov, plan_ov_heads, plan_qk
+from attnlens.inits.registry import choose, initialiser
+from attnlens.inits.rules.mimetic import merged
+from attnlens.models.architecture import Architecture
+
+Form = Literal["full", "parametric"]
+"""Of the covariance of depthwise filters: as it was measured, or the closed form fitted to it."""
+
+
+class _LayerRequest(Protocol):
+    @property
+    def layer(self) -> int: ...
+    @property
+    def qk(self) -> Array | None: ...
+    @property
+    def ov(self) -> Array | None: ...
+    @property
+    def ov_heads(self) -> Array | None: ...
+
+
+class Params(Protocol):
+    """What `fitted` needs of an `InitParams`: requests (alpha and beta to draw with) and their fold."""
+
+    @property
+    def fold(self) -> Fold:
+        """Coordinates of the products the parameters were measured in."""
+        ...
+
+    def requests(self, architecture: Architecture, /) -> tuple[Any, ...]:
+        """Return one `LayerRequest` for each readable layer of an architecture."""
+        ...
+
+    def filter_covariance(self, depth: float, kernel: Kernel, form: Form, /) -> Array | None:
+        """Return the covariance to draw a layer's depthwise filters with; None where there is none."""
+        ...
+
+
+@initialiser("fitted")
+def fitted(
+    network: Network,
+    *,
+    params: Any,
+    ov: Literal["layer", "head"] = "layer",
+    columns: Columns = "svd",
+    noise: Noise = "normal",
+) -> Rule:
+    """Draw QK and OV with the parameters of a fit, such that each product realises what was measured.
+
+    As `mimetic`, with (alpha, beta) of `InitParams.requests` for every head and layer: requests are solved for the
+    truncation, ``realised(request) = fit``. ``params`` is an `InitParams`, the path of its file, or a model to fit
+    (``fit_params(model)``). ``ov="head"`` draws every head's W_V W_O by itself in place of the layer's sum. In a file
+    of effective products the network's own norm gain and LayerScale are divided out, so that its effective products
+    have the parameters. Attention biases are set to zero.
+    """
+    found = load_params(params)
+    if found.fold not in ("raw", "effective"):
+        raise UsageError(f"the parameters are of {found.fold} products: fit again with fold='raw' or 'effective'")
+    choose("ov", ov, ("layer", "head"))
+    choose("columns", columns, ("svd", "shuffled"))
+    choose("noise", noise, ("normal", "uniform"))
+    by_layer = {request.layer: request for request in found.requests(network.architecture)}
+
+    def plan(layer: Layer) -> Plan:
+        heads, total = _pairs(layer, by_layer, "qk"), _pairs(layer, by_layer, "ov" if ov == "layer" else "ov_heads")
+        qk = plan_qk(layer, heads, noise) if heads else _nothing("qk")
+        if ov_reason(layer):
+            return merged(qk, Plan(skipped=(("ov", ov_reason(layer)),)))
+        if not total:
+            return merged(qk, _nothing("ov"))
+        if ov == "head":
+            return merged(qk, plan_ov_heads(layer, total, noise))
+        return merged(qk, plan_ov(layer, total[0], noise, columns))
+
+    def requests(layer: Layer) -> tuple[Request, ...]:
+        heads, total = _pairs(layer, by_layer, "qk"), _pairs(layer, by_layer, "ov" if ov == "layer" else "ov_heads")
+        square = layer.weights.W_Q.shape[1] == layer.weights.W_K.shape[1]
+        asked = [Request("qk", head, *pair) for head, pair in enumerate(heads) if square]
+        if not ov_reason(layer):
+            names: Sequence[int | str] = [ALL_HEADS] if ov == "layer" else range(len(total))
+            asked += [Request("ov", name, *pair) for name, pair in zip(names, total, strict=False)]
+        return tuple(asked)
+
+    return Rule(plan, found.fold, requests)
+
+
+def load_params(params: Any) -> Params:
+    """Return parameters from an object that has them, the path of a parameter file, or a model to fit."""
+    if hasattr(params, "requests") and hasattr(params, "fold"):
+        return params
+    from attnlens.fit.params import InitParams
+
+    if isinstance(params, str | os.PathLike) and os.fspath(params).endswith(".json"):
+        return InitParams.load(params)
+    from attnlens.fit.fit_params import fit_params
+
+    return fit_params(params)
+
+
+def _nothing(circuit: str) -> Plan:
+    return Plan(skipped=((circuit, "the parameters hold nothing for this layer"),))
+
+
+def _pairs(layer: Layer, by_layer: dict[int, _LayerRequest], which: str) -> list[Pair]:
+    """Return a layer's requests as pairs, one a head (one in all for ``ov``); empty where there are none."""
+    request = by_layer.get(layer.index)
+    found = None if request is None else getattr(request, which)
+    if found is None:
+        return []
+    values = np.asarray(found, dtype=np.float64).reshape(-1, 2)
+    expected = {"qk": layer.weights.num_heads, "ov": 1, "ov_heads": layer.weights.num_value_heads}[which]
+    if len(values) != expected:
+        raise UsageError(
+            f"the parameters hold {len(values)} requests for the {expected} of layer {layer.index} ({which})"
+        )
+    if not np.isfinite(values).all():
+        return []
+    if (values[:, 0] < 0).any():
+        raise UsageError(f"the parameters ask for a negative alpha in layer {layer.index}: it is a standard deviation")
+    return [(float(alpha), float(beta)) for alpha, beta in values]

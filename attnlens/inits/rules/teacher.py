@@ -1,0 +1,140 @@
+"""Initialisation from another network's weights: its attention as it is, or an evenly spaced selection of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnlens.circuits import Fold
+from attnlens.errors import UsageError
+from attnlens.heads import Array, HeadWeights
+from attnlens.inits.folding import folded
+from attnlens.inits.plan import Layer, Network, Plan, Rule
+from attnlens.inits.registry import choose, initialiser
+from attnlens.layouts import read_heads
+from attnlens.models.open import OpenedModel, open_model
+
+_NORM_BIAS = "the bias of the teacher's norm stays with the teacher: only its gain is folded in"
+Select = Callable[[Array, tuple[int, ...]], Array]
+
+
+@initialiser("transfer-attention")
+def transfer_attention(
+    network: Network, *, teacher: Any, checkpoint: str | os.PathLike[str] | None = None, fold: Fold = "effective"
+) -> Rule:
+    """Copy the attention of a pre-trained network with the same layers, heads and widths.
+
+    With ``fold="effective"`` the product is what is copied: the teacher's norm gain and LayerScale are folded in and
+    the student's divided out, so that a student without them computes the same. ``fold="raw"`` copies the stored
+    numbers. Biases are copied, that of W_O through LayerScale like W_O. ``teacher`` and ``checkpoint``: as
+    `attnlens.inspect` takes them.
+    """
+    opened = open_model(teacher, checkpoint)
+    pairs = _paired(network, opened, "same")
+
+    def plan(layer: Layer) -> Plan:
+        theirs = read_heads(*pairs[layer.index])
+        for role, mine in _sizes(layer.weights).items():
+            if _sizes(theirs)[role] != mine:
+                raise UsageError(
+                    f"layer {layer.index}: {role} of the teacher {opened.name} is {_sizes(theirs)[role]} "
+                    f"[head, from, to], the network's {mine}. Use weight-selection for a larger teacher"
+                )
+        return _plan(layer, theirs, fold, lambda weight, _: weight)
+
+    return Rule(plan, choose("fold", fold, ("raw", "effective")), random=False)
+
+
+@initialiser("weight-selection")
+def weight_selection(
+    network: Network,
+    *,
+    teacher: Any,
+    checkpoint: str | os.PathLike[str] | None = None,
+    layers: Literal["first", "spaced"] = "first",
+    fold: Fold = "effective",
+) -> Rule:
+    """Select evenly spaced heads, units and coordinates of a larger teacher.
+
+    Along every axis entry i of the student is entry floor(i T / S) of the teacher's T. Heads are selected as wholes and
+    units inside them, so no head is a mixture; query heads within their key head's group. ``layers="first"`` takes the
+    teacher's first layers as published, ``"spaced"`` evenly spaced ones. ``fold="effective"`` folds the teacher's norm
+    gain and LayerScale in before selecting and divides the student's out. Biases are selected alike. Source: Xu et al.,
+    ICLR 2024 (arXiv 2311.18823), whose code selects rows of the packed tensors and so interleaves heads.
+    """
+    opened = open_model(teacher, checkpoint)
+    pairs = _paired(network, opened, choose("layers", layers, ("first", "spaced")))
+
+    def plan(layer: Layer) -> Plan:
+        theirs = read_heads(*pairs[layer.index])
+        groups = (layer.query_groups, theirs.num_heads // theirs.num_kv_heads)
+        if groups[0] > groups[1]:
+            raise UsageError(
+                f"layer {layer.index}: {groups[0]} query heads share a key head, in the teacher {groups[1]}: "
+                "name a teacher with as many"
+            )
+        return _plan(layer, theirs, fold, lambda weight, size: _selected(weight, size, layer, opened.name))
+
+    return Rule(plan, choose("fold", fold, ("raw", "effective")), random=False)
+
+
+def evenly_spaced(teacher: int, student: int) -> NDArray[np.intp]:
+    """Return floor(i * teacher / student) for i below ``student``."""
+    return np.arange(student) * teacher // student
+
+
+def _selected(weight: Array, size: tuple[int, ...], layer: Layer, teacher: str) -> Array:
+    """Select along every axis of a weight ``[head, from, to]`` or bias."""
+    if any(theirs < mine for theirs, mine in zip(weight.shape, size, strict=True)):
+        raise UsageError(
+            f"layer {layer.index}: the teacher {teacher} has {weight.shape}, less than the network's {size}: "
+            "weight-selection needs a teacher at least as large along every axis"
+        )
+    return weight[np.ix_(*(evenly_spaced(theirs, mine) for theirs, mine in zip(weight.shape, size, strict=True)))]
+
+
+def _plan(layer: Layer, theirs: HeadWeights, fold: Fold, select: Select) -> Plan:
+    """Plan a layer as the teacher's weights and biases, in the coordinates of the fold, cut by ``select``."""
+    mine = layer.weights
+    new = folded(theirs, fold)
+    sizes = _sizes(mine)
+    if mine.W_O is not None and theirs.W_O is None:
+        raise UsageError(f"layer {layer.index}: the teacher has no output projection")
+    found = {role: select(new[role], sizes[role]) for role in sizes}
+    biases = {}
+    for role in sizes:
+        bias, own = getattr(theirs, f"b_{role.upper()}"), getattr(mine, f"b_{role.upper()}")
+        if bias is None or own is None:
+            continue  # a bias the teacher has and the student cannot hold is lost; one it lacks is zero
+        if role == "o" and fold != "raw" and theirs.layer_scale is not None:
+            bias = bias * theirs.layer_scale
+        biases[role] = select(bias, own.shape)
+    return Plan(
+        W_Q=found["q"],
+        W_K=found["k"],
+        W_V=found["v"],
+        W_O=found.get("o"),
+        biases=biases,
+        notes=(_NORM_BIAS,) if fold != "raw" and theirs.norm_gain is not None else (),
+    )
+
+
+def _sizes(weights: HeadWeights) -> dict[str, tuple[int, ...]]:
+    by_role = {"q": weights.W_Q, "k": weights.W_K, "v": weights.W_V, "o": weights.W_O}
+    return {role: weight.shape for role, weight in by_role.items() if weight is not None}
+
+
+def _paired(network: Network, opened: OpenedModel, how: str) -> dict[int, tuple[Any, Any, int]]:
+    """Pair each of the network's layers with one of the teacher's: what `read_heads` needs to read it."""
+    mine, theirs = network.architecture.indexed(), opened.architecture.indexed()
+    if len(theirs) < len(mine) or (how == "same" and len(theirs) != len(mine)):
+        raise UsageError(f"the teacher {opened.name} has {len(theirs)} attention layers, the network {len(mine)}")
+    chosen = evenly_spaced(len(theirs), len(mine)) if how == "spaced" else np.arange(len(mine))
+    return {
+        index: (theirs[int(place)][1], opened.checkpoint, theirs[int(place)][0])
+        for (index, _), place in zip(mine, chosen, strict=True)
+    }

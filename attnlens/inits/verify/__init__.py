@@ -1,0 +1,1 @@
+"""Whether a network is what an initialiser asked for, and which known mistakes it shows."""

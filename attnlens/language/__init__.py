@@ -1,1 +1,0 @@
-"""Language models of the project's own: a small causal transformer over bytes."""

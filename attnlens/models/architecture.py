@@ -1,0 +1,274 @@
+"""What a model's layers look like: its attention and its depthwise filters, found once on the meta device and cached.
+
+Describing an architecture needs torch and timm; reading its weights does not. The description is plain JSON in the
+user's cache folder by timm version, so the second inspection of an architecture imports neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnlens.atomic import write_text_atomic
+from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError
+from attnlens.filters.spec import FilterSpec
+from attnlens.layouts.spec import AttentionSpec, Refusal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's attention and filter layers in module order, what was refused, and where timm says its weights are."""
+
+    name: str
+    specs: tuple[AttentionSpec, ...]
+    refused: tuple[Refusal, ...]
+    order: tuple[str, ...]
+    """Path of every attention module, read or refused: a layer's index is its place here."""
+    shapes: dict[str, list[int]]
+    """Shape of every tensor the layers read: what a file must hold to be of this architecture."""
+    weights: dict[str, Any]
+    """timm's pretrained tags: ``{tag: {"hf_hub_id": ..., "url": ...}}``, the default tag first."""
+    filters: tuple[FilterSpec, ...] = ()
+    """Layers of depthwise filters: a layer's index is its place here."""
+    refused_filters: tuple[Refusal, ...] = ()
+
+    def indexed(self) -> tuple[tuple[int, AttentionSpec], ...]:
+        """Pair each readable layer with its index among all attention modules."""
+        places = {path: index for index, path in reversed([*enumerate(self.order)])}
+        return tuple((places[spec.path], spec) for spec in self.specs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Architecture:
+        """Rebuild from `to_json`."""
+        return cls(
+            data["name"],
+            tuple(AttentionSpec.from_json(spec) for spec in data["specs"]),
+            tuple(Refusal(**refusal) for refusal in data["refused"]),
+            tuple(data["order"]),
+            data["shapes"],
+            data["weights"],
+            tuple(FilterSpec.from_json(spec) for spec in data["filters"]),
+            tuple(Refusal(**refusal) for refusal in data["refused_filters"]),
+        )
+
+
+def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -> Architecture:
+    """Describe a timm architecture, with ``model_args`` passed to its constructor; from the cache where it can be.
+
+    Raises `ModelNotFoundError` with the nearest names when timm does not know it, `UnsupportedAttentionError` when
+    it holds neither attention nor depthwise filters.
+    """
+    check_model_args(model_args or {}, name)
+    cached = _cache_file(name, model_args or {})
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Architecture.from_json(json.loads(cached.read_text()))
+    found = _build(name, model_args or {})
+    with contextlib.suppress(OutputError):  # a read-only cache costs time, nothing else
+        write_text_atomic(cached, json.dumps(found.to_json()))
+    return found
+
+
+def describe_module(module: nn.Module, name: str | None = None) -> Architecture:
+    """Describe a live module: its depthwise filters, its attention layers, and the norms around them.
+
+    The norms come from the forward pass of a copy on the meta device.
+
+    The input size comes from the module's patch embedding or ``pretrained_cfg`` (timm), else 3 x 224 x 224 is tried;
+    where no forward pass is possible the layers carry the flag ``norm_unknown`` and have no effective fold.
+    """
+    from attnlens.filters.find import filter_modules
+    from attnlens.layouts.describe import attention_modules
+    from attnlens.layouts.norms import trace_surroundings, with_surroundings
+
+    found = list(attention_modules(module))
+    specs = [item for item in found if isinstance(item, AttentionSpec)]
+    refused = tuple(item for item in found if isinstance(item, Refusal))
+    config = getattr(module, "pretrained_cfg", None) or {}
+    title = name or str(config.get("architecture") or type(module).__name__)
+    depthwise = list(filter_modules(module))
+    filters = tuple(item for item in depthwise if isinstance(item, FilterSpec))
+    if not found and not depthwise:
+        raise UnsupportedAttentionError(
+            f"{title} holds no attention module that is known and no depthwise convolution: there is nothing to inspect"
+        )
+    stored = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    if specs:
+        skeleton = _on_meta(module)
+        around = trace_surroundings(skeleton, [spec.path for spec in specs], _input_shape(module))
+        specs = [with_surroundings(spec, around.get(spec.path) if around else None, skeleton) for spec in specs]
+    tensors = [name for spec in specs for name in spec.tensors()] + [name for f in filters for name in f.tensors()]
+    shapes = {name: list(stored[name].shape) for name in tensors}
+    return Architecture(
+        title,
+        tuple(specs),
+        refused,
+        tuple(item.path for item in found),
+        shapes,
+        {},
+        filters,
+        tuple(item for item in depthwise if isinstance(item, Refusal)),
+    )
+
+
+def _input_shape(module: Any) -> tuple[int, ...]:
+    """Return the shape of one image batch the module takes: what its patch embedding says, else timm's config."""
+    channels, *size = (getattr(module, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    own = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    first = getattr(getattr(getattr(module, "patch_embed", None), "proj", None), "in_channels", channels)
+    return (1, first, *(own if isinstance(own, tuple) else size))
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """Copy a module without its storage: every parameter and buffer becomes a meta tensor."""
+    import copy
+
+    import torch
+
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(module, memo)
+
+
+def _build(name: str, model_args: dict[str, Any]) -> Architecture:
+    import timm
+    import torch
+
+    if not timm.is_model(name):
+        raise ModelNotFoundError(f"timm has no architecture named {name!r}{suggest(name, timm.list_models())}")
+    try:
+        with torch.device("meta"), _modules_counted(name):
+            model = timm.create_model(name, pretrained=False, **model_args)
+        return replace(describe_module(model, name), weights=pretrained_tags(name))
+    except AttnlensError:
+        raise
+    except Exception as error:  # any constructor of timm's, with any arguments a file may name
+        raise ModelNotFoundError(
+            f"timm cannot build {name} with model_args {model_args} ({type(error).__name__}: {error}): fix the "
+            "config.json or metadata they come from"
+        ) from error
+
+
+LARGEST_ARGUMENT = 1 << 16
+"""Largest number among the arguments a file may hand to an architecture: widths, image sizes and classes lie below."""
+MOST_ARGUMENTS = 1 << 10
+MOST_MODULES = 20_000
+"""Modules a network described by a file may have; the largest of timm have some three thousand."""
+
+
+def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
+    """Return arguments for an architecture, as a file names them: plain data of sizes that networks have.
+
+    What `timm.create_model` itself takes (a checkpoint's path, a folder, a pre-trained configuration) is no argument of
+    an architecture, and is refused: a file names its sizes, and nothing that is read or run.
+
+    Raises `ModelNotFoundError`.
+    """
+    reserved = ("model_name", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "block_fn")
+    if not isinstance(model_args, dict):
+        raise ModelNotFoundError(f"model_args of {where} is not an object: fix the file")
+    for name in model_args:
+        if name in reserved or name.startswith("pretrained"):
+            raise ModelNotFoundError(f"model_args of {where} names {name}, which is no size of a network: take it out")
+    level, count = [model_args], 0
+    while level:
+        value = level.pop()
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += 1 + len(inner)
+        level.extend(inner)
+        if isinstance(value, int | float) and not -LARGEST_ARGUMENT <= value <= LARGEST_ARGUMENT:
+            raise ModelNotFoundError(f"model_args of {where} names {value!s:.30}: at most {LARGEST_ARGUMENT} is read")
+        if count > MOST_ARGUMENTS:
+            raise ModelNotFoundError(f"model_args of {where} names more than {MOST_ARGUMENTS} values: fix the file")
+    return model_args
+
+
+@contextlib.contextmanager
+def _modules_counted(name: str) -> Iterator[None]:
+    """Stop the building of a network that has more modules than any: its arguments come from a file."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def counted(_module: Any, _name: str, _submodule: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise ModelNotFoundError(f"{name} would have more than {MOST_MODULES} modules: fix its model_args")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def pretrained_tags(name: str) -> dict[str, dict[str, str | None]]:
+    """List the pretrained tags of an architecture with where timm finds each."""
+    from timm.models import get_pretrained_cfg, list_pretrained
+
+    default = get_pretrained_cfg(name, allow_unregistered=True)
+    names = [default.tag or ""] if default is not None and default.has_weights else []
+    names += [full.partition(".")[2] for full in list_pretrained(f"{name}.*")]
+    found = {}
+    for tag in dict.fromkeys(names):
+        config = get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+        found[tag] = {
+            "hf_hub_id": config.hf_hub_id,
+            "hf_hub_filename": config.hf_hub_filename,
+            "url": config.url or None,
+        }
+    return found
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """Return the end of a message about an unknown architecture: the nearest names, else where all are listed.
+
+    Names near as a whole come first, then those that begin alike: a short name is often the start of a long one.
+    """
+    from difflib import get_close_matches
+
+    starts = {other[: len(name) + 2]: other for other in reversed(known)}
+    alike = [starts[start] for start in get_close_matches(name, starts, n=3, cutoff=0.75)]
+    close = get_close_matches(name, known, n=3, cutoff=0.85) or alike or get_close_matches(name, known, n=3, cutoff=0.5)
+    return f": did you mean {', '.join(close)}?" if close else ": see `attnlens list-models`"
+
+
+@cache
+def rules_digest() -> str:
+    """Hash the code that finds layers, so that a description made by other rules is never believed."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    filters = [package / "filters" / name for name in ("find.py", "spec.py")]
+    for path in (*sorted((package / "layouts").rglob("*.py")), *filters):
+        digest.update(path.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what is known about this timm version under these layout rules."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("attnlens") / f"timm-{version('timm')}" / rules_digest()
+
+
+def _cache_file(name: str, model_args: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps([name, model_args], sort_keys=True).encode()).hexdigest()[:12]
+    return cache_folder() / f"{name.replace('/', '_')}-{key}.json"

@@ -1,0 +1,249 @@
+"""Attention told by tensor names alone: a state dict nobody named the architecture of, and a head count.
+
+Names say what is q, k, v and output, shapes say how many key/value heads share a head's width. Everything read so
+carries the label ``layout guessed``: the order of packed rows, rotary positions and masks are not in a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from attnlens.checkpoints import Checkpoint
+from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.layouts.flags import ATTRIBUTE_FLAGS
+from attnlens.layouts.spec import AttentionSpec, NormSpec, Slot
+from attnlens.models.architecture import Architecture
+
+LABEL = "layout guessed from tensor names: rotary positions, masks and the order of packed rows are not known"
+
+# Names below one attention module: q, k, v, then the output projections that may go with them.
+_PACKED = (
+    ("qkv.weight", ("proj.weight", "out_proj.weight")),
+    ("in_proj_weight", ("out_proj.weight",)),
+    ("to_qkv.weight", ("to_out.0.weight", "to_out.weight")),
+    ("Wqkv.weight", ("out_proj.weight", "Wo.weight")),
+    ("qkv_proj.weight", ("o_proj.weight", "out_proj.weight")),
+    ("c_attn.weight", ("c_proj.weight",)),
+)
+_SEPARATE = (
+    (("q_proj.weight", "k_proj.weight", "v_proj.weight"), ("o_proj.weight", "out_proj.weight", "proj.weight")),
+    (("q_proj_weight", "k_proj_weight", "v_proj_weight"), ("out_proj.weight",)),
+    (("attention.query.weight", "attention.key.weight", "attention.value.weight"), ("output.dense.weight",)),
+    (("self.query.weight", "self.key.weight", "self.value.weight"), ("output.dense.weight",)),
+    (("q_lin.weight", "k_lin.weight", "v_lin.weight"), ("out_lin.weight",)),
+    (("q.weight", "k.weight", "v.weight"), ("o.weight", "proj.weight")),
+    (("wq.weight", "wk.weight", "wv.weight"), ("wo.weight", "proj.weight")),
+)
+_PATTERNS = (*(((packed,) * 3, outputs) for packed, outputs in _PACKED), *_SEPARATE)
+
+# Names that only ever stood for a norm in front of attention, and for the LayerScale behind it.
+_NORMS = ("norm1", "norm_1", "ln_1", "ln1", "layernorm_before", "layer_norm1", "input_layernorm", "attention_norm")
+_SCALES = ("ls1.gamma", "ls_1.gamma", "gamma_1", "layer_scale1.lambda1", "lambda_1")
+# What says, inside an attention module or beside it, that a norm of such a name may stand behind the layer.
+_POST_NORM_SIGNS = ("logit_scale", "cpb_mlp", "meta_mlp")
+_TORCH_LAYER = ("linear1.weight", "linear2.weight")
+_DEEPEST = 64
+"""Dots of a name that are looked at."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The four tensors of one attention module."""
+
+    path: str
+    q: str
+    k: str
+    v: str
+    o: str
+
+    @property
+    def head(self) -> str:
+        """What stands in front of the names of the module's own tensors."""
+        return f"{self.path}." if self.path else ""
+
+    @property
+    def parent(self) -> str:
+        """Path of the block the module stands in."""
+        return self.path.rpartition(".")[0]
+
+    def beside(self, names: tuple[str, ...]) -> list[str]:
+        """Return names of the same block in full."""
+        return [f"{self.parent}.{name}" if self.parent else name for name in names]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether q, k and v are one tensor."""
+        return self.q == self.k
+
+
+def find_groups(stored: Checkpoint) -> list[Group]:
+    """Find every set of tensors named like one attention module's, in the natural order of their paths."""
+    found: dict[str, Group] = {}
+    for (q, k, v), outputs in _PATTERNS:
+        for name in stored:
+            if "{" in name or (name != q and not name.endswith(f".{q}")):  # a layout's sign for a head's number
+                continue
+            head = name.removesuffix(q)
+            output = next((head + o for o in outputs if head + o in stored), None)
+            if output and head + k in stored and head + v in stored:
+                found.setdefault(head, Group(head.removesuffix("."), name, head + k, head + v, output))
+    return sorted(found.values(), key=lambda group: _natural(group.path))
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Order numbers in a path by value: by their length without leading zeros, then as text."""
+    digits = [(part.lstrip("0"), part[:1] in "0123456789") for part in re.split(r"([0-9]+)", path) if part]
+    return [(len(part), part) if number else (-1, part) for part, number in digits]
+
+
+def describe_names(stored: Checkpoint, num_heads: int, where: str) -> Architecture:
+    """Describe a file by its tensors' names, every layer with ``num_heads`` heads.
+
+    The number of key/value heads follows from the shapes. Raises `UnsupportedAttentionError` when no names are known,
+    `UsageError` when the layers differ in width or ``num_heads`` does not divide it.
+    """
+    groups = find_groups(stored)
+    if not groups:
+        first = ", ".join(sorted(stored)[:2])
+        raise UnsupportedAttentionError(
+            f"no tensors of {where} are named like q, k, v and an output projection (it holds {first}, ...): "
+            "name the architecture as MODEL"
+        )
+    widths = {group.path: _shape(stored, group.o)[0 if _is_in_out(group, stored) else 1] for group in groups}
+    if len(set(widths.values())) > 1:
+        each = ", ".join(str(width) for width in sorted(set(widths.values())))
+        raise UsageError(
+            f"the attention layers of {where} have widths {each}: one --num-heads cannot be true of all, "
+            "name the architecture as MODEL"
+        )
+    crowd = Counter(group.parent for group in groups)
+    inside = _below(groups, stored)
+    specs = tuple(
+        _spec(group, stored, num_heads, alone=crowd[group.parent] == 1, inside=inside[group.head]) for group in groups
+    )
+    shapes = {name: list(stored.shape(name)) for spec in specs for name in spec.tensors()}
+    return Architecture("guessed", specs, (), tuple(spec.path for spec in specs), shapes, {})
+
+
+def _shape(stored: Checkpoint, name: str) -> tuple[int, int]:
+    """Return a weight's shape as a matrix: 1x1 kernels are dropped."""
+    shape = stored.shape(name)
+    if len(shape) < 2 or any(size != 1 for size in shape[2:]):
+        raise UnsupportedAttentionError(f"{name} has shape {shape}; a matrix is needed: name the architecture as MODEL")
+    return shape[0], shape[1]
+
+
+def _is_in_out(group: Group, stored: Checkpoint) -> bool:
+    """Whether a packed projection is stored ``[in, out]``, as GPT-2's: three times as wide as high."""
+    rows, columns = _shape(stored, group.q)
+    return group.is_packed and group.q.endswith("c_attn.weight") and columns == 3 * rows
+
+
+def _below(groups: list[Group], stored: Checkpoint) -> dict[str, set[str]]:
+    """Return the first parts of the names below each group's head; one pass over the names serves all groups."""
+    found: dict[str, set[str]] = {group.head: set() for group in groups}
+    for name in stored:
+        parts = name.split(".", _DEEPEST)
+        for end in range(min(len(parts), _DEEPEST)):
+            head = ".".join([*parts[:end], ""])
+            if head in found:
+                found[head].add(parts[end])
+    return found
+
+
+def _spec(group: Group, stored: Checkpoint, heads: int, alone: bool, inside: set[str]) -> AttentionSpec:
+    """Describe one group; a norm beside it is its own only where it stands ``alone`` in its block."""
+    slots = _slots(group, stored, heads)
+    norm = _norm(group, stored, inside) if alone else None
+    flags = [flag for name, flag in {**ATTRIBUTE_FLAGS, "norm": "norm_before_proj"}.items() if flag and name in inside]
+    if slots["q"].bias or slots["k"].bias:
+        flags.append("qk_bias")
+    if norm is None:
+        flags.append("norm_unknown")
+    return AttentionSpec(
+        path=group.path,
+        module_class="tensor names",
+        family="guessed",
+        q=slots["q"],
+        k=slots["k"],
+        v=slots["v"],
+        o=slots["o"],
+        scale=slots["q"].width ** -0.5,
+        norms=() if norm is None else (norm,),
+        layer_scale=_only(group.beside(_SCALES), stored) if alone else None,
+        leaves_out=tuple(dict.fromkeys(flags)),
+        label=LABEL,
+    )
+
+
+def _slots(group: Group, stored: Checkpoint, heads: int) -> dict[str, Slot]:
+    """Describe the four roles; key/value heads are as many as rows of a head's width allow."""
+    in_out = _is_in_out(group, stored)
+    rows = [_shape(stored, name)[in_out] for name in (group.q, group.k, group.v)]
+    inner = _shape(stored, group.o)[not in_out]
+    if group.is_packed:
+        rest = rows[0] - inner
+        rows = [inner, rest // 2, rest - rest // 2]
+    width, odd = divmod(rows[0], heads)
+    kv_heads = rows[1] // width if width else 0
+    value_width = rows[2] // kv_heads if kv_heads > 0 else 0
+    if odd or value_width < 1 or kv_heads * width != rows[1] or heads % kv_heads or heads * value_width != inner:
+        raise UsageError(
+            f"{group.path or 'the attention'} cannot have {heads} heads: it has {rows[0]} rows for q, {rows[1]} for "
+            f"k, {rows[2]} for v, and an output projection of {inner} columns"
+        )
+    found = {}
+    sizes = zip("qkv", (heads, kv_heads, kv_heads), (width, width, value_width), strict=True)
+    for position, (role, count, size) in enumerate(sizes):
+        start = sum(rows[:position])
+        bias = _bias(group, role, stored)
+        shares_bias = bias is not None and (group.is_packed or bias.endswith("in_proj_bias"))
+        found[role] = Slot(
+            tensor=getattr(group, role),
+            heads=count,
+            width=size,
+            head_stride=size,
+            offset=start if group.is_packed else 0,
+            axis=int(in_out),
+            bias=bias,
+            bias_offset=start if shares_bias and bias != f"{group.head}{role}_bias" else 0,
+        )
+    bias = _only([group.o.removesuffix("weight") + "bias"], stored)
+    found["o"] = Slot(
+        tensor=group.o, heads=heads, width=value_width, head_stride=value_width, axis=int(not in_out), bias=bias
+    )
+    return found
+
+
+def _bias(group: Group, role: str, stored: Checkpoint) -> str | None:
+    """Name a role's bias: beside its weight, or a vector of its own in the module (``q_bias``)."""
+    names = (
+        getattr(group, role).removesuffix("weight") + "bias",
+        f"{group.head}{role}_bias",
+        f"{group.head}in_proj_bias",
+    )
+    return next((name for name in names if name in stored), None)
+
+
+def _norm(group: Group, stored: Checkpoint, inside: set[str]) -> NormSpec | None:
+    """Find the LayerNorm in front by its name; None where no name, more than one, or a post-norm layer is possible.
+
+    A norm without a bias is not guessed: RMSNorms multiply by their weight or by 1 + weight, and names do not tell.
+    """
+    by_flag = all(
+        name in stored for name in group.beside(_TORCH_LAYER)
+    )  # torch's own layer: pre or post by an argument
+    if by_flag or any(name.startswith(_POST_NORM_SIGNS) for name in inside):
+        return None
+    weight = _only([f"{name}.weight" for name in group.beside(_NORMS)], stored)
+    if weight is None or weight.removesuffix("weight") + "bias" not in stored:
+        return None
+    return NormSpec(kind="layer", weight=weight)
+
+
+def _only(names: list[str], stored: Checkpoint) -> str | None:
+    """Return the one of ``names`` that is stored; None for none or several."""
+    found = [name for name in names if name in stored]
+    return found[0] if len(found) == 1 else None

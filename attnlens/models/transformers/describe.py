@@ -1,0 +1,205 @@
+"""From a transformers ``config.json`` and the tensors of a file to an `Architecture`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+from attnlens.checkpoints import Checkpoint
+from attnlens.errors import CheckpointError, ModelNotFoundError
+from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
+from attnlens.models.architecture import Architecture
+from attnlens.models.by_tensor_names import find_groups
+from attnlens.models.transformers import text, vision
+from attnlens.models.transformers.stack import Config, Family, Role, Stack
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Return the known families by ``model_type``."""
+    return {name: family for family in (*vision.FAMILIES, *text.FAMILIES) for name in family.model_types}
+
+
+def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Architecture:
+    """Describe the model a transformers configuration names, as far as ``stored`` holds its stacks.
+
+    Shapes are those the configuration calls for, so that weights of another size are told apart. Attention the
+    family's description does not cover is listed as refused. Raises `ModelNotFoundError` for an unknown ``model_type``
+    or a configuration without sizes, `CheckpointError` for quantised weights or when no stack of the family is stored.
+    """
+    model_type = str(config["model_type"])
+    family = families().get(model_type)
+    if family is None:
+        raise ModelNotFoundError(
+            f"{where} has model_type {model_type!r}, which is not known: attnlens reads {', '.join(sorted(families()))}"
+            "; for any other give the weight file and --num-heads"
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{where} says that the weights are quantised: what is stored is not what the network applies. Give the "
+            "model it was made from"
+        )
+    classes = config.get("architectures")
+    title = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else model_type
+    specs: list[AttentionSpec] = []
+    shapes: dict[str, list[int]] = {}
+    for stack in family.stacks:
+        prefix = _find_prefix(stack, stored)
+        if prefix is None:
+            continue
+        placed = _Placed(stack, prefix, _sizes(stack, stack.of_config(config), where, stored), stored)
+        for layer in range(placed.sizes.depth):
+            specs.append(placed.spec(layer, family.name, f"transformers.{title}"))
+            shapes |= placed.shapes(layer)
+    if not specs:
+        wanted = family.stacks[0].q.format(layer=0)
+        raise CheckpointError(f"the weights are not of a {model_type}, which {where} names: {wanted} is missing")
+    known = {name for spec in specs for name in spec.tensors()}
+    refused = tuple(
+        Refusal(group.path, "attention", "unknown", f"is not covered by the description of {model_type}")
+        for group in find_groups(stored)
+        if group.q not in known
+    )
+    order = (*(spec.path for spec in specs), *(refusal.path for refusal in refused))
+    return Architecture(model_type, tuple(specs), refused, order, shapes, {})
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the configuration says of a stack."""
+
+    config: Config
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Sizes:
+    """Read depth, width and heads from the configuration; there are no more layers than tensors."""
+
+    def number(name: str, default: int | None = None) -> int:
+        value = config.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelNotFoundError(f"{name} in {where} is {value!r} where a number above 0 is needed: fix the file")
+        return value
+
+    heads, width = number(stack.heads), number(stack.width)
+    kv_heads = number(stack.kv_heads, heads)
+    depth = number(stack.depth) if stack.depth else 1
+    if heads % kv_heads:
+        raise ModelNotFoundError(f"{heads} heads in {where} cannot share {kv_heads} key heads evenly: fix the file")
+    if depth > len(stored):
+        raise CheckpointError(f"{where} speaks of {depth} layers, and the weights are {len(stored)} tensors")
+    head_dim = number(stack.head_dim, width // heads)
+    return _Sizes(config=config, depth=depth, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
+    """Find what stands in front of the stack's names; None where the file does not hold it.
+
+    A tower of a composed model must stand below its ``within``; a tower alone may be stored without it.
+    """
+    name = stack.q.format(layer=0)
+    prefixes = [key.removesuffix(name) for key in stored if key == name or key.endswith(f".{name}")]
+    prefixes = [prefix for prefix in prefixes if "{" not in prefix]  # a layout's own sign for a head's number
+    inside = [prefix for prefix in prefixes if prefix.endswith(stack.within)]
+    if inside or stack.section:
+        prefixes = inside
+    if len(prefixes) > 1:
+        places = " and ".join(repr(prefix) for prefix in sorted(prefixes))
+        raise CheckpointError(f"{name} is stored below {places}: save the one model that is meant alone")
+    return prefixes[0] if prefixes else None
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A stack in a file: its names start with ``prefix``."""
+
+    stack: Stack
+    prefix: str
+    sizes: _Sizes
+    stored: Checkpoint
+    held: dict[str, bool] = field(default_factory=dict)
+
+    def name(self, template: str, layer: int) -> str:
+        return self.prefix + template.format(layer=layer, before=layer - 1)
+
+    def holds(self, template: str) -> bool:
+        """Whether any layer has such a tensor; then every layer must."""
+        if template not in self.held:
+            names = (self.name(template, layer) for layer in range(self.sizes.depth))
+            self.held[template] = any(name in self.stored for name in names)
+        return self.held[template]
+
+    def spec(self, layer: int, family: str, module_class: str) -> AttentionSpec:
+        scaled = self.stack.layer_scale is not None and self.holds(self.stack.layer_scale)
+        return AttentionSpec(
+            path=self.name(self.stack.path, layer),
+            module_class=module_class,
+            family=family,
+            q=self.slot("q", layer),
+            k=self.slot("k", layer),
+            v=self.slot("v", layer),
+            o=self.slot("o", layer),
+            scale=self.stack.scale(self.sizes.config, layer, self.sizes.head_dim),
+            norms=self.norms(layer),
+            layer_scale=self.name(self.stack.layer_scale, layer) if self.stack.layer_scale and scaled else None,
+            leaves_out=self.flags(),
+        )
+
+    def slot(self, role: Role, layer: int) -> Slot:
+        stack, sizes = self.stack, self.sizes
+        template = stack.projections()[role]
+        heads = sizes.kv_heads if role in "kv" else sizes.heads
+        packed = stack.q == stack.k == stack.v
+        offset = "qkv".index(role) * heads * sizes.head_dim if packed and role != "o" else 0
+        return Slot(
+            tensor=self.name(template, layer),
+            heads=heads,
+            width=sizes.head_dim,
+            head_stride=sizes.head_dim,
+            offset=offset,
+            axis=int((role == "o") != stack.stored_in_out),
+            bias=self.name(_bias(template), layer) if self.holds(_bias(template)) else None,
+            bias_offset=offset,
+        )
+
+    def norms(self, layer: int) -> tuple[NormSpec, ...]:
+        stack = self.stack
+        template = stack.norm if layer or stack.first_norm is None else stack.first_norm
+        name = self.name(template, layer)
+        older = name.removesuffix("weight") + "gamma"  # as TensorFlow named it, and BERT's own files still do
+        if name not in self.stored and older in self.stored:
+            name = older
+        if layer == 0 and name in self.stored and self.stored.shape(name) != (self.sizes.width,):
+            return ()  # ELECTRA: a projection stands between the embeddings' norm and the first layer
+        gained = NormSpec(kind=stack.norm_kind, roles=stack.norm_roles, weight=name, gain_offset=stack.gain_offset)
+        return (gained,)
+
+    def flags(self) -> tuple[str, ...]:
+        stack, config = self.stack, self.sizes.config
+        found = [*stack.flags]
+        found += [flag for name, flag in stack.flags_set.items() if config.get(name)]
+        found += [flag for name, flag in stack.flags_unset.items() if not config.get(name)]
+        found += [flag for template, flag in stack.flags_stored.items() if self.holds(template)]
+        if self.holds(_bias(stack.q)) or self.holds(_bias(stack.k)):
+            found.append("qk_bias")
+        return tuple(dict.fromkeys(found))
+
+    def shapes(self, layer: int) -> dict[str, list[int]]:
+        """Return the shape the configuration gives to every tensor of a layer."""
+        spec, sizes = self.spec(layer, "", ""), self.sizes
+        found: dict[str, list[int]] = {}
+        for role, slot in spec.slots().items():
+            inner = slot.heads * slot.width * (3 if slot.tensor == spec.k.tensor == spec.q.tensor else 1)
+            found[slot.tensor] = [sizes.width, inner] if slot.axis else [inner, sizes.width]
+            if slot.bias:
+                found[slot.bias] = [sizes.width if role == "o" else inner]
+        vectors = [norm.weight for norm in spec.norms if norm.weight] + [spec.layer_scale or ""]
+        return found | {name: [sizes.width] for name in vectors if name}
+
+
+def _bias(template: str) -> str:
+    return template.removesuffix("weight") + "bias"

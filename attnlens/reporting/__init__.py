@@ -1,5 +1,0 @@
-"""One self-contained HTML page about a model: what `attnlens inspect` and `fit-params` found, to look at and share."""
-
-from attnlens.reporting.page import build_report
-
-__all__ = ["build_report"]

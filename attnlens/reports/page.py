@@ -1,0 +1,159 @@
+"""The report: everything a page shows, put into one HTML file that needs no network and no other file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from attnlens.circuits import Fold
+from attnlens.errors import UnsupportedAttentionError
+from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.fit_params import fit_params
+from attnlens.fit.params import Entry
+from attnlens.inspection import Inspection, inspect, need_attention
+from attnlens.reports.matrices import CODES, corner_size, draw_data
+from attnlens.reports.templates import _asset, _hash, _scripts, environment
+from attnlens.reports.training import read_training
+from attnlens.statistics.table import KEYS
+from attnlens.statistics.verdicts import Verdict
+from attnlens.threads import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+_JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low", "beta_high")
+_ABOUT = ("num_heads", "name", "leaves_out")
+
+
+def build_report(
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    compare: Sequence[Any] = (),
+    train: str | os.PathLike[str] | None = None,
+    num_heads: int | None = None,
+    offline: bool = False,
+    remote: bool = False,
+    command: str | None = None,
+    progress: Progress = iter,
+) -> str:
+    """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
+
+    ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
+    names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
+    curves are shown.
+    ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
+    verdicts those of `attnlens.fit_params`; nothing is measured here.
+
+    The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
+    nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
+
+    Raises what `attnlens.inspect` raises, and `ResultsError` for a ``train`` folder that cannot be read.
+    """
+    training = read_training(Path(train)) if train is not None else None
+    reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
+    inspection = need_attention(inspect(model, checkpoint, num_heads=num_heads, **reach), "the report")
+    fold = _common_fold(inspection)
+    entries, unjudged = _judgements(model, checkpoint=checkpoint, num_heads=num_heads, fold=fold, **reach)
+    others = [need_attention(inspect(other, **reach), "the report") for other in compare]
+    comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
+    size = corner_size(inspection)
+    data = {
+        "folds": inspection.folds,
+        "stats": _stats(inspection),
+        "judged": {_key(vars(entry)): {name: getattr(entry, name) for name in _JUDGED} for entry in entries},
+        "drawn": draw_data(inspection, size, progress),
+        "codes": CODES,
+        "comparison": _comparison_data(comparison),
+        "training": training and {"arms": training.arms, "points": [p.model_dump() for p in training.points]},
+    }
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            inspection=inspection,
+            rows=_rows(inspection, entries),
+            default_fold="effective" if "effective" in inspection.folds else inspection.folds[0],
+            verdicts=[verdict.value for verdict in Verdict],
+            counts=_counts(entries),
+            unjudged=unjudged,
+            size=size,
+            notes=inspection.left_out(),
+            provenance=list(_flat({**inspection.provenance, **({"command": command} if command else {})})),
+            comparison=comparison,
+            training=training,
+            scripts=_scripts(),
+            hashes=[_hash(script) for script in _scripts()],
+            style=Markup(_asset("report.css")),  # noqa: S704  # the package's own file
+        )
+    )
+
+
+def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:
+    """Return the entries of the model's fit, and why there are none where there are none."""
+    try:
+        return fit_params(*([] if model is None else [model]), **how).entries, ""
+    except UnsupportedAttentionError as error:
+        return [], str(error)
+
+
+def _common_fold(*inspections: Inspection) -> Fold:
+    return "effective" if all("effective" in found.folds for found in inspections) else "raw"
+
+
+def _key(record: dict[str, Any]) -> str:
+    return ".".join(str(record[name]) for name in KEYS)
+
+
+def _stats(inspection: Inspection) -> dict[str, Any]:
+    """Return the table as `stats.json` has it, its columns named once."""
+    columns = [name for name in inspection.stats.columns if name not in _ABOUT]
+    return {"columns": columns, "rows": [[row[c] for c in columns] for row in inspection.stats.json_rows()]}
+
+
+def _rows(inspection: Inspection, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return a row a layer, head and fold, with its QK and OV statistics (None where it has none) and verdicts."""
+    judged = {_key(vars(entry)): entry for entry in entries}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in inspection.stats.json_rows():
+        place = tuple(record[name] for name in KEYS if name != "circuit")
+        row = rows.setdefault(place, {"layer": place[0], "head": place[1], "fold": place[2], "qk": None, "ov": None})
+        row[record["circuit"]] = record | {"entry": judged.get(_key(record))}
+    order = {fold: i for i, fold in enumerate(inspection.folds)}
+    return sorted(rows.values(), key=lambda row: (order[row["fold"]], row["layer"]))  # stable: heads keep their order
+
+
+def _counts(entries: Sequence[Entry]) -> list[tuple[str, str, list[tuple[str, int]]]]:
+    """Count verdicts by circuit and fold."""
+    groups: dict[tuple[str, str], Counter[str]] = {}
+    words = {"qk": "QK heads", "ov": "OV heads"}
+    for entry in entries:
+        what = "OV layer sums" if entry.head == "all" else words[entry.circuit]
+        groups.setdefault((what, entry.fold), Counter())[entry.verdict] += 1
+    return [
+        (what, fold, [(verdict.value, count[verdict.value]) for verdict in Verdict])
+        for (what, fold), count in groups.items()
+    ]
+
+
+def _comparison_data(comparison: Comparison | None) -> dict[str, Any] | None:
+    if comparison is None:
+        return None
+    profiles = [
+        {"model": p.model, "circuit": p.circuit, "statistic": p.statistic, "depth": depth, "value": value}
+        for p in comparison.profiles
+        for depth, value in zip(p.depth.tolist(), p.values.tolist(), strict=True)
+    ]
+    return {"models": comparison.models, "profiles": profiles}
+
+
+def _flat(data: Any, name: str = "") -> list[tuple[str, str]]:
+    if isinstance(data, dict):
+        return [pair for key, value in data.items() for pair in _flat(value, f"{name} {key}".strip())]
+    return [(name, data if isinstance(data, str) else json.dumps(data))]

@@ -1,0 +1,142 @@
+"""The results folder of `attnlens train-compare`, read for the page: curves of every run, and what the summary says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from attnlens.errors import AttnlensError
+from attnlens.strict_json import parse_json, within
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class ResultsError(AttnlensError):
+    """A results folder cannot be read."""
+
+
+class _Part(BaseModel):
+    """What the page needs of a record; whatever else stands there is left alone."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Point(_Part):
+    """One evaluation of one run."""
+
+    arm: str
+    seed: int
+    epoch: float
+    accuracy: float | None = None
+    test_loss: float | None = None
+    tuning: bool = False
+
+
+class Mean(_Part):
+    """A mean with its interval."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Arm(_Part):
+    """What the summary says of an arm, by the metric its comparison has."""
+
+    accuracy: Mean | None = None
+    bits_per_byte: Mean | None = None
+    lr: float | None = None
+
+    @model_validator(mode="after")
+    def _is_measured(self) -> Arm:
+        if self.accuracy is None and self.bits_per_byte is None:
+            raise ValueError("neither accuracy nor bits_per_byte is given")
+        return self
+
+    @property
+    def value(self) -> Mean:
+        """The metric's mean."""
+        found = self.accuracy or self.bits_per_byte
+        assert found is not None
+        return found
+
+
+class Contrast(_Part):
+    """Arm minus other arm."""
+
+    arm: str
+    other: str
+    difference: Mean
+    t_holm: float | None = None
+    sign_flip_p: float | None = None
+
+
+class Summary(_Part):
+    """``summary.json``."""
+
+    complete: bool
+    screening: bool
+    metric: str = "accuracy"
+    arms: dict[str, Arm]
+    contrasts: list[Contrast]
+    devices: list[str] = []
+    versions: dict[str, str] = {}
+    commands: list[str] = []
+
+
+class Training(_Part):
+    """A comparison: a point an evaluation, and the summary where there is one."""
+
+    folder: str
+    points: list[Point]
+    summary: Summary | None
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in the order of the summary, or of their first evaluation."""
+        names = list(self.summary.arms) if self.summary else []
+        return list(dict.fromkeys([*names, *(point.arm for point in self.points)]))
+
+
+def read_training(folder: Path) -> Training:
+    """Read ``results.jsonl`` and, where it is there, ``summary.json``; runs that chose a learning rate are left out.
+
+    Raises `ResultsError` that names the file, and the line or field, that is wrong.
+    """
+    path = within(folder, folder / "results.jsonl", ResultsError)
+    points = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if line.strip():
+            points.append(_validated(Point, line, f"line {number} of {path}"))
+    kept = [point for point in points if not point.tuning]
+    if not kept:
+        raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
+    summary = within(folder, folder / "summary.json", ResultsError)
+    found = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
+    return Training(folder=folder.name, points=kept, summary=found)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ResultsError(
+            f"{path} does not exist: give --train the output folder of attnlens train-compare"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"cannot read {path}: {error}") from error
+
+
+def _validated(kind: type[T], text: str, where: str) -> T:
+    try:
+        data: Any = parse_json(text, constant=lambda _: None)
+        return kind.model_validate(data)
+    except ValueError as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise ResultsError(f"{where}: {field or 'content'}: {first['msg']}") from error
+        raise ResultsError(f"{where} is no JSON: {error}") from error

@@ -1,0 +1,152 @@
+"""Handing out jobs, keeping results, trying again where a worker is lost."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnlens.circuits import FOLDS, Fold, parse_folds
+from attnlens.errors import UsageError
+from attnlens.provenance import run_provenance
+from attnlens.scans.executors import Executor, WorkerLostError
+from attnlens.scans.local import LocalExecutor
+from attnlens.scans.plan import Job, plan_scan
+from attnlens.scans.store import Store
+from attnlens.scans.tables import Result, model_rows
+from attnlens.scans.worker import Settings, failed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ATTEMPTS = 3
+"""Times a job is begun before a model that takes its worker down is given up."""
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What `scan` found: a result for every model, in the order of the patterns."""
+
+    results: Mapping[str, Result]
+    notes: tuple[str, ...]
+    measured: int
+    """Models measured by this call, failed ones included; the others were done before."""
+    lost: int
+    """Times a worker was lost and its job begun again."""
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Return the models that could not be measured, with their errors."""
+        return {name: result["error"] for name, result in self.results.items() if result["status"] != "ok"}
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """Return the folds that at least one model was measured under."""
+        return tuple(fold for fold in FOLDS if any(fold in result.get("folds", ()) for result in self.results.values()))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of ``scan.csv``."""
+        return [row for name, result in self.results.items() for row in model_rows(name, result)]
+
+    def figure(self, fold: Fold | None = None) -> Figure:
+        """Draw the landscape: every model's beta / alpha by relative depth, QK and OV."""
+        from attnlens.scans.landscape import draw_landscape
+
+        chosen: Fold = fold or ("effective" if "effective" in self.folds else "raw")
+        return draw_landscape(self.results, chosen)
+
+
+def scan(
+    patterns: str | Sequence[str],
+    output: str | os.PathLike[str],
+    *,
+    fold: str = "both",
+    workers: int | None = None,
+    ray: str | None = None,
+    retry_failed: bool = False,
+    offline: bool = False,
+    remote: bool = False,
+    command: str | None = None,
+    progress: Progress = iter,
+) -> Scan:
+    """Inspect every model that ``patterns`` name, and keep a result file for each below ``output``.
+
+    Patterns are those of `plan_scan`: names, shell patterns over timm's pretrained names, folders and files, ``@FILE``.
+    A model whose result is there already, of the same files and fold, is not measured again; a failed one is with
+    ``retry_failed``. A model that fails is recorded with its error and stops nothing. Models are measured in
+    ``workers`` processes (default: one a core), or on the Ray cluster at the address ``ray``, at most ``workers`` at a
+    time; this process alone writes. Where a worker or node is lost its job is begun again, up to three times.
+
+    Writes ``models/<key>.json`` and ``.csv``, and at the end ``scan.csv``, ``layers.csv`` and ``scan.json``. Stopped in
+    whatever way, the same call goes on where it was. Raises `UsageError` or `ModelNotFoundError` for patterns that
+    match nothing, before anything is measured.
+    """
+    parse_folds(fold)
+    if offline and remote:
+        raise UsageError("--offline and --remote exclude each other: choose one")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers} is not a number of workers: give 1 or more")
+    plan = plan_scan([patterns] if isinstance(patterns, str) else patterns)
+    settings = Settings(fold, offline, remote)
+    store = Store(Path(output), settings)
+    results = {job.name: store.load(job) for job in plan.jobs}
+    missing = [job for job in plan.jobs if _wanted(results[job.name], retry_failed)]
+    lost = 0
+    if missing:
+        with closing(_executor(ray, workers)) as executor:
+            run = Run(executor, settings)
+            for _, (job, result) in zip(progress(missing), run.results(missing), strict=True):
+                results[job.name] = store.save(job, result)
+            lost = run.lost
+    whole = {name: result for name, result in results.items() if result is not None}
+    assert len(whole) == len(plan.jobs)
+    about = {**run_provenance(), "patterns": list(patterns), **({"command": command} if command else {})}
+    store.save_tables(whole, about)
+    return Scan(whole, plan.notes, len(missing), lost)
+
+
+def _wanted(result: Result | None, retry_failed: bool) -> bool:
+    return result is None or (retry_failed and result["status"] != "ok")
+
+
+def _executor(ray: str | None, workers: int | None) -> Executor:
+    if ray is None:
+        return LocalExecutor(workers)
+    from attnlens.scans.cluster import RayExecutor
+
+    return RayExecutor(ray, workers)
+
+
+class Run:
+    """Jobs on their way through an executor."""
+
+    def __init__(self, executor: Executor, settings: Settings) -> None:
+        self._executor, self._settings = executor, settings
+        self.lost = 0
+
+    def results(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
+        """Yield every job once with its result, as they come."""
+        waiting = deque((job, 1) for job in jobs)
+        running: dict[Future[Result], tuple[Job, int]] = {}
+        while waiting or running:
+            while waiting and len(running) < self._executor.capacity():
+                job, attempt = waiting.popleft()
+                running[self._executor.submit(job, self._settings)] = (job, attempt)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, attempt = running.pop(future)
+                try:
+                    result = future.result()
+                except WorkerLostError as error:
+                    self.lost += 1
+                    if attempt < ATTEMPTS:
+                        waiting.append((job, attempt + 1))
+                        continue
+                    result = failed(f"given up after {ATTEMPTS} attempts: {error}")
+                yield job, result

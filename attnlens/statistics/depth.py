@@ -1,0 +1,43 @@
+"""How parameters change with depth: relative depth, and a polynomial trend over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from attnlens.heads import Array
+
+if TYPE_CHECKING:
+    pass
+_TREND_DEGREE = 2
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Trend(_Part):
+    """A polynomial in relative depth t: value(t) = sum_i coefficients[i] * t^i, with the spread around it."""
+
+    coefficients: list[float] = Field(min_length=1)
+    residual_sd: float = Field(ge=0)
+
+    def __call__(self, depth: float) -> float:
+        """Evaluate at a relative depth in [0, 1]."""
+        return float(np.polynomial.polynomial.polyval(depth, self.coefficients))
+
+    @classmethod
+    def fit(cls, depths: Sequence[float], values: Array) -> Trend:
+        """Fit by least squares, of a degree the number of distinct depths allows, the second at most."""
+        degree = min(_TREND_DEGREE, len(set(depths)) - 1)
+        coefficients = np.polynomial.polynomial.polyfit(depths, values, degree)
+        residual = values - np.polynomial.polynomial.polyval(np.asarray(depths), coefficients)
+        return cls(coefficients=coefficients.tolist(), residual_sd=float(residual.std()))
+
+
+def relative_depth(layer: int, depth: int) -> float:
+    """Return t = layer / (depth - 1), 1/2 for a network of one layer."""
+    return layer / (depth - 1) if depth > 1 else 0.5

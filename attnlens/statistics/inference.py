@@ -1,0 +1,256 @@
+"""How far the fit M ~ alpha * Z + beta * I can be trusted: intervals, p-values, and what two parameters leave out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy.special import stdtrit
+
+from attnlens.circuits import FactoredProduct
+from attnlens.errors import UsageError
+from attnlens.heads import Array
+from attnlens.statistics.nulls import (
+    own_diagonal,
+    pairing_draws,
+    pairing_p_value,
+    rotation_draws,
+    rotation_p_value,
+    sign_flip_draws,
+    sign_flip_p_value,
+    squared_margins,
+)
+
+TOP_CHANNELS = 0.01
+"""Share of the diagonal's entries that counts as few channels."""
+
+_PAIRS = 1 << 15  # pairs of entries M_ij, M_ji looked at one by one: all of them where there are no more
+_BLOCK = 32  # also the number of largest channels of which every pair is looked at
+_RIDGE = 1e-12  # of a Gram matrix's trace: makes it positive definite, far below any singular value of interest
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Statistics beside the fit of a stack of products M ``[..., d, d]``; every field has the shape of the stack.
+
+    NaN where M is not square or d < 3. Intervals and p-values are about the channels as a sample of exchangeable
+    ones: what that means, coverage and limits are in docs/verdicts.md. ``DiagonalFit.beta_stderr`` is the standard
+    error behind the interval of beta.
+    """
+
+    alpha_stderr: Array
+    """standard error of alpha: sums over pairs of entries that share a channel"""
+    alpha_low: Array
+    """lower end of the interval of alpha, symmetric in log(alpha)"""
+    alpha_high: Array
+    """upper end of the interval of alpha"""
+    beta_low: Array
+    """lower end of the interval of beta, Student t with d - 1 degrees of freedom"""
+    beta_high: Array
+    """upper end of the interval of beta"""
+    null_sd: Array
+    """standard deviation of the mean diagonal when every channel's sign is a coin flip"""
+    identity_z: Array
+    """mean of the channels' own diagonal / null_sd; at most sqrt(d)"""
+    p_value: Array
+    """two-sided p-value of the mean diagonal against coin-flip signs, for one product: correct it with `corrected`"""
+    pairing_p_value: Array
+    """the same against random pairing of the rows of A and B; too small where A and B share large channels"""
+    rotation_p_value: Array
+    """the same against random rotation of the factors' columns; too small where a few columns are large"""
+    share_identity: Array
+    """d beta^2 / ||M||_F^2"""
+    share_diagonal_spread: Array
+    """sum_i (M_ii - beta)^2 / ||M||_F^2; about 1/d of the noise under the model, 2/d for symmetric noise"""
+    share_low_rank: Array
+    """sum of (s^2 - edge^2) over singular values s above the noise's edge / ||M||_F^2"""
+    bulk_trace_share: Array
+    """share of tr(M) that is left without the singular directions above the edge"""
+    spread_ratio: Array
+    """variance of the diagonal / that expected of entries with the same row and column scales; 1 under the model"""
+    offdiagonal_kurtosis: Array
+    """excess kurtosis of the off-diagonal entries, from 2^16 of them and the largest channels; 0 if Gaussian"""
+    diagonal_median: Array
+    """median of diag(M)"""
+    top_channel_share: Array
+    """share of sum_i |M_ii| that the largest 1% of the entries hold"""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the statistics' names in table order."""
+        return tuple(f.name for f in fields(cls))
+
+
+def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 0, seed: int = 0) -> Inference:
+    """Return intervals, p-values and the shares of M for every product M = A @ B.T of a stack.
+
+    With d = embed_dim, S_i = sum_{j != i} (M_ij^2 + M_ji^2) from A_i (B^T B) A_i^T, h_ij = (M_ij^2 + M_ji^2) / 2:
+
+    - beta: mean(M_ii) +- t_{d-1} sd(M_ii) / sqrt(d);
+    - alpha^2 = d U, U = mean of h over pairs, var(U) = (4 sum_i e_i^2 - 2 sum_{i != j} e_ij^2) / (d (d-1))^2 with
+      e = h - U and e_i its row sums, at least 2 sum e_ij^2 / (d (d-1))^2: delete-one jackknife over channels, less
+      the variance of single pairs, which it counts twice; alpha * exp(+- t_{d-1} sd(U) / (2 U));
+    - p-values: `sign_flip_p_value` of `own_diagonal`, `pairing_p_value`, `rotation_p_value`; with ``permutations`` > 0
+      all by that many seeded Monte Carlo draws.
+
+    O(d k^2) time a product beside 2^16 sampled entries, float64. Raises `UsageError` for a level outside (0, 1).
+    Source: derived in docs/verdicts.md; pairs that share a member as in Aronow, Samii & Assenova (arXiv 1312.3398).
+    """
+    if not 0 < level < 1:
+        raise UsageError(f"level {level!r} is not a coverage probability: use a number between 0 and 1, e.g. 0.95")
+    d = product.shape[-1]
+    if not product.is_square or d < 3:
+        return Inference(*(np.full(product.shape[:-2], np.nan) for _ in fields(Inference)))
+    gram_a, gram_b = (np.matmul(np.swapaxes(factor, -1, -2), factor) for factor in (product.A, product.B))
+    margins = squared_margins(product, gram_a, gram_b)
+    squared_norm = margins[0].sum(-1)
+    diagonal = product.diagonal()
+    own = own_diagonal(product, margins)
+    flipped = sign_flip_draws(own, permutations, seed) if permutations else sign_flip_p_value(own)
+    paired = pairing_draws(product, permutations, seed) if permutations else pairing_p_value(product, squared_norm)
+    rotated = rotation_draws(product, permutations, seed) if permutations else rotation_p_value(product)
+    null_sd = np.sqrt((own**2).sum(-1)) / d
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Inference(
+            **_intervals(product, diagonal, margins, stdtrit(d - 1, (1 + level) / 2), seed),
+            null_sd=null_sd,
+            identity_z=own.mean(-1) / null_sd,
+            p_value=flipped,
+            pairing_p_value=paired,
+            rotation_p_value=rotated,
+            **_shares(product, diagonal, margins, (gram_a, gram_b)),
+            diagonal_median=np.median(diagonal, axis=-1),
+            top_channel_share=_top_share(np.abs(diagonal)),
+        )
+
+
+def _intervals(
+    product: FactoredProduct, diagonal: Array, margins: tuple[Array, Array], quantile: float, seed: int
+) -> dict[str, Array]:
+    d = product.shape[-1]
+    pairs = d * (d - 1)
+    fourth, kurtosis = _pair_moments(product, margins, seed)
+    sums = margins[0] + margins[1] - 2 * diagonal**2
+    mean = np.maximum(sums.sum(-1), 0.0) / (2 * pairs)
+    row_squares = ((sums / 2 - (d - 1) * mean[..., None]) ** 2).sum(-1)
+    pair_squares = pairs * np.maximum(fourth - mean**2, 0.0)
+    variance = np.maximum(4 * row_squares - 2 * pair_squares, 2 * pair_squares) / pairs**2
+    alpha, beta = np.sqrt(d * mean), diagonal.mean(-1)
+    relative = np.divide(np.sqrt(variance), 2 * mean, out=np.zeros_like(mean), where=mean > 0)
+    half = quantile * diagonal.std(-1, ddof=1) / math.sqrt(d)
+    return {
+        "alpha_stderr": alpha * relative,
+        "alpha_low": alpha * np.exp(-quantile * relative),
+        "alpha_high": alpha * np.exp(quantile * relative),
+        "beta_low": beta - half,
+        "beta_high": beta + half,
+        "offdiagonal_kurtosis": kurtosis,
+    }
+
+
+def _pair_moments(product: FactoredProduct, margins: tuple[Array, Array], seed: int) -> tuple[Array, Array]:
+    """Return the mean of h_ij^2 over pairs, h_ij = (M_ij^2 + M_ji^2) / 2, and the off-diagonal's excess kurtosis."""
+    fourth, kurtosis = (np.empty(product.shape[:-2]) for _ in range(2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sizes = np.maximum(*(margin / margin.sum(-1, keepdims=True) for margin in margins))
+    for index in np.ndindex(fourth.shape):
+        entries, weights = _pairs(product.A[index], product.B[index], sizes[index], seed)
+        squares = np.square(entries)
+        fourth[index] = np.square(squares.sum(0) / 2) @ weights
+        squares = np.square(entries - entries.mean(0) @ weights)
+        variance = squares.mean(0) @ weights
+        kurtosis[index] = np.square(squares).mean(0) @ weights / variance**2 - 3 if variance > 0 else np.nan
+    return fourth, kurtosis
+
+
+def _pairs(A: Array, B: Array, sizes: Array, seed: int) -> tuple[Array, Array]:
+    """Return entries M_ij, i != j, over their mirror images M_ji, ``[2, n]``, with weights ``[n]`` that sum to one.
+
+    All pairs, or every pair of the channels of largest ``sizes``, where rare large entries sit, and a seeded sample of
+    the others: in a random order, from each row the same number of columns after its block.
+    """
+    d = len(A)
+    width = _PAIRS // d // _BLOCK * _BLOCK
+    if d * (d - 1) <= 2 * _PAIRS or width == 0:
+        dense, upper = A @ B.T, np.triu_indices(d, 1)
+        return np.stack([dense[upper], dense.T[upper]]), np.full(len(upper[0]), 2 / (d * (d - 1)))
+    order = np.argsort(-sizes)
+    rest = np.random.default_rng(seed).permutation(order[_BLOCK:])
+    order = np.concatenate([order[:_BLOCK], rest, rest[: width + _BLOCK]])
+    A, B = A[order], B[order]
+    blocks = [(slice(0, _BLOCK), slice(_BLOCK, d))]
+    blocks += [
+        (slice(start, min(start + _BLOCK, d)), slice(start + _BLOCK, start + _BLOCK + width))
+        for start in range(_BLOCK, d, _BLOCK)
+    ]
+    upper = np.triu_indices(_BLOCK, 1)
+    found = [np.stack([(A[:_BLOCK] @ B[:_BLOCK].T)[upper], (B[:_BLOCK] @ A[:_BLOCK].T)[upper]])]
+    found += [np.stack([(A[rows] @ B[cols].T).ravel(), (B[rows] @ A[cols].T).ravel()]) for rows, cols in blocks]
+    counted = found[0].shape[1] + found[1].shape[1]
+    entries = np.concatenate(found, axis=1)
+    sampled = entries.shape[1] - counted
+    others = (d - _BLOCK) * (d - _BLOCK - 1) / 2
+    weights = np.concatenate([np.ones(counted), np.full(sampled, others / sampled)])
+    return entries, weights / weights.sum()
+
+
+def _shares(
+    product: FactoredProduct, diagonal: Array, margins: tuple[Array, Array], grams: tuple[Array, Array]
+) -> dict[str, Array]:
+    d = product.shape[-1]
+    beta = diagonal.mean(-1)
+    energy = margins[0].sum(-1)
+    rows, cols = (np.maximum(margin - diagonal**2, 0.0) for margin in margins)
+    expected = (rows * cols).sum(-1) / rows.sum(-1) / (d - 1)
+    excess, trace = _above_the_edge(product, energy, grams)
+    return {
+        "share_identity": d * beta**2 / energy,
+        "share_diagonal_spread": ((diagonal - beta[..., None]) ** 2).sum(-1) / energy,
+        "share_low_rank": excess / energy,
+        "bulk_trace_share": 1 - trace / diagonal.sum(-1),
+        "spread_ratio": diagonal.var(-1, ddof=1) / expected,
+    }
+
+
+def noise_edge(rank: int, embed_dim: int) -> float:
+    """Return edge^2 * rank / ||M||_F^2: the largest squared singular value of noise in units of the mean one.
+
+    For M = A @ B.T with i.i.d. factors ``[embed_dim, rank]`` and c = rank / embed_dim, at leading order in embed_dim:
+    (1 + z) (1 + c z)^2 / z at z = (sqrt(c^2 + 8 c) - c) / (4 c). It is 27/4 at c = 1, above the 4 of an i.i.d. matrix,
+    and tends to 1 as c -> 0. Source: derived in docs/verdicts.md.
+
+    >>> noise_edge(64, 64)
+    6.75
+    """
+    c = rank / embed_dim
+    z = (math.sqrt(c * c + 8 * c) - c) / (4 * c)
+    return (1 + z) * (1 + c * z) ** 2 / z
+
+
+def _above_the_edge(product: FactoredProduct, energy: Array, grams: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Return sum (s^2 - edge^2) and sum s <u, v> over the singular triplets (s, u, v) of M with s > edge.
+
+    With A^T A = L L^T the s^2 are the eigenvalues of H = L^T (B^T B) L; for an eigenvector w and y = L w, v = B y / s,
+    u = M v / s = A (B^T B) y / s^2, hence s <u, v> = <(B^T B) y, (A^T B) y> / s^2.
+    """
+    from scipy.linalg import eigh
+
+    rank = product.rank_bound
+    edges = noise_edge(rank, product.shape[-1]) * energy / rank
+    excess, trace = np.zeros(edges.shape), np.zeros(edges.shape)
+    for index in np.ndindex(edges.shape):
+        edge, gram_a, gram_b = edges[index], grams[0][index], grams[1][index]
+        if not (np.isfinite(edge) and edge > 0):
+            continue
+        lower = np.linalg.cholesky(gram_a + _RIDGE * np.trace(gram_a) * np.eye(len(gram_a)))
+        squares, vectors = eigh(lower.T @ gram_b @ lower, subset_by_value=(edge, np.inf))
+        y = lower @ vectors
+        excess[index] = (squares - edge).sum()
+        trace[index] = (np.sum((gram_b @ y) * (product.A[index].T @ (product.B[index] @ y)), axis=0) / squares).sum()
+    return excess, trace
+
+
+def _top_share(sizes: Array) -> Array:
+    count = math.ceil(TOP_CHANNELS * sizes.shape[-1])
+    return np.partition(sizes, -count, axis=-1)[..., -count:].sum(-1) / sizes.sum(-1)

@@ -1,0 +1,94 @@
+"""The table of statistics: a row per layer, head, circuit and fold; written as CSV, JSON or a pandas frame."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnlens.atomic import write_text_atomic
+from attnlens.heads import Array
+from attnlens.statistics.diagonal import DiagonalFit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KEYS = ("layer", "head", "circuit", "fold")
+ALL_HEADS = "all"
+"""The ``head`` of a row that is about a layer's summed OV product."""
+
+Value = int | float | str
+Row = tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class StatsTable:
+    """Rows of statistics under ``columns``, which begin layer, head, circuit, fold, alpha, beta.
+
+    ``circuit`` is ``qk`` or ``ov``; ``head`` an index, or ``all`` for the layer's summed OV; ``fold`` is ``raw``,
+    ``effective`` or ``centred``. A statistic that is not defined is NaN: an empty cell in CSV, null in JSON.
+    """
+
+    rows: tuple[Row, ...]
+    columns: tuple[str, ...] = (*KEYS, *DiagonalFit.names(), "num_heads", "name", "leaves_out")
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def records(self) -> Iterator[dict[str, Value]]:
+        """Yield each row as a dictionary."""
+        return (dict(zip(self.columns, row, strict=True)) for row in self.rows)
+
+    def select(self, **keys: Value) -> StatsTable:
+        """Keep the rows whose columns equal the values given, e.g. ``select(circuit="ov", head="all")``."""
+        places = {self.columns.index(name): value for name, value in keys.items()}
+        return StatsTable(tuple(r for r in self.rows if all(r[p] == v for p, v in places.items())), self.columns)
+
+    def column(self, name: str) -> Array:
+        """Return a numeric column as float64."""
+        place = self.columns.index(name)
+        return np.array([row[place] for row in self.rows], dtype=np.float64)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Return the table as CSV; also write it to ``path`` when given."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([_csv_cell(value) for value in row] for row in self.rows)
+        return _written(buffer.getvalue(), path)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the rows as a JSON list of objects; also write it to ``path`` when given."""
+        return _written(json.dumps([_json_row(record) for record in self.records()], indent=1), path)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the table as a pandas frame (needs pandas: ``pip install attnlens[pandas]``)."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows), columns=list(self.columns))
+
+    def json_rows(self) -> list[dict[str, Any]]:
+        """Return the rows as JSON-ready objects, undefined statistics as None."""
+        return [_json_row(record) for record in self.records()]
+
+
+def _json_row(record: dict[str, Value]) -> dict[str, Any]:
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+
+
+def _csv_cell(value: Value) -> Value:
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        write_text_atomic(path, text)
+    return text

@@ -1,0 +1,148 @@
+"""Texts as bytes: files at hand or WikiText-103, parted by position into training and test."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnlens.errors import UsageError
+from attnlens.strict_json import within
+from attnlens.training.data.image_files import DatasetError
+
+PREFIX = "text:"
+WIKITEXT = "wikitext-103"
+TEST_SHARE = 10
+"""One byte in so many, the last ones, is held out."""
+SUFFIXES = (".txt", ".md", ".rst", ".tex", ".text")
+"""Files of a folder that are read; a file or pattern that is named may have any ending."""
+_LARGEST = 2 * 2**30
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in memory: the bytes to train on and the bytes to test on, and how many windows an epoch draws."""
+
+    name: str
+    train: Bytes
+    test: Bytes
+    files: int
+    split: str
+    windows: int = 1
+    test_windows: int | None = None
+
+    def sha256(self) -> str:
+        """Return the hash of both parts."""
+        found = hashlib.sha256()
+        for part in (self.train, self.test):
+            found.update(repr(part.shape).encode())
+            found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
+
+    def cut(self, context: int, windows: int, test_windows: int | None) -> Text:
+        """Settle how many windows are drawn an epoch and how many of the test part are measured on.
+
+        Raises `UsageError` where a part is too short, or holds fewer windows than asked for.
+        """
+        for part, title in ((self.train, "training"), (self.test, "test")):
+            if len(part) <= context:
+                raise UsageError(
+                    f"the {title} part of {self.name} has {len(part)} bytes, too few for a window of {context} and the "
+                    "byte behind it: give a longer text or a smaller --context"
+                )
+        held = len(self.test_starts(context))
+        if test_windows is not None and test_windows > held:
+            raise UsageError(f"--test-images {test_windows}: the test part of {self.name} has {held} windows")
+        return replace(self, windows=windows, test_windows=test_windows)
+
+    def test_starts(self, context: int) -> NDArray[np.int64]:
+        """Return where the windows of the test part begin: side by side, so that each byte is predicted once.
+
+        The first byte and the last ones that fill no window are not predicted. ``test_windows`` of them are spread
+        evenly over the part.
+        """
+        starts = np.arange(0, len(self.test) - context, context)
+        if self.test_windows is None:
+            return starts
+        return starts[np.linspace(0, len(starts) - 1, self.test_windows).round().astype(np.int64)]
+
+    def tuning(self) -> Text:
+        """Part the training bytes by position: the last tenth is what learning rates are chosen on."""
+        train, test = parted(self.train)
+        return replace(self, name=f"{self.name}, tuning split", train=train, test=test, test_windows=None)
+
+
+def parted(content: Bytes) -> tuple[Bytes, Bytes]:
+    """Cut the last tenth off."""
+    place = len(content) - len(content) // TEST_SHARE
+    return content[:place], content[place:]
+
+
+def load_text(name: str, *, data_dir: Path | None = None) -> Text:
+    """Return ``text:FILE``, ``text:FOLDER``, ``text:PATTERN`` (files joined by a line break) or ``text:wikitext-103``.
+
+    Files are taken as they are, byte for byte, in the order of their paths; the last tenth of the whole is the test
+    part. WikiText-103 keeps its own parts. Raises `DatasetError` for what is no text, `UsageError` for no files.
+    """
+    place = name.removeprefix(PREFIX)
+    if place == WIKITEXT:
+        return _wikitext(data_dir)
+    found = _files(place if data_dir is None else str(data_dir / place), name)
+    total = sum(path.stat().st_size for path in found)
+    if total > _LARGEST:
+        raise DatasetError(f"{name} holds {total} bytes, more than {_LARGEST} can be read: name fewer files")
+    try:
+        content = np.frombuffer(b"\n".join(path.read_bytes() for path in found), np.uint8)
+    except OSError as error:
+        raise DatasetError(f"{name} cannot be read ({error})") from error
+    if not content.size:
+        raise DatasetError(f"{name} is empty")
+    if not content.all():
+        odd = next(path for path in found if b"\0" in path.read_bytes())
+        raise DatasetError(f"{odd} holds bytes of value 0: that is no text")
+    train, test = parted(content)
+    return Text(_title(place), train, test, len(found), "the last tenth of the bytes is the test part")
+
+
+def _files(place: str, name: str) -> list[Path]:
+    path = Path(place)
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = [within(path, file, DatasetError) for file in files]
+        hint = f"it holds no file ending in {', '.join(SUFFIXES)}"
+    elif path.is_file():
+        found, hint = [path], ""
+    else:
+        found = [Path(match) for match in glob.glob(place, recursive=True) if Path(match).is_file()]  # noqa: PTH207
+        hint = "there is no such file or folder, and no file matches it as a pattern"
+    if not found:
+        raise UsageError(f"--dataset {name}: {hint}. Name a text file, a folder of them, or {PREFIX}{WIKITEXT}")
+    return sorted(found)
+
+
+def _title(place: str) -> str:
+    return f"{PREFIX}{Path(place).name}"
+
+
+def _wikitext(cache: Path | None) -> Text:
+    """Read WikiText-103 (raw) through the package datasets, its own training and test parts."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DatasetError(
+            f"{WIKITEXT} needs the package datasets: pip install datasets, or train on {PREFIX}FILE"
+        ) from error
+    try:
+        folder = None if cache is None else str(cache)
+        parts = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", cache_dir=folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DatasetError(f"{WIKITEXT} could not be read ({reason}): train on {PREFIX}FILE instead") from error
+    train, test = (np.frombuffer("".join(parts[part]["text"]).encode(), np.uint8) for part in ("train", "test"))
+    return Text(f"{PREFIX}{WIKITEXT}", train, test, 1, "WikiText-103's own training and test parts")

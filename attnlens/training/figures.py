@@ -1,0 +1,144 @@
+"""Figures of a training comparison: its metric through training, and alpha and beta through training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from attnlens.figures import style
+from attnlens.figures.style import line_style
+from attnlens.heads import Array
+from attnlens.training.results import Summary
+from attnlens.training.structure import Structure
+
+WIDTH = 900
+QUANTITIES = {"qk_beta": "QK beta", "ov_beta": "OV beta", "qk_alpha": "QK alpha", "ov_alpha": "OV alpha"}
+
+
+def draw_curves(summary: Summary) -> Figure:
+    """Draw each arm's mean of the metric over its seeds against the epoch, with the band from worst to best seed."""
+    metric, target = summary.config.metric, summary.config.target
+    scale = metric.scale
+    with style.look():
+        heading = style.Heading(WIDTH)
+        heading.add(f"{_title(summary)}: {metric.title} through training", 10, weight="bold")
+        way = "; lower is better" if metric.lower_is_better else ""
+        heading.add(
+            f"mean and range over seeds; dashed: the {scale * target:g}{'%' if metric.share else ''} of epochs-to-X"
+            f"{way}. {_state(summary)}",
+            8,
+        )
+        figure = style.new_figure(WIDTH, heading.height + 430)
+        heading.write(figure)
+        axes = style.add_axes(figure, 70, heading.height + 10, 480, 350)
+        axes.axhline(scale * target, color=style.RULE, linewidth=0.8, linestyle="--", zorder=0)
+        for place, (arm, curves) in enumerate(summary.curves.items()):
+            epochs, values = curve_matrix(list(curves.values()))
+            if not len(epochs):
+                continue
+            how = line_style(place)
+            axes.fill_between(
+                epochs,
+                scale * np.nanmin(values, 0),
+                scale * np.nanmax(values, 0),
+                color=how["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
+            axes.plot(epochs, scale * np.nanmean(values, 0), label=f"{arm} (n = {len(curves)})", linewidth=1.3, **how)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"{metric.title}, %" if metric.share else metric.title)
+        _epoch_axis(axes, summary)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    return figure
+
+
+def curve_matrix(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[Array, Array]:
+    """Return the epochs measured and ``[seed, epoch]`` values, NaN where a seed was not measured."""
+    epochs = sorted({epoch for curve in curves for epoch, _ in curve})
+    values = np.full((len(curves), len(epochs)), np.nan)
+    for row, curve in enumerate(curves):
+        for epoch, value in curve:
+            values[row, epochs.index(epoch)] = value
+    return np.array(epochs, dtype=np.float64), values
+
+
+def draw_structure(summary: Summary, pretrained: Structure | None, source: str, fold: str = "effective") -> Figure:
+    """Draw alpha and beta of each arm, mean over layers and seeds, against the epoch; a source's mean as a rule."""
+    with style.look():
+        heading = style.Heading(WIDTH)
+        heading.add(f"{_title(summary)}: structure through training", 10, weight="bold")
+        dotted = "" if pretrained is None else f"; dotted: the pre-trained {source}"
+        heading.add(
+            f"{fold} products, M ≈ α Z + β I: mean over layers (QK: and heads; OV: summed over heads) and seeds, band "
+            f"over seeds{dotted}. {_state(summary)}",
+            8,
+        )
+        top = heading.height + 10
+        figure = style.new_figure(WIDTH, top + 620 + 20 * (len(summary.structure) // 4))
+        heading.write(figure)
+        panels = {}
+        for place, (name, label) in enumerate(QUANTITIES.items()):
+            left, row = 70 + 435 * (place % 2), place // 2
+            axes = style.add_axes(figure, left, top + 260 * row + 20, 350, 195)
+            axes.set_title(label, loc="left")
+            _draw_quantity(axes, summary, pretrained, name, fold)
+            if row:
+                axes.set_xlabel("epoch")
+            panels[name] = axes
+        arms = list(summary.structure)
+        handles = [Line2D([], [], linewidth=1.3, label=arm, **line_style(place)) for place, arm in enumerate(arms)]
+        if pretrained is not None:
+            handles.append(
+                Line2D([], [], color=style.FAINT, linewidth=2, linestyle=(0, (1, 2)), label=f"{source}, pre-trained")
+            )
+        figure.legend(handles=handles, loc="lower center", ncols=4, columnspacing=1.2)
+    return figure
+
+
+def _draw_quantity(axes: Axes, summary: Summary, pretrained: Structure | None, name: str, fold: str) -> None:
+    if pretrained is not None and pretrained[fold][name]:
+        axes.axhline(
+            float(np.mean(pretrained[fold][name])), color=style.FAINT, linewidth=2, linestyle=(0, (1, 2)), zorder=5
+        )
+    for place, by_seed in enumerate(summary.structure.values()):
+        curves = [
+            [(float(epoch), float(np.mean(found[fold][name]))) for epoch, found in lines if found[fold][name]]
+            for lines in by_seed.values()
+        ]
+        epochs, values = curve_matrix([curve for curve in curves if curve])
+        if not len(epochs):
+            continue
+        how = line_style(place)
+        axes.fill_between(
+            epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=how["color"], alpha=0.15, linewidth=0
+        )
+        axes.plot(epochs, np.nanmean(values, 0), linewidth=1.3, **how)
+    _epoch_axis(axes, summary)
+
+
+def _epoch_axis(axes: Axes, summary: Summary) -> None:
+    axes.set_xlim(0, summary.config.recipe.epochs)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def has_structure(summary: Summary) -> bool:
+    """Whether any run's products were measured: a network without attention has none."""
+    measured = [found for by_seed in summary.structure.values() for lines in by_seed.values() for _, found in lines]
+    return any(values for found in measured for fold in found.values() for values in fold.values())
+
+
+def _title(summary: Summary) -> str:
+    config = summary.config
+    return f"{config.dataset}{', depthwise filters frozen' if config.freeze_filters else ''}"
+
+
+def _state(summary: Summary) -> str:
+    runs = sum(map(len, summary.finished.values()))
+    return f"{runs} of {summary.expected} runs finished."

@@ -1,0 +1,183 @@
+"""What a results folder holds, checked before it is believed: records of runs, and where a run had got to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from attnlens.errors import AttnlensError
+from attnlens.strict_json import parse_json, within
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from attnlens.training.config import Config
+
+PARTS = ("runs", "checkpoints", "weights")
+"""Folders below a results folder."""
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class ResumeError(AttnlensError):
+    """A checkpoint or record cannot be gone on from."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Provenance(_Part):
+    device: str
+    command: str
+    versions: dict[str, str]
+
+
+class _Line(_Part):
+    """One evaluation of a run, or its divergence."""
+
+    arm: str
+    seed: Count
+    lr: float
+    tuning: bool
+    epoch: Count
+    status: Literal["running", "finished", "diverged"]
+    accuracy: float | None = None
+    bits_per_byte: float | None = None
+    train_seconds: float
+    models_in_stack: int = Field(ge=1)
+    streams: list[str]
+    provenance: _Provenance
+    structure: dict[str, dict[str, list[Annotated[float, Field(allow_inf_nan=True)] | None]]] | None = None
+
+
+class _State(_Part):
+    """Where a unit of work had got to."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    unit: list[str]
+    epoch: Count
+    step: Count
+    seconds: float
+    streams: dict[int, list[str]]
+    records: str
+    stack: dict[str, Any]
+
+
+_Lines = TypeAdapter(list[_Line])
+
+
+def check_records(records: Any, config: Config, where: str) -> list[dict[str, Any]]:
+    """Return the records of one run as they are, having checked what a summary reads in them."""
+    try:
+        _Lines.validate_python(records)
+    except ValidationError as error:
+        raise ResumeError(f"{where}: {_first(error)}: delete it to train that run again") from error
+    if not records:
+        raise ResumeError(f"{where} holds no record: delete it to train that run again")
+    for line in records:
+        if line["arm"] not in config.arms or (line["arm"], line["seed"]) != (records[0]["arm"], records[0]["seed"]):
+            raise ResumeError(f"{where} holds records of {line['arm']!r}, which is another run: delete it")
+        measured = line["status"] == "diverged" or None not in (config.metric.of(line), line.get("structure"))
+        if not measured:
+            title = config.metric.title
+            raise ResumeError(f"{where} holds an epoch without its {title}: delete it to train that run again")
+    return list(records)
+
+
+def parse_runs(path: Path, folder: Path) -> dict[str, Any]:
+    """Parse a file of records below a results folder."""
+    try:
+        data = parse_json(within(folder, path, ResumeError).read_bytes(), constant=float)
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}): delete it to train that run again") from error
+    if not isinstance(data, dict) or "records" not in data:
+        raise ResumeError(f"{path} holds no records: delete it to train that run again")
+    return data
+
+
+def check_state(state: Any, where: Path) -> dict[str, Any]:
+    """Return the state of a unit of work as it is, having checked its fields."""
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        raise ResumeError(f"{where}: {_first(error)}: delete it to train that run again") from error
+    assert isinstance(state, dict)
+    return state
+
+
+def restorable(
+    state: Mapping[str, Any],
+    *,
+    unit: Sequence[str],
+    seeds: Sequence[int],
+    config: Config,
+    like: Mapping[str, Any],
+) -> list[list[dict[str, Any]]]:
+    """Return the records in a state, having checked that it is of this unit and of the same form as ``like``.
+
+    ``like`` is the snapshot of a stack that has not begun. Raises `ResumeError`.
+    """
+    where = f"the checkpoint of {unit[0]}"
+    try:
+        records = parse_json(state["records"], constant=float)
+    except ValueError as error:
+        raise ResumeError(f"{where} holds broken records ({error}): delete it to train that run again") from error
+    same = list(state["unit"]) == list(unit) and set(state["streams"]) == set(seeds)
+    if not same or not isinstance(records, list) or len(records) != len(unit):
+        raise ResumeError(f"{where} is of another unit of work: delete it to train that run again")
+    if not _same_form(state["stack"], like):
+        raise ResumeError(f"{where} holds weights of another form: delete it to train that run again")
+    return [check_records(lines, config, where) if lines else [] for lines in records]
+
+
+def _same_form(found: Any, like: Any) -> bool:
+    """Whether two snapshots have the same names, lengths, types and shapes; what the optimizer has gathered is free."""
+    import torch
+
+    if isinstance(like, torch.Tensor):
+        return isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
+    if isinstance(like, dict):
+        if not isinstance(found, dict) or set(found) != set(like):
+            return False
+        return all(name == "state" or _same_form(found[name], value) for name, value in like.items())
+    if isinstance(like, list | tuple):
+        fits = isinstance(found, list | tuple) and len(found) == len(like)
+        return fits and all(_same_form(one, other) for one, other in zip(found, like, strict=True))
+    numbers = isinstance(like, int | float) and isinstance(found, int | float) and not isinstance(like, bool)
+    return numbers or type(found) is type(like)
+
+
+def check_gathered(state: Mapping[str, Any], optimizer: Optimizer, where: str) -> None:
+    """Check that what a stored optimizer has gathered belongs to the parameters this one has."""
+    import torch
+
+    shapes = [value.shape for group in optimizer.param_groups for value in group["params"]]
+    gathered = state["optimizer"]["state"]
+    plain = isinstance(gathered, dict) and all(isinstance(values, dict) for values in gathered.values())
+    if not plain or any(
+        not (isinstance(place, int) and 0 <= place < len(shapes))
+        or set(values) != {"step", "exp_avg", "exp_avg_sq"}
+        or not all(isinstance(value, torch.Tensor) for value in values.values())
+        or values["step"].numel() != 1
+        or {values["exp_avg"].shape, values["exp_avg_sq"].shape} != {shapes[place]}
+        for place, values in gathered.items()
+    ):
+        raise ResumeError(f"{where} holds an optimizer of another form: delete it to train that run again")
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a results folder with a link that leaves it: its files are read and written."""
+    parts = (folder, *(folder / name for name in PARTS))
+    for place in parts:
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.is_symlink():
+                within(folder, path, ResumeError)
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
