@@ -33,7 +33,7 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.flags import FLAGS
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.models.open import Access, OpenedModel, named_and_weights, open_model
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
@@ -157,9 +157,13 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike[str] | nn.Module | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | nn.Module | Mapping[str, Any] | None = None,
+    /,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     num_heads: int | None = None,
     fold: str = "both",
     layers: Sequence[int] | None = None,
@@ -171,9 +175,12 @@ def inspect(
 ) -> Inspection:
     """Read a model's attention weights and depthwise filters; fit every QK and OV circuit and every covariance.
 
-    ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
-    None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the
-    architecture. ``num_heads`` reads a file nothing names the architecture of by its tensors' names.
+    ``source`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, a
+    state dict, or None for the small ViT shipped with the package. Where ``checkpoint`` gives the weights, ``source``
+    names the architecture; ``inspect(weights, model=name)`` says the same. ``model_args`` are arguments of timm's
+    architecture where the shapes do not show them; ``input_size`` (a side, or the shape of one input) serves to follow
+    a live network that does not state it. ``num_heads`` reads what nothing names the architecture of, a file, a state
+    dict or a live network, by its tensors' names.
 
     Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
     heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``
@@ -186,7 +193,11 @@ def inspect(
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
-    opened = open_model(model, checkpoint, num_heads, Access(offline=offline, remote=remote), filters=True)
+    architecture, weights = named_and_weights(source, checkpoint, model)
+    access = Access(offline=offline, remote=remote)
+    opened = open_model(
+        architecture, weights, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+    )
     names = parse_folds(fold)
     wanted, unwanted = _by_kind(opened, include)
     specs = _chosen(opened, wanted, layers)
@@ -202,7 +213,7 @@ def inspect(
     spectra = {key: values for _, found in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
-        raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
+        raise UsageError(f"the norms in front of the layers of {opened.name} are not known{opened.untraced}: use --fold raw")
     return Inspection(
         model=opened.name,
         stats=StatsTable(tuple(row for rows, _ in results for row in rows)),

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.checkpoints import Checkpoint, ModuleWeights, open_checkpoint
+from attnlens.checkpoints import Checkpoint, open_checkpoint
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
-from attnlens.models.architecture import Architecture, check_model_args, describe_architecture, describe_module
+from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
 from attnlens.strict_json import parse_json, within
 
 if TYPE_CHECKING:
     from torch import nn
 
 StrPath = str | os.PathLike[str]
+Weights = StrPath | Mapping[str, Any]
+"""Where weights are: a file, or a state dict in memory."""
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 """Folder of the small pre-trained ViT shipped with the package."""
@@ -42,31 +45,58 @@ class OpenedModel:
     timm_args: dict[str, Any] | None = field(default=None, kw_only=True)
     """Arguments timm builds the architecture with; None where it is not timm's, or timm need not be asked."""
 
+    @property
+    def untraced(self) -> str:
+        """Why norms are not known, in brackets, where a live network's forward pass could not be followed."""
+        reason = self.architecture.untraced
+        return f" (no forward pass could be followed: {reason}; give input_size=)" if reason else ""
+
     def provenance(self) -> dict[str, Any]:
         """Return the architecture and where its weights are from: the name given and, for a file, size and hash."""
         return {"architecture": self.architecture.name, **self.source, **self.checkpoint.provenance()}
 
 
+def named_and_weights(source: Any, checkpoint: Any, model: Any) -> tuple[Any, Any]:
+    """Return what names the architecture and what holds the weights, of a call that may name them either way.
+
+    Raises `UsageError` where three things are given.
+    """
+    if model is None:
+        return source, checkpoint
+    if source is not None and checkpoint is not None:
+        raise UsageError("model=, a checkpoint and a first argument are one too many: give the weights and model=")
+    return model, checkpoint if source is None else source
+
+
 def open_model(
-    model: StrPath | nn.Module | None,
-    checkpoint: StrPath | None,
+    model: StrPath | nn.Module | Mapping[str, Any] | None,
+    checkpoint: Weights | None,
     num_heads: int | None = None,
     access: Access = Access(),
     *,
     filters: bool = False,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
 ) -> OpenedModel:
     """Find the architecture and the weights for ``model`` and ``checkpoint``, and check that they fit each other.
 
-    ``model`` is None (the shipped ViT), a live module, a checkpoint file, a folder or ``local-dir:`` name with a
+    ``model`` is None (the shipped ViT), a live module, a state dict, a checkpoint file, a folder or ``local-dir:`` name with a
     ``config.json`` of timm or transformers, an ``hf-hub:`` name, or a timm name with or without tag; ``checkpoint``
-    overrides the weights. Weights timm did not write are converted where they do not fit as they are. With
-    ``num_heads`` a file or folder is read by its tensors' names alone. ``name@revision`` pins a hub's branch, tag or
-    commit. ``filters``: the caller reads depthwise filters too, and takes a model that has no attention beside them.
+    overrides the weights, a file's or a state dict's. Weights timm did not write are converted where they do not fit as
+    they are. With ``num_heads`` a file, folder, state dict or live module is read by its tensors' names alone.
+    ``name@revision`` pins a hub's branch, tag or commit. ``filters``: the caller reads depthwise filters too, and takes
+    a model that has no attention beside them. ``model_args``: arguments of a timm architecture that is named; those
+    that the weights' shapes show need not be given. ``input_size``: that of a live module, where it does not state it.
     Raises `ModelNotFoundError`, `CheckpointError`, `UnsupportedAttentionError` or `UsageError`.
     """
     if access.offline and access.remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
-    opened = _open(model, checkpoint, access) if num_heads is None else _open_bare(model, checkpoint, num_heads)
+    if not isinstance(model, str | os.PathLike | Mapping | None):
+        opened = _open_live(model, checkpoint, num_heads, input_size)
+    elif num_heads is not None:
+        opened = _open_bare(model, checkpoint, num_heads)
+    else:
+        opened = _open(model, checkpoint, access)
     architecture = opened.architecture
     if architecture.filters and not filters and not architecture.specs:
         raise UnsupportedAttentionError(
@@ -83,15 +113,17 @@ def open_model(
     return opened
 
 
-def _open(model: Any, checkpoint: StrPath | None, access: Access) -> OpenedModel:
+def _open(model: Any, checkpoint: Weights | None, access: Access) -> OpenedModel:
     if model is None and checkpoint is None:
         return _open_folder(EMBEDDED, None, "embedded")
+    state = checkpoint if model is None else model
+    if isinstance(state, Mapping):
+        raise UsageError(
+            "a state dict does not say which architecture it is for: name it, as in inspect(state_dict, "
+            "model='vit_base_patch16_224'), or give num_heads to read it by its tensors' names"
+        )
     if model is None:
         return _open_file(Path(os.fspath(checkpoint)), "--checkpoint")  # type: ignore[arg-type]
-    if not isinstance(model, str | os.PathLike):
-        architecture = describe_module(model)
-        weights = ModuleWeights(model) if checkpoint is None else open_checkpoint(checkpoint)
-        return OpenedModel(architecture.name, architecture, weights, {"model": architecture.name})
     name = os.fspath(model)
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
@@ -108,12 +140,34 @@ def _open(model: Any, checkpoint: StrPath | None, access: Access) -> OpenedModel
     return _open_timm(name, checkpoint, access)
 
 
+def _open_live(
+    module: Any, checkpoint: Weights | None, num_heads: int | None, input_size: int | tuple[int, ...] | None
+) -> OpenedModel:
+    from attnlens.models.live import open_live
+
+    architecture, own = open_live(module, num_heads=num_heads, input_size=input_size)
+    weights = own if checkpoint is None else _weights(checkpoint)
+    source = {"model": architecture.name}
+    if num_heads is not None:
+        source["layout"] = f"guessed from tensor names, {num_heads} heads"
+    return OpenedModel(architecture.name, architecture, weights, source)
+
+
+def _weights(given: Weights) -> Checkpoint:
+    """Open what a caller gave as weights: a state dict in memory or a file."""
+    if isinstance(given, Mapping):
+        from attnlens.checkpoints.memory import StateDict
+
+        return given if isinstance(given, Checkpoint) else StateDict(given)
+    return open_checkpoint(given)
+
+
 def _is_weight_name(path: Path) -> bool:
     suffixes = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX)
     return path.name.lower().endswith(suffixes)
 
 
-def _open_timm(name: str, checkpoint: StrPath | None, access: Access) -> OpenedModel:
+def _open_timm(name: str, checkpoint: Weights | None, access: Access) -> OpenedModel:
     pinned, _, revision = name.partition("@")
     base, _, tag = pinned.removeprefix("timm/").partition(".")
     architecture = describe_architecture(base)
@@ -121,7 +175,7 @@ def _open_timm(name: str, checkpoint: StrPath | None, access: Access) -> OpenedM
         tags = ", ".join(known for known in architecture.weights if known) or "none"
         raise ModelNotFoundError(f"{base} has no pretrained tag {tag!r}: timm knows {tags}")
     if checkpoint is not None:
-        return OpenedModel(base, architecture, open_checkpoint(checkpoint), {"model": name}, timm_args={})
+        return OpenedModel(base, architecture, _weights(checkpoint), {"model": name}, timm_args={})
     if not architecture.weights:
         raise ModelNotFoundError(f"timm has no pretrained weights for {base}: pass --checkpoint FILE")
     tag = tag or next(iter(architecture.weights))
@@ -150,7 +204,7 @@ def _pretrained(
     return open_checkpoint(fetch_url(url, offline=access.offline)), {"url": url}
 
 
-def _open_hub(repo: str, checkpoint: StrPath | None, name: str, access: Access) -> OpenedModel:
+def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access) -> OpenedModel:
     from attnlens.checkpoints.hub import fetch, open_weights
 
     repo, _, revision = repo.partition("@")
@@ -158,18 +212,18 @@ def _open_hub(repo: str, checkpoint: StrPath | None, name: str, access: Access) 
     if config is None:
         raise ModelNotFoundError(f"{repo} has no config.json: pass its architecture as MODEL and --checkpoint FILE")
     if checkpoint is not None:
-        return _configured(config, repo, open_checkpoint(checkpoint), {"model": name, "hub": repo})
+        return _configured(config, repo, _weights(checkpoint), {"model": name, "hub": repo})
     weights, source = open_weights(repo, None, revision or None, offline=access.offline, remote=access.remote)
     return _configured(config, repo, weights, {"model": name, **source})
 
 
-def _open_folder(folder: Path, checkpoint: StrPath | None, name: str) -> OpenedModel:
+def _open_folder(folder: Path, checkpoint: Weights | None, name: str) -> OpenedModel:
     config = within(folder, folder / "config.json", CheckpointError)
     if not config.is_file():
         raise ModelNotFoundError(
             f"{folder} has no config.json: give a timm or transformers model folder, or MODEL with --checkpoint FILE"
         )
-    weights = open_checkpoint(checkpoint if checkpoint is not None else _weights_in(folder))
+    weights = _weights(checkpoint if checkpoint is not None else _weights_in(folder))
     title = name if name == "embedded" else folder.resolve().name
     return _configured(config, title, weights, {"model": name})
 
@@ -203,9 +257,15 @@ def _open_file(path: Path, given_as: str) -> OpenedModel:
     )
 
 
-def _open_bare(model: Any, checkpoint: StrPath | None, num_heads: int) -> OpenedModel:
+def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int) -> OpenedModel:
     """Open a file, or the weights of a folder, by the names of its tensors alone."""
+    from attnlens.models.transformers import describe_names
+
     given = checkpoint if model is None else model
+    if isinstance(given, Mapping) and (model is None or checkpoint is None):
+        weights, title = _weights(given), "the state dict"
+        source = {"model": "state dict", "layout": f"guessed from tensor names, {num_heads} heads"}
+        return OpenedModel("state dict", describe_names(weights, num_heads, title), weights, source)
     path = Path(given) if isinstance(given, str | os.PathLike) else None
     if num_heads < 1:
         raise UsageError(f"--num-heads {num_heads} is not a number of heads: give 1 or more")
@@ -214,8 +274,6 @@ def _open_bare(model: Any, checkpoint: StrPath | None, num_heads: int) -> Opened
             "--num-heads goes with a weight file alone: a model that is named, a live module or the shipped ViT "
             "says itself how many heads it has"
         )
-    from attnlens.models.transformers import describe_names
-
     weights = open_checkpoint(_weights_in(path) if path.is_dir() else path)
     source = {"model": path.name, "layout": f"guessed from tensor names, {num_heads} heads"}
     return OpenedModel(path.stem, describe_names(weights, num_heads, str(path)), weights, source)

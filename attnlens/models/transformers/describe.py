@@ -20,6 +20,11 @@ def families() -> dict[str, Family]:
     return {name: family for family in (*vision.FAMILIES, *text.FAMILIES) for name in family.model_types}
 
 
+def known_model_types() -> frozenset[str]:
+    """Return every ``model_type`` that is read."""
+    return frozenset(families())
+
+
 def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Architecture:
     """Describe the model a transformers configuration names, as far as ``stored`` holds its stacks.
 
