@@ -158,9 +158,11 @@ class Composition:
 
 def compose(
     model: str | os.PathLike[str] | nn.Module | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     num_heads: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     fold: str = "effective",
     layers: Sequence[int] | None = None,
     offline: bool = False,
@@ -185,7 +187,8 @@ def compose(
     chosen = parse_folds(fold)
     if len(chosen) != 1:
         raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
-    opened = open_model(model, checkpoint, num_heads, access=Access(offline=offline, remote=remote))
+    access = Access(offline=offline, remote=remote)
+    opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
     specs = _chosen(opened, layers, chosen[0])
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
@@ -301,7 +304,9 @@ def _chosen(opened: OpenedModel, layers: Sequence[int] | None, fold: Fold) -> li
     specs = [pair for pair in opened.architecture.indexed() if pair[1].opt_in_refusal() is None]
     known = [pair for pair in specs if fold == "raw" or "norm_unknown" not in pair[1].leaves_out]
     if specs and not known:
-        raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
+        raise UsageError(
+            f"the norms in front of the layers of {opened.name} are not known{opened.untraced}: use --fold raw"
+        )
     readable = [layer for layer, _ in known]
     wrong = [layer for layer in layers or () if layer not in readable]
     if wrong:

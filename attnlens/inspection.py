@@ -213,7 +213,9 @@ def inspect(
     spectra = {key: values for _, found in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
-        raise UsageError(f"the norms in front of the layers of {opened.name} are not known{opened.untraced}: use --fold raw")
+        raise UsageError(
+            f"the norms in front of the layers of {opened.name} are not known{opened.untraced}: use --fold raw"
+        )
     return Inspection(
         model=opened.name,
         stats=StatsTable(tuple(row for rows, _ in results for row in rows)),

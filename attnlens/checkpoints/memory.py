@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class StateDict(Checkpoint):
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else value
             for name, value in tensors.items()
         }
-        self._tensors = _clean(held, "the state dict")
+        self._tensors = _clean(held, Path("the state dict"))
 
     def provenance(self) -> dict[str, Any]:
         """Return that it was in memory: there is no file to hash."""

@@ -9,7 +9,7 @@ FLAGS = {
     "v_norm": "values are normalised after their projection",
     "cosine": "queries and keys are scaled to length one; a learned temperature stands for the scale",
     "rope": "queries and keys are rotated by position",
-    "rope_unknown": "rotary position embeddings may be applied: no forward pass could be traced",
+    "rope_unknown": "rotary position embeddings may be applied: no forward pass could be followed",
     "rel_pos_bias": "a term of relative position is added to the score",
     "position_gate": "a learned gate mixes the score map with one of positions alone",
     "pos_embed": "a position embedding is added to the input inside the layer",
@@ -46,7 +46,7 @@ FLAGS = {
     "post_norm": "post-norm: the gain folded in is that of the norm behind the layer before, and the sum of input and "
     "output is normed again, which the effective OV product does not include",
     "norm_after": "a norm stands behind the layer's output",
-    "norm_unknown": "the norms around the layer are not known: no forward pass could be traced",
+    "norm_unknown": "the norms around the layer are not known, so that it has raw products only",
     "norm_mixed": "the input comes out of a norm only in part: its gain is not folded in",
     "norm_not_folded": "an activation stands between the norm and the projections: its gain is not folded in",
     "tokens_mixed": "a convolution or pooling per channel, which commutes with the gain, stands between norm and layer",

@@ -163,8 +163,8 @@ def tensor_shapes(skeleton: nn.Module, tensors: Iterable[str]) -> dict[str, list
         if name not in stored:
             owner = type(skeleton.get_submodule(name.rpartition(".")[0]))
             raise UnsupportedAttentionError(
-                f"{name} is no tensor of the network: {owner.__module__}.{owner.__qualname__} keeps it in another form. "
-                "Give the network from before it was quantised or sharded (FSDP: inside summon_full_params)"
+                f"{name} is no tensor of the network, {owner.__module__}.{owner.__qualname__} keeps it otherwise: "
+                "give the network from before it was quantised or sharded (FSDP: inside summon_full_params)"
             )
     return {name: list(stored[name].shape) for name in tensors}
 
@@ -175,17 +175,28 @@ def _build(name: str, model_args: dict[str, Any]) -> Architecture:
 
     if not timm.is_model(name):
         raise ModelNotFoundError(f"timm has no architecture named {name!r}{suggest(name, timm.list_models())}")
+    name, _, tag = _current_name(name).partition(".")
     try:
         with torch.device("meta"), _modules_counted(name):
             model = timm.create_model(name, pretrained=False, **model_args)
-        return replace(describe_module(model, name), weights=pretrained_tags(name))
+        tags = pretrained_tags(name)
+        first = {tag: tags[tag]} if tag in tags else {}
+        return replace(describe_module(model, name), weights={**first, **tags})
     except AttnlensError:
         raise
     except Exception as error:  # any constructor of timm's, with any arguments a file may name
         raise ModelNotFoundError(
             f"timm cannot build {name} with model_args {model_args} ({type(error).__name__}: {error}): fix the "
-            "config.json or metadata they come from"
+            "--model-arg, config.json or metadata they come from"
         ) from error
+
+
+def _current_name(name: str) -> str:
+    """Return what timm calls an architecture it renamed, with the tag of the weights that the old name meant."""
+    from timm.models import _registry
+
+    renamed: dict[str, str | None] = _registry.get_deprecated_models()
+    return renamed.get(name) or name
 
 
 LARGEST_ARGUMENT = 1 << 16

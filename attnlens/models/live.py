@@ -43,8 +43,8 @@ def open_live(
     roots = list(_transformers_models(skeleton))
     if len(roots) > 1:
         raise UsageError(
-            f"{type(skeleton).__name__} holds several models of transformers, {' and '.join(path for path, _ in roots)}: "
-            "give the one that is meant"
+            f"{type(skeleton).__name__} holds several models of transformers: give one of them, as its "
+            + " or ".join(path for path, _ in roots)
         )
     if roots:
         return _of_transformers(skeleton, weights, *roots[0])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,11 +81,11 @@ def open_model(
 ) -> OpenedModel:
     """Find the architecture and the weights for ``model`` and ``checkpoint``, and check that they fit each other.
 
-    ``model`` is None (the shipped ViT), a live module, a state dict, a checkpoint file, a folder or ``local-dir:`` name with a
-    ``config.json`` of timm or transformers, an ``hf-hub:`` name, or a timm name with or without tag; ``checkpoint``
-    overrides the weights, a file's or a state dict's. Weights timm did not write are converted where they do not fit as
-    they are. With ``num_heads`` a file, folder, state dict or live module is read by its tensors' names alone.
-    ``name@revision`` pins a hub's branch, tag or commit. ``filters``: the caller reads depthwise filters too, and takes
+    ``model`` is None (the shipped ViT), a live module, a state dict, a checkpoint file, a folder or ``local-dir:`` name
+    with a ``config.json`` of timm or transformers, an ``hf-hub:`` name, or a timm name with or without tag;
+    ``checkpoint`` overrides the weights, a file's or a state dict's. Weights timm did not write are converted where
+    they do not fit as they are. With ``num_heads`` a file, folder, state dict or live module is read by its tensors'
+    names alone. ``name@revision`` pins a hub's branch, tag or commit. ``filters``: the caller reads depthwise filters too, and takes
     a model that has no attention beside them. ``model_args``: arguments of a timm architecture that is named; those
     that the weights' shapes show need not be given. ``input_size``: that of a live module, where it does not state it.
     Raises `ModelNotFoundError`, `CheckpointError`, `UnsupportedAttentionError` or `UsageError`.
@@ -96,7 +97,11 @@ def open_model(
     elif num_heads is not None:
         opened = _open_bare(model, checkpoint, num_heads)
     else:
-        opened = _open(model, checkpoint, access)
+        opened = _open(model, checkpoint, access, model_args)
+    if model_args and opened.timm_args is None:
+        raise UsageError(
+            f"--model-arg is for architectures of timm, and {opened.name} says itself what it is: leave it out"
+        )
     architecture = opened.architecture
     if architecture.filters and not filters and not architecture.specs:
         raise UnsupportedAttentionError(
@@ -113,9 +118,12 @@ def open_model(
     return opened
 
 
-def _open(model: Any, checkpoint: Weights | None, access: Access) -> OpenedModel:
+def _open(
+    model: Any, checkpoint: Weights | None, access: Access, model_args: dict[str, Any] | None = None
+) -> OpenedModel:
+    given = check_model_args(model_args or {}, "--model-arg")
     if model is None and checkpoint is None:
-        return _open_folder(EMBEDDED, None, "embedded")
+        return _open_folder(EMBEDDED, None, "embedded", given)
     state = checkpoint if model is None else model
     if isinstance(state, Mapping):
         raise UsageError(
@@ -123,21 +131,21 @@ def _open(model: Any, checkpoint: Weights | None, access: Access) -> OpenedModel
             "model='vit_base_patch16_224'), or give num_heads to read it by its tensors' names"
         )
     if model is None:
-        return _open_file(Path(os.fspath(checkpoint)), "--checkpoint")  # type: ignore[arg-type]
+        return _open_file(Path(os.fspath(checkpoint)), "--checkpoint", given)  # type: ignore[arg-type]
     name = os.fspath(model)
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
-        return _open_folder(Path(rest), checkpoint, name)
+        return _open_folder(Path(rest), checkpoint, name, given)
     if scheme in ("hf-hub", "hf_hub"):
-        return _open_hub(rest, checkpoint, name, access)
+        return _open_hub(rest, checkpoint, name, access, given)
     path = Path(name)
     if path.is_dir():
-        return _open_folder(path, checkpoint, f"local-dir:{name}")
+        return _open_folder(path, checkpoint, f"local-dir:{name}", given)
     if _is_weight_name(path) and (path.is_file() or os.sep in name or path.suffix != ".pt"):  # timm has tags named pt
         if checkpoint is not None:
             raise UsageError(f"{name} and --checkpoint {checkpoint} are both files: MODEL must name the architecture")
-        return _open_file(path, "MODEL")
-    return _open_timm(name, checkpoint, access)
+        return _open_file(path, "MODEL", given)
+    return _open_timm(name, checkpoint, access, given)
 
 
 def _open_live(
@@ -167,21 +175,22 @@ def _is_weight_name(path: Path) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def _open_timm(name: str, checkpoint: Weights | None, access: Access) -> OpenedModel:
+def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dict[str, Any]) -> OpenedModel:
     pinned, _, revision = name.partition("@")
     base, _, tag = pinned.removeprefix("timm/").partition(".")
-    architecture = describe_architecture(base)
+    architecture = describe_architecture(base, given)
+    base = architecture.name  # timm's own, where it was renamed
     if tag and tag not in architecture.weights:
         tags = ", ".join(known for known in architecture.weights if known) or "none"
         raise ModelNotFoundError(f"{base} has no pretrained tag {tag!r}: timm knows {tags}")
     if checkpoint is not None:
-        return OpenedModel(base, architecture, _weights(checkpoint), {"model": name}, timm_args={})
+        return OpenedModel(base, architecture, _weights(checkpoint), {"model": name}, timm_args=given)
     if not architecture.weights:
         raise ModelNotFoundError(f"timm has no pretrained weights for {base}: pass --checkpoint FILE")
     tag = tag or next(iter(architecture.weights))
     full = f"{base}.{tag}" if tag else base
     weights, source = _pretrained(full, architecture.weights[tag], revision, access)
-    return OpenedModel(full, architecture, weights, {"model": name, **source}, timm_args={})
+    return OpenedModel(full, architecture, weights, {"model": name, **source}, timm_args=given)
 
 
 def _pretrained(
@@ -204,7 +213,7 @@ def _pretrained(
     return open_checkpoint(fetch_url(url, offline=access.offline)), {"url": url}
 
 
-def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access) -> OpenedModel:
+def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, given: dict[str, Any]) -> OpenedModel:
     from attnlens.checkpoints.hub import fetch, open_weights
 
     repo, _, revision = repo.partition("@")
@@ -212,12 +221,12 @@ def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access) 
     if config is None:
         raise ModelNotFoundError(f"{repo} has no config.json: pass its architecture as MODEL and --checkpoint FILE")
     if checkpoint is not None:
-        return _configured(config, repo, _weights(checkpoint), {"model": name, "hub": repo})
+        return _configured(config, repo, _weights(checkpoint), {"model": name, "hub": repo}, given)
     weights, source = open_weights(repo, None, revision or None, offline=access.offline, remote=access.remote)
-    return _configured(config, repo, weights, {"model": name, **source})
+    return _configured(config, repo, weights, {"model": name, **source}, given)
 
 
-def _open_folder(folder: Path, checkpoint: Weights | None, name: str) -> OpenedModel:
+def _open_folder(folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any]) -> OpenedModel:
     config = within(folder, folder / "config.json", CheckpointError)
     if not config.is_file():
         raise ModelNotFoundError(
@@ -225,7 +234,7 @@ def _open_folder(folder: Path, checkpoint: Weights | None, name: str) -> OpenedM
         )
     weights = _weights(checkpoint if checkpoint is not None else _weights_in(folder))
     title = name if name == "embedded" else folder.resolve().name
-    return _configured(config, title, weights, {"model": name})
+    return _configured(config, title, weights, {"model": name}, given)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -239,18 +248,18 @@ def _weights_in(folder: Path) -> Path:
     return within(folder, found, CheckpointError)
 
 
-def _open_file(path: Path, given_as: str) -> OpenedModel:
+def _open_file(path: Path, given_as: str, given: dict[str, Any]) -> OpenedModel:
     """Open a file that must itself say, in its metadata or a config.json beside it, what architecture it is for."""
     checkpoint = open_checkpoint(path)
     named = checkpoint.metadata.get("architecture")
     if named:
-        model_args = _parse_json(checkpoint.metadata.get("model_args", "{}").encode(), path)
+        model_args = {**_parse_json(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
         return OpenedModel(path.stem, architecture, checkpoint, {"model": path.name}, timm_args=model_args)
     config = path.parent / "config.json"
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
-        return _configured(config, path.stem, checkpoint, {"model": path.name})
+        return _configured(config, path.stem, checkpoint, {"model": path.name}, given)
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
         f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file)"
@@ -279,7 +288,9 @@ def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int) -> Opened
     return OpenedModel(path.stem, describe_names(weights, num_heads, str(path)), weights, source)
 
 
-def _configured(config: Path, title: str, weights: Checkpoint, source: dict[str, str]) -> OpenedModel:
+def _configured(
+    config: Path, title: str, weights: Checkpoint, source: dict[str, str], given: dict[str, Any]
+) -> OpenedModel:
     """Open weights of the architecture a ``config.json`` names: timm's with its ``model_args``, or transformers'."""
     try:
         data = _parse_json(config.read_bytes(), config)
@@ -287,7 +298,7 @@ def _configured(config: Path, title: str, weights: Checkpoint, source: dict[str,
         raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
     name = data.get("architecture")
     if isinstance(name, str):
-        model_args = check_model_args(data.get("model_args", {}), str(config))
+        model_args = {**check_model_args(data.get("model_args", {}), str(config)), **given}
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
     if isinstance(data.get("model_type"), str):
@@ -311,27 +322,17 @@ def _parse_json(text: bytes, where: Path) -> dict[str, Any]:
 
 
 def _fitting(opened: OpenedModel) -> OpenedModel:
-    """Return the model with weights that fit: as they are, converted by timm, or below a prefix. Refuse others by name.
+    """Return the model with weights that fit: as they are, or in one of `_forms`. Refuse others by name.
 
     Raises `CheckpointError` naming the first tensors that are missing or of another shape.
     """
-    problems = _misfits(opened.architecture, opened.checkpoint)
+    problems = _misfits(opened)
     if not problems:
         return opened
-    from attnlens.checkpoints.converted import below_prefix, convert
-
-    told = []
-    if opened.timm_args is not None:
-        try:
-            converted = convert(opened.architecture.name, opened.timm_args, opened.checkpoint)
-        except CheckpointError as error:
-            told.append(str(error))
-        else:
-            if not _misfits(opened.architecture, converted):
-                return replace(opened, checkpoint=converted)
-    below = below_prefix(opened.checkpoint, opened.architecture.shapes)
-    if below is not None and not _misfits(opened.architecture, below):
-        return replace(opened, checkpoint=below)
+    told: list[str] = []
+    for form in _forms(opened, told):
+        if not _misfits(form):
+            return form
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise CheckpointError(
         f"the weights are not of {opened.architecture.name}: {'; '.join(problems[:3])}{more}. "
@@ -339,12 +340,71 @@ def _fitting(opened: OpenedModel) -> OpenedModel:
     )
 
 
-def _misfits(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
-    """Name the tensors that are missing or of another shape."""
-    problems = []
+def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
+    """Yield what weights that do not fit may be: converted by timm, below a prefix, renamed, or of another size.
+
+    What a conversion says where it fails is added to ``told``.
+    """
+    from attnlens.checkpoints.converted import below_prefix, convert
+    from attnlens.models.renamed import as_timm_names
+
+    if opened.timm_args is not None:
+        try:
+            converted = convert(opened.architecture.name, opened.timm_args, opened.checkpoint)
+        except CheckpointError as error:
+            told.append(str(error))
+        else:
+            yield replace(opened, checkpoint=converted)
+    below = below_prefix(opened.checkpoint, opened.architecture.shapes)
+    if below is not None:
+        yield replace(opened, checkpoint=below)
+    if opened.timm_args is None:
+        return
+    renamed = as_timm_names(opened.checkpoint)
+    if renamed is not None:
+        yield replace(opened, checkpoint=renamed)
+    first: dict[str, list[int]] = {name: [] for name in list(opened.architecture.shapes)[:1]}
+    for weights in (opened.checkpoint, below_prefix(opened.checkpoint, first), renamed):
+        if weights is not None:
+            yield from _resized(opened, weights)
+
+
+def _resized(opened: OpenedModel, weights: Checkpoint) -> Iterator[OpenedModel]:
+    """Yield the model at the sizes that the shapes of the weights show."""
+    from attnlens.models.sizes import shown_arguments
+
+    name, given = opened.architecture.name, opened.timm_args or {}
+    arguments = shown_arguments(name, given, {key: weights.shape(key) for key in weights})
+    if arguments is not None:
+        architecture = replace(describe_architecture(name, arguments), weights=opened.architecture.weights)
+        shown = ", ".join(f"{key}={value}" for key, value in arguments.items() if key not in given)
+        source = {**opened.source, "sizes": f"shown by the shapes: {shown}"}
+        yield replace(opened, architecture=architecture, checkpoint=weights, source=source, timm_args=arguments)
+
+
+def _misfits(opened: OpenedModel) -> list[str]:
+    """Name tensors that are missing or of another shape, and those of layers a timm architecture would leave out."""
+    architecture, checkpoint, problems = opened.architecture, opened.checkpoint, []
     for name, wanted in architecture.shapes.items():
         if name not in checkpoint:
             problems.append(f"{name} is missing")
         elif list(checkpoint.shape(name)) != wanted:
             problems.append(f"{name} is {checkpoint.shape(name)}, not {tuple(wanted)}")
+    if opened.timm_args is not None:
+        problems += [f"{name} is of a layer it does not have" for name in _beyond(architecture, checkpoint)]
     return problems
+
+
+def _beyond(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
+    """Name query projections of the file's that differ from one of the architecture's in a layer's number alone."""
+    own = {name: spec.path for spec in architecture.specs for name in spec.q.named(spec.q.tensor)}
+    kinds = {_NUMBER.sub(".#.", name) for name in own}
+    beside = tuple(f"{path}." for path in architecture.order)
+    return [
+        name
+        for name in checkpoint
+        if name not in own and _NUMBER.sub(".#.", name) in kinds and not name.startswith(beside)
+    ]
+
+
+_NUMBER = re.compile(r"\.\d+(?=\.)\.")

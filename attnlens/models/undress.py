@@ -1,8 +1,8 @@
 """A live network without what is wrapped around it: its own modules and names, and the weights it applies.
 
-Wrappers (DataParallel, DDP, FSDP, torch.compile, activation checkpointing, PEFT) add names and no weights. A weight that
-a module computes at each forward pass (a parametrization, weight_norm, spectral_norm, a pruning mask, adapters) is
-computed here by the code that the module itself calls.
+Wrappers (DataParallel, DDP, FSDP, torch.compile, activation checkpointing, PEFT) add names and no weights. A weight
+that a module computes at each forward pass (a parametrization, weight_norm, spectral_norm, a pruning mask, adapters)
+is computed here by the code that the module itself calls.
 """
 
 from __future__ import annotations
@@ -76,13 +76,27 @@ class LiveWeights(Checkpoint):
     def renamed(self, names: dict[str, str]) -> LiveWeights:
         """Return the same weights under other names: ``names`` holds the new name of each old one that is kept."""
         return LiveWeights(
-            self._module, {new: self._sources[old] for old, new in names.items() if old in self._sources}, self._wrappers
+            self._module,
+            {new: self._sources[old] for old, new in names.items() if old in self._sources},
+            self._wrappers,
         )
 
-    def is_written_in_place(self, name: str) -> bool:
-        """Whether the tensor is the network's own: one that is computed, or is spread over processes, is a copy."""
+    def why_not_written(self, name: str) -> str:
+        """Say why a tensor cannot be written in place, to follow its name; empty where it can."""
         source = self._sources[name]
-        return not callable(source) and not hasattr(source, "full_tensor")
+        if callable(source):
+            return (
+                "is computed from other tensors (a parametrization, a mask or an adapter), so that nothing written to "
+                "it stays: initialise before that is added, or merge it first"
+            )
+        if hasattr(source, "full_tensor"):
+            return "is spread over processes: initialise before sharding"
+        if source.is_meta:
+            return (
+                "is on the meta device and holds no numbers: materialise it first, as with "
+                "module.to_empty(device='cpu') and its own initialisation"
+            )
+        return "" if source.is_floating_point() else f"is stored as {source.dtype}: initialise before quantising"
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
@@ -98,7 +112,9 @@ class LiveWeights(Checkpoint):
         except CheckpointError:
             raise
         except Exception as error:  # what a parametrization, an adapter or a backend of sharding may raise
-            raise CheckpointError(f"{name} cannot be computed ({_first(error)}): give the network without it") from error
+            raise CheckpointError(
+                f"{name} cannot be computed ({_first(error)}): give the network without it"
+            ) from error
         if tensor.is_meta:
             raise CheckpointError(
                 f"{name} is on the meta device and holds no numbers: load the weights first, or give a checkpoint"
@@ -132,8 +148,8 @@ def undress(module: nn.Module) -> Undressed:
 
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise CheckpointError(
-            f"{type(module).__name__} is TorchScript, whose modules have no class: give its state_dict() and num_heads, "
-            "or the network it was made from"
+            f"{type(module).__name__} is TorchScript, whose modules have no class: give what it was made from, or "
+            "its state_dict() and num_heads"
         )
     copied = _Copy()
     skeleton = copied.shell(module)
@@ -173,7 +189,7 @@ class _Copy:
                 self.wrappers[type(inner).__name__] = None
             inner = below
         if id(inner) not in self.memo:
-            shell = object.__new__(_plain_class(inner))
+            shell: Any = object.__new__(_plain_class(inner))
             self.memo[id(inner)] = shell
             self.originals[id(shell)] = inner
             self.shells.append(shell)
@@ -318,8 +334,8 @@ def _merged(adapter: Any, leaf: str) -> torch.Tensor:
 
 def _exchanged(wrapper: Any) -> Any:
     """Return the module that PEFT runs: the one trained beside the original where its adapter is active."""
-    trained = getattr(wrapper, "modules_to_save", None)
-    active = [name for name in wrapper.active_adapters if trained is not None and name in trained]
+    trained: Any = getattr(wrapper, "modules_to_save", None) or {}
+    active = [name for name in wrapper.active_adapters if name in trained]
     return trained[active[0]] if active and not wrapper.disable_adapters else wrapper.original_module
 
 
