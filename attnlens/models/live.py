@@ -82,7 +82,8 @@ def _of_transformers(skeleton: nn.Module, weights: LiveWeights, path: str, model
     """Describe a model of transformers by its configuration, under the names it would be saved with."""
     prefix = f"{path}." if path else ""
     own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
-    saved = weights.renamed({own[name]: prefix + new for name, new in _saved_names(model, own).items()})
+    shapes = {name: weights.shape(live) for name, live in own.items()}
+    saved = weights.renamed({own[name]: prefix + new for name, new in _saved_names(model, shapes).items()})
     where = f"the configuration of {type(model).__name__}"
     found = describe_transformers({**model.config.to_dict(), "architectures": [type(model).__name__]}, saved, where)
     beside = [one for one in _attention_paths(skeleton) if not one.startswith(prefix)]
@@ -96,15 +97,15 @@ def _attention_paths(skeleton: nn.Module) -> list[str]:
     return [found.path for found in attention_modules(skeleton)]
 
 
-def _saved_names(model: Any, names: dict[str, str]) -> dict[str, str]:
+def _saved_names(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Return, by its live name, the name each tensor is saved under: transformers 5 renames in both directions."""
     import torch
 
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before transformers 5 both are the same
-        return {name: name for name in names}
-    marks = {name: torch.empty(0, device="meta") for name in names}
+        return {name: name for name in shapes}
+    marks = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     live = {id(mark): name for name, mark in marks.items()}
     saved = revert_weight_conversion(model, marks)
     return {live[id(mark)]: name for name, mark in saved.items() if id(mark) in live}

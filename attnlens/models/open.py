@@ -85,9 +85,10 @@ def open_model(
     with a ``config.json`` of timm or transformers, an ``hf-hub:`` name, or a timm name with or without tag;
     ``checkpoint`` overrides the weights, a file's or a state dict's. Weights timm did not write are converted where
     they do not fit as they are. With ``num_heads`` a file, folder, state dict or live module is read by its tensors'
-    names alone. ``name@revision`` pins a hub's branch, tag or commit. ``filters``: the caller reads depthwise filters too, and takes
-    a model that has no attention beside them. ``model_args``: arguments of a timm architecture that is named; those
-    that the weights' shapes show need not be given. ``input_size``: that of a live module, where it does not state it.
+    names alone. ``name@revision`` pins a hub's branch, tag or commit. ``filters``: the caller reads depthwise filters
+    too, and takes a model that has no attention beside them. ``model_args``: arguments of a timm architecture that is
+    named; those that the weights' shapes show need not be given. ``input_size``: that of a live module, where it does
+    not state it.
     Raises `ModelNotFoundError`, `CheckpointError`, `UnsupportedAttentionError` or `UsageError`.
     """
     if access.offline and access.remote:
@@ -178,19 +179,34 @@ def _is_weight_name(path: Path) -> bool:
 def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dict[str, Any]) -> OpenedModel:
     pinned, _, revision = name.partition("@")
     base, _, tag = pinned.removeprefix("timm/").partition(".")
-    architecture = describe_architecture(base, given)
+    weights = None if checkpoint is None else _weights(checkpoint)
+    architecture, arguments = _of_timm(base, given, weights)
     base = architecture.name  # timm's own, where it was renamed
     if tag and tag not in architecture.weights:
         tags = ", ".join(known for known in architecture.weights if known) or "none"
         raise ModelNotFoundError(f"{base} has no pretrained tag {tag!r}: timm knows {tags}")
-    if checkpoint is not None:
-        return OpenedModel(base, architecture, _weights(checkpoint), {"model": name}, timm_args=given)
+    if weights is not None:
+        return OpenedModel(base, architecture, weights, {"model": name}, timm_args=arguments)
     if not architecture.weights:
         raise ModelNotFoundError(f"timm has no pretrained weights for {base}: pass --checkpoint FILE")
     tag = tag or next(iter(architecture.weights))
     full = f"{base}.{tag}" if tag else base
     weights, source = _pretrained(full, architecture.weights[tag], revision, access)
     return OpenedModel(full, architecture, weights, {"model": name, **source}, timm_args=given)
+
+
+def _of_timm(name: str, given: dict[str, Any], weights: Checkpoint | None) -> tuple[Architecture, dict[str, Any]]:
+    """Describe an architecture with arguments that may build a network only beside those that the weights show."""
+    from attnlens.models.sizes import shown_arguments
+
+    try:
+        return describe_architecture(name, given), given
+    except ModelNotFoundError:
+        plain = describe_architecture(name)
+        arguments = weights and shown_arguments(plain.name, given, {key: weights.shape(key) for key in weights})
+        if not arguments:
+            raise
+        return replace(describe_architecture(plain.name, arguments), weights=plain.weights), arguments
 
 
 def _pretrained(

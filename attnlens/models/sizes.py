@@ -29,7 +29,7 @@ def shown_arguments(name: str, given: dict[str, Any], stored: Shapes) -> dict[st
     import torch
 
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **given)
+        model = timm.create_model(name, pretrained=False)
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     accepted = inspect.signature(type(model).__init__).parameters
     shown: dict[str, Any] = {}
@@ -42,8 +42,8 @@ def shown_arguments(name: str, given: dict[str, Any], stored: Shapes) -> dict[st
         shown |= {"img_size": side} if side is not None else {}
     if "embed_dim" in shown and not {"num_heads"} & {*shown, *given}:
         raise UsageError(
-            f"the file is {shown['embed_dim']} wide, {name} {_embed_dim(own)}, and shapes do not say how many heads it has. "
-            "Add --model-arg num_heads=N"
+            f"the file is {shown['embed_dim']} wide, {name} {_embed_dim(own)}, and shapes do not say how many heads it "
+            "has: add --model-arg num_heads=N"
         )
     if shown.get("class_token") is False and "global_pool" in accepted:
         shown["global_pool"] = "avg"

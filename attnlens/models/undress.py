@@ -39,7 +39,7 @@ _WRAPPERS = {
 }
 _ADAPTED = "peft.tuners.tuners_utils.BaseTunerLayer"
 _EXCHANGED = "peft.utils.other.AuxiliaryTrainingWrapper"
-_SHARDED = "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule"
+_SHARDED = "torch.distributed.fsdp.FSDPModule"
 # Attributes of a trainer's that lead out of the network, to data sets and loggers.
 _OUTSIDE = ("_trainer", "_fabric")
 
