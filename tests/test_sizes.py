@@ -108,7 +108,7 @@ def test_layers_a_named_architecture_does_not_have_are_never_left_out_in_silence
 )
 def test_arguments_that_build_nothing_are_refused_in_one_line(given, error, text):
     with pytest.raises(error, match=text) as caught:
-        open_model(NAME, {}, model_args=given)
+        open_model(NAME, network(depth=1).state_dict(), model_args=given)
     assert "\n" not in str(caught.value)
 
 

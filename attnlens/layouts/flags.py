@@ -41,6 +41,7 @@ FLAGS = {
     "clamped": "inputs and outputs of the projections are clamped",
     "out_pool": "the output is pooled",
     "out_upsampled": "the output is upsampled to the grid of the input",
+    "cross": "cross attention: queries read one stream, keys and values another: the diagonal stands between the two",
     "causal": "a causal mask stands over the scores: a token asks itself and those before it",
     "softcap": "scores pass through a tanh in front of the softmax",
     "post_norm": "post-norm: the gain folded in is that of the norm behind the layer before, and the sum of input and "

@@ -10,14 +10,15 @@ from attnlens.errors import CheckpointError, ModelNotFoundError
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
 from attnlens.models.architecture import Architecture
 from attnlens.models.by_tensor_names import find_groups
-from attnlens.models.transformers import text, vision
+from attnlens.models.transformers import decoders, encoder_decoder, text, vision
 from attnlens.models.transformers.stack import Config, Family, Role, Stack
 
 
 @cache
 def families() -> dict[str, Family]:
     """Return the known families by ``model_type``."""
-    return {name: family for family in (*vision.FAMILIES, *text.FAMILIES) for name in family.model_types}
+    modules = (vision, text, decoders, encoder_decoder)
+    return {name: family for module in modules for family in module.FAMILIES for name in family.model_types}
 
 
 def known_model_types() -> frozenset[str]:
@@ -36,8 +37,8 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
     family = families().get(model_type)
     if family is None:
         raise ModelNotFoundError(
-            f"{where} has model_type {model_type!r}, which is not known: attnlens reads {', '.join(sorted(families()))}"
-            "; for any other give the weight file and --num-heads"
+            f"{where} has model_type {model_type!r}, which is not known: give the weight file and --num-heads, to read "
+            f"it by its tensors' names. Known are {', '.join(sorted(families()))}"
         )
     if config.get("quantization_config"):
         raise CheckpointError(
@@ -49,10 +50,11 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
     specs: list[AttentionSpec] = []
     shapes: dict[str, list[int]] = {}
     for stack in family.stacks:
-        prefix = _find_prefix(stack, stored)
+        own = stack.of_config(config)
+        prefix = _find_prefix(stack, stored) if stack.is_of(own) else None
         if prefix is None:
             continue
-        placed = _Placed(stack, prefix, _sizes(stack, stack.of_config(config), where, stored), stored)
+        placed = _Placed(stack, prefix, _sizes(stack, own, where, stored), stored)
         for layer in range(placed.sizes.depth):
             specs.append(placed.spec(layer, family.name, f"transformers.{title}"))
             shapes |= placed.shapes(layer)
@@ -79,6 +81,7 @@ class _Sizes:
     heads: int
     kv_heads: int
     head_dim: int
+    source_depth: int
 
 
 def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Sizes:
@@ -90,15 +93,20 @@ def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Siz
             raise ModelNotFoundError(f"{name} in {where} is {value!r} where a number above 0 is needed: fix the file")
         return value
 
+    def first(names: str | tuple[str, ...]) -> int:
+        several = (names,) if isinstance(names, str) else names
+        return number(next((name for name in several if name in config), several[0]))
+
     heads, width = number(stack.heads), number(stack.width)
     kv_heads = number(stack.kv_heads, heads)
-    depth = number(stack.depth) if stack.depth else 1
+    depth = first(stack.depth) if stack.depth else 1
+    source_depth = first(stack.source_depth) if stack.source_depth else 0
     if heads % kv_heads:
         raise ModelNotFoundError(f"{heads} heads in {where} cannot share {kv_heads} key heads evenly: fix the file")
     if depth > len(stored):
         raise CheckpointError(f"{where} speaks of {depth} layers, and the weights are {len(stored)} tensors")
     head_dim = number(stack.head_dim, width // heads)
-    return _Sizes(config=config, depth=depth, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return _Sizes(config, depth, width, heads, kv_heads, head_dim, source_depth)
 
 
 def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
@@ -129,7 +137,7 @@ class _Placed:
     held: dict[str, bool] = field(default_factory=dict)
 
     def name(self, template: str, layer: int) -> str:
-        return self.prefix + template.format(layer=layer, before=layer - 1)
+        return self.prefix + template.format(layer=layer, before=layer - 1, last=self.sizes.source_depth - 1)
 
     def holds(self, template: str) -> bool:
         """Whether any layer has such a tensor; then every layer must."""
@@ -158,13 +166,16 @@ class _Placed:
         stack, sizes = self.stack, self.sizes
         template = stack.projections()[role]
         heads = sizes.kv_heads if role in "kv" else sizes.heads
-        packed = stack.q == stack.k == stack.v
-        offset = "qkv".index(role) * heads * sizes.head_dim if packed and role != "o" else 0
+        offset, stride = 0, sizes.head_dim
+        if stack.q == stack.k == stack.v and role != "o":
+            place, counts = "qkv".index(role), (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+            offset = sizes.head_dim * (place if stack.head_first else sum(counts[:place]))
+            stride = sizes.head_dim * (3 if stack.head_first else 1)
         return Slot(
             tensor=self.name(template, layer),
             heads=heads,
             width=sizes.head_dim,
-            head_stride=sizes.head_dim,
+            head_stride=stride,
             offset=offset,
             axis=int((role == "o") != stack.stored_in_out),
             bias=self.name(_bias(template), layer) if self.holds(_bias(template)) else None,
@@ -174,14 +185,19 @@ class _Placed:
     def norms(self, layer: int) -> tuple[NormSpec, ...]:
         stack = self.stack
         template = stack.norm if layer or stack.first_norm is None else stack.first_norm
-        name = self.name(template, layer)
+        own = self.norm(template, layer, "q" if stack.kv_norm else stack.norm_roles)
+        return (*own, *self.norm(stack.kv_norm, layer, "kv")) if stack.kv_norm else own
+
+    def norm(self, template: str, layer: int, roles: str) -> tuple[NormSpec, ...]:
+        if not template:
+            return ()
+        stack, name = self.stack, self.name(template, layer)
         older = name.removesuffix("weight") + "gamma"  # as TensorFlow named it, and BERT's own files still do
         if name not in self.stored and older in self.stored:
             name = older
         if layer == 0 and name in self.stored and self.stored.shape(name) != (self.sizes.width,):
             return ()  # ELECTRA: a projection stands between the embeddings' norm and the first layer
-        gained = NormSpec(kind=stack.norm_kind, roles=stack.norm_roles, weight=name, gain_offset=stack.gain_offset)
-        return (gained,)
+        return (NormSpec(kind=stack.norm_kind, roles=roles, weight=name, gain_offset=stack.gain_offset),)
 
     def flags(self) -> tuple[str, ...]:
         stack, config = self.stack, self.sizes.config
@@ -198,7 +214,7 @@ class _Placed:
         spec, sizes = self.spec(layer, "", ""), self.sizes
         found: dict[str, list[int]] = {}
         for role, slot in spec.slots().items():
-            inner = slot.heads * slot.width * (3 if slot.tensor == spec.k.tensor == spec.q.tensor else 1)
+            inner = sum(one.heads * one.width for one in spec.slots().values() if one.tensor == slot.tensor)
             found[slot.tensor] = [sizes.width, inner] if slot.axis else [inner, sizes.width]
             if slot.bias:
                 found[slot.bias] = [sizes.width if role == "o" else inner]
