@@ -273,7 +273,9 @@ def test_wavlm_is_read_as_its_attention_applies_it():
     seen = []
     for layer in model.encoder.layers:
         layer.attention.register_forward_hook(
-            lambda _module, args, kwargs, output: seen.append(((*args, *kwargs.values())[0].numpy(), output[0].numpy())),
+            lambda _module, args, kwargs, output: seen.append(
+                ((*args, *kwargs.values())[0].numpy(), output[0].numpy())
+            ),
             with_kwargs=True,
         )
     with torch.no_grad():

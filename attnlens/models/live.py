@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.layouts.spec import AttentionSpec, Refusal
 from attnlens.models.architecture import Architecture, describe_skeleton, tensor_shapes, with_norms
+from attnlens.models.named import describe_lens, describe_named, lens_layers
 from attnlens.models.transformers import describe_names, describe_transformers, known_model_types
 from attnlens.models.undress import LiveWeights, undress
 
@@ -37,8 +38,11 @@ def open_live(
     """
     _check_is_module(module)
     skeleton, weights = undress(module)
+    lens = lens_layers(weights)
+    if lens:
+        return _of_lens(skeleton, weights, lens)
     if num_heads is not None:
-        named = describe_names(weights, num_heads, type(skeleton).__name__)
+        named = describe_named(weights, num_heads) or describe_names(weights, num_heads, type(skeleton).__name__)
         return Live(_traced_where_it_can_be(named, skeleton, input_size), weights)
     roots = list(_transformers_models(skeleton))
     if len(roots) > 1:
@@ -55,6 +59,22 @@ def open_live(
         if unknown is None:
             raise
         raise UnsupportedAttentionError(f"model_type {unknown!r} is not among those that are read. {error}") from error
+
+
+def _of_lens(skeleton: nn.Module, weights: LiveWeights, paths: list[str]) -> Live:
+    """Describe a HookedTransformer; its configuration says what a file of it does not."""
+    config: Any = getattr(skeleton, "cfg", None)
+    found = describe_lens(weights, paths)
+    rotary = ("rope",) if getattr(config, "positional_embedding_type", "") == "rotary" else ()
+    masked = ("causal",) if getattr(config, "attention_dir", "") == "causal" else ()
+    scale = 1.0 / float(config.attn_scale) if config is not None and config.use_attn_scale else 1.0
+    specs = tuple(
+        spec.replace(scale=scale, leaves_out=(*spec.leaves_out, *rotary, *masked), label="")
+        if config is not None
+        else spec
+        for spec in found.specs
+    )
+    return Live(replace(found, specs=specs), weights.by_head())
 
 
 def _check_is_module(module: Any) -> None:

@@ -127,6 +127,9 @@ def _open(
         return _open_folder(EMBEDDED, None, "embedded", given)
     state = checkpoint if model is None else model
     if isinstance(state, Mapping):
+        lens = _of_lens(_weights(state), "state dict", {"model": "state dict"})
+        if lens is not None:
+            return lens
         raise UsageError(
             "a state dict does not say which architecture it is for: name it, as in inspect(state_dict, "
             "model='vit_base_patch16_224'), or give num_heads to read it by its tensors' names"
@@ -276,6 +279,9 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any]) -> OpenedModel:
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
         return _configured(config, path.stem, checkpoint, {"model": path.name}, given)
+    lens = _of_lens(checkpoint, path.stem, {"model": path.name})
+    if lens is not None:
+        return lens
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
         f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file)"
@@ -284,13 +290,9 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any]) -> OpenedModel:
 
 def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int) -> OpenedModel:
     """Open a file, or the weights of a folder, by the names of its tensors alone."""
-    from attnlens.models.transformers import describe_names
-
     given = checkpoint if model is None else model
     if isinstance(given, Mapping) and (model is None or checkpoint is None):
-        weights, title = _weights(given), "the state dict"
-        source = {"model": "state dict", "layout": f"guessed from tensor names, {num_heads} heads"}
-        return OpenedModel("state dict", describe_names(weights, num_heads, title), weights, source)
+        return _by_names(_weights(given), num_heads, "state dict", {"model": "state dict"}, "the state dict")
     path = Path(given) if isinstance(given, str | os.PathLike) else None
     if num_heads < 1:
         raise UsageError(f"--num-heads {num_heads} is not a number of heads: give 1 or more")
@@ -300,8 +302,37 @@ def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int) -> Opened
             "says itself how many heads it has"
         )
     weights = open_checkpoint(_weights_in(path) if path.is_dir() else path)
-    source = {"model": path.name, "layout": f"guessed from tensor names, {num_heads} heads"}
-    return OpenedModel(path.stem, describe_names(weights, num_heads, str(path)), weights, source)
+    return _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path))
+
+
+def _by_names(weights: Checkpoint, num_heads: int, title: str, source: dict[str, str], where: str) -> OpenedModel:
+    """Open weights by their names: those of a network that is known, or names that attention usually has."""
+    from attnlens.models.named import describe_named
+    from attnlens.models.transformers import describe_names
+
+    lens = _of_lens(weights, title, source, num_heads)
+    if lens is not None:
+        return lens
+    named = describe_named(weights, num_heads)
+    told = f"of {named.name}, told by tensor names" if named else "guessed from tensor names"
+    architecture = named or describe_names(weights, num_heads, where)
+    return OpenedModel(title, architecture, weights, {**source, "layout": f"{told}, {num_heads} heads"})
+
+
+def _of_lens(
+    weights: Checkpoint, title: str, source: dict[str, str], num_heads: int | None = None
+) -> OpenedModel | None:
+    """Open weights of TransformerLens, which hold a matrix for each head; None for any others."""
+    from attnlens.models.named import HeadsOf, describe_lens, lens_layers
+
+    paths = lens_layers(weights)
+    if not paths:
+        return None
+    architecture = describe_lens(weights, paths)
+    heads = architecture.specs[0].q.heads
+    if num_heads not in (None, heads):
+        raise UsageError(f"{title} stores {heads} heads in each layer, not {num_heads}: leave out --num-heads")
+    return OpenedModel(title, architecture, HeadsOf(weights), {**source, "layout": "TransformerLens"})
 
 
 def _configured(
@@ -317,9 +348,13 @@ def _configured(
         model_args = {**check_model_args(data.get("model_args", {}), str(config)), **given}
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
-    if isinstance(data.get("model_type"), str):
-        from attnlens.models.transformers import describe_transformers
+    from attnlens.models.transformers import describe_transformers, told_model_type
 
+    if "model_type" not in data:
+        told = told_model_type(data, weights)
+        data = {**data, "model_type": told}
+        source = {**source, "layout": f"model_type {told}, told by the tensors' names"} if told else source
+    if isinstance(data["model_type"], str):
         return OpenedModel(title, describe_transformers(data, weights, str(config)), weights, source)
     raise ModelNotFoundError(
         f"{config} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "

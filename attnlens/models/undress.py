@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,6 +81,14 @@ class LiveWeights(Checkpoint):
             {new: self._sources[old] for old, new in names.items() if old in self._sources},
             self._wrappers,
         )
+
+    def by_head(self) -> LiveWeights:
+        """Return the same weights, with each part of a three-dimensional one, or of its bias, under ``name[head]``."""
+        parts: dict[str, Source] = {}
+        for name, source in self._sources.items():
+            if not callable(source) and source.ndim in (2, 3) and re.search(r"\._?[Wb]_[QKVO]$", name):
+                parts |= {f"{name}[{head}]": part for head, part in enumerate(source.detach())}
+        return LiveWeights(self._module, {**self._sources, **parts}, self._wrappers)
 
     def why_not_written(self, name: str) -> str:
         """Say why a tensor cannot be written in place, to follow its name; empty where it can."""

@@ -26,6 +26,37 @@ def known_model_types() -> frozenset[str]:
     return frozenset(families())
 
 
+def told_model_type(config: Config, stored: Checkpoint) -> str | None:
+    """Tell the ``model_type`` of a configuration without one (all before 2020) by its sizes and the tensors' names.
+
+    None where no family has all the names of a layer's projections and norm, or several fit equally well.
+    """
+    held: dict[str, int] = {}
+    for model_type, family in families().items():
+        stacks = [(stack, stack.of_config(config)) for stack in family.stacks]
+        sized = [stack for stack, own in stacks if stack.is_of(own) and own.get(stack.heads) and own.get(stack.width)]
+        held[model_type] = max((_names_held(stack, stored) for stack in sized), default=0)
+    best = [model_type for model_type, count in held.items() if count == max(held.values()) > 0]
+    alike = all(families()[other].stacks == families()[best[0]].stacks for other in best)
+    return best[0] if best and alike else None
+
+
+def _names_held(stack: Stack, stored: Checkpoint) -> int:
+    """Count the names of a stack's second layer, or its first, that a file holds; 0 where a needed one is missing."""
+    try:
+        prefix = find_prefix(stack, stored)
+    except CheckpointError:
+        return 0
+    if prefix is None:
+        return 0
+    layer = 1 if prefix + stack.q.format(layer=1) in stored else 0
+    first = stack.norm if layer or stack.first_norm is None else stack.first_norm
+    needed = [*stack.projections().values(), *([first] if first else [])]
+    further = [*stack.flags_stored, *([stack.layer_scale] if stack.layer_scale else [])]
+    held = [prefix + name.format(layer=layer, before=layer - 1, last=0) in stored for name in (*needed, *further)]
+    return sum(held) if all(held[: len(needed)]) else 0
+
+
 def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Architecture:
     """Describe the model a transformers configuration names, as far as ``stored`` holds its stacks.
 
@@ -51,10 +82,10 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
     shapes: dict[str, list[int]] = {}
     for stack in family.stacks:
         own = stack.of_config(config)
-        prefix = _find_prefix(stack, stored) if stack.is_of(own) else None
+        prefix = find_prefix(stack, stored) if stack.is_of(own) else None
         if prefix is None:
             continue
-        placed = _Placed(stack, prefix, _sizes(stack, own, where, stored), stored)
+        placed = Placed(stack, prefix, _sizes(stack, own, where, stored), stored)
         for layer in range(placed.sizes.depth):
             specs.append(placed.spec(layer, family.name, f"transformers.{title}"))
             shapes |= placed.shapes(layer)
@@ -72,7 +103,7 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """What the configuration says of a stack."""
 
     config: Config
@@ -84,7 +115,7 @@ class _Sizes:
     source_depth: int
 
 
-def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Sizes:
+def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> Sizes:
     """Read depth, width and heads from the configuration; there are no more layers than tensors."""
 
     def number(name: str, default: int | None = None) -> int:
@@ -106,10 +137,10 @@ def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Siz
     if depth > len(stored):
         raise CheckpointError(f"{where} speaks of {depth} layers, and the weights are {len(stored)} tensors")
     head_dim = number(stack.head_dim, width // heads)
-    return _Sizes(config, depth, width, heads, kv_heads, head_dim, source_depth)
+    return Sizes(config, depth, width, heads, kv_heads, head_dim, source_depth)
 
 
-def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
+def find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
     """Find what stands in front of the stack's names; None where the file does not hold it.
 
     A tower of a composed model must stand below its ``within``; a tower alone may be stored without it.
@@ -127,16 +158,17 @@ def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A stack in a file: its names start with ``prefix``."""
 
     stack: Stack
     prefix: str
-    sizes: _Sizes
+    sizes: Sizes
     stored: Checkpoint
     held: dict[str, bool] = field(default_factory=dict)
 
     def name(self, template: str, layer: int) -> str:
+        """Return a tensor's name in full."""
         return self.prefix + template.format(layer=layer, before=layer - 1, last=self.sizes.source_depth - 1)
 
     def holds(self, template: str) -> bool:
@@ -147,6 +179,7 @@ class _Placed:
         return self.held[template]
 
     def spec(self, layer: int, family: str, module_class: str) -> AttentionSpec:
+        """Describe one layer."""
         scaled = self.stack.layer_scale is not None and self.holds(self.stack.layer_scale)
         return AttentionSpec(
             path=self.name(self.stack.path, layer),
@@ -163,6 +196,7 @@ class _Placed:
         )
 
     def slot(self, role: Role, layer: int) -> Slot:
+        """Describe one projection of a layer."""
         stack, sizes = self.stack, self.sizes
         template = stack.projections()[role]
         heads = sizes.kv_heads if role in "kv" else sizes.heads
@@ -183,12 +217,14 @@ class _Placed:
         )
 
     def norms(self, layer: int) -> tuple[NormSpec, ...]:
+        """Describe the norms whose output a layer's projections read."""
         stack = self.stack
         template = stack.norm if layer or stack.first_norm is None else stack.first_norm
         own = self.norm(template, layer, "q" if stack.kv_norm else stack.norm_roles)
         return (*own, *self.norm(stack.kv_norm, layer, "kv")) if stack.kv_norm else own
 
     def norm(self, template: str, layer: int, roles: str) -> tuple[NormSpec, ...]:
+        """Describe one of them; none where the template is empty."""
         if not template:
             return ()
         stack, name = self.stack, self.name(template, layer)
@@ -200,6 +236,7 @@ class _Placed:
         return (NormSpec(kind=stack.norm_kind, roles=roles, weight=name, gain_offset=stack.gain_offset),)
 
     def flags(self) -> tuple[str, ...]:
+        """Say what the layers apply beside their products."""
         stack, config = self.stack, self.sizes.config
         found = [*stack.flags]
         found += [flag for name, flag in stack.flags_set.items() if config.get(name)]
