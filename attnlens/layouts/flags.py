@@ -49,6 +49,7 @@ FLAGS = {
     "norm_after": "a norm stands behind the layer's output",
     "norm_unknown": "the norms around the layer are not known, so that it has raw products only",
     "norm_mixed": "the input comes out of a norm only in part: its gain is not folded in",
+    "modulated": "a scale and a shift computed from a condition stand behind the norm: no gain is folded in",
     "norm_not_folded": "an activation stands between the norm and the projections: its gain is not folded in",
     "tokens_mixed": "a convolution or pooling per channel, which commutes with the gain, stands between norm and layer",
 }

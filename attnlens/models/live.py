@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.layouts.spec import AttentionSpec, Refusal
 from attnlens.models.architecture import Architecture, describe_skeleton, tensor_shapes, with_norms
+from attnlens.models.diffusers import CLASSES, describe_diffusers
 from attnlens.models.named import describe_lens, describe_named, lens_layers
 from attnlens.models.transformers import describe_names, describe_transformers, known_model_types
 from attnlens.models.undress import LiveWeights, undress
@@ -52,6 +53,10 @@ def open_live(
         )
     if roots:
         return _of_transformers(skeleton, weights, *roots[0])
+    title = type(skeleton).__name__
+    if title in CLASSES and type(skeleton).__module__.startswith("diffusers."):
+        config: Any = skeleton.config
+        return Live(describe_diffusers(config, title, weights, f"the configuration of {title}"), weights)
     try:
         return Live(describe_skeleton(skeleton, None, input_size), weights)
     except UnsupportedAttentionError as error:

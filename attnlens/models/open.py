@@ -248,6 +248,10 @@ def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, 
 def _open_folder(folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any]) -> OpenedModel:
     config = within(folder, folder / "config.json", CheckpointError)
     if not config.is_file():
+        if (folder / "model_index.json").is_file():
+            raise ModelNotFoundError(
+                f"{folder} is a pipeline of diffusers: give one of its parts, as {folder / 'unet'}"
+            )
         raise ModelNotFoundError(
             f"{folder} has no config.json: give a timm or transformers model folder, or MODEL with --checkpoint FILE"
         )
@@ -259,8 +263,9 @@ def _open_folder(folder: Path, checkpoint: Weights | None, name: str, given: dic
 def _weights_in(folder: Path) -> Path:
     """Return the weight file, or the index of its shards, of a model folder."""
     from attnlens.checkpoints.hub import WEIGHT_FILES
+    from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
 
-    names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES)))
+    names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
@@ -348,6 +353,10 @@ def _configured(
         model_args = {**check_model_args(data.get("model_args", {}), str(config)), **given}
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
+    if isinstance(data.get("_class_name"), str):
+        from attnlens.models.diffusers import describe_diffusers
+
+        return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, str(config)), weights, source)
     from attnlens.models.transformers import describe_transformers, told_model_type
 
     if "model_type" not in data:
