@@ -283,6 +283,8 @@ class _Work:
         found: dict[Composed, Half] = {"q": Half.of(qk.T), "k": Half.of(qk)}
         if "latent_query" in weights.leaves_out:
             del found["q"]
+        if "cross" in weights.leaves_out:  # keys and values read the other stream
+            return {"q": found["q"]}
         return found if weights.W_O is None else {**found, "v": Half.of(ov_circuit(weights, self._fold).T)}
 
     def _read(self, indexed: IndexedSpec) -> HeadWeights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -129,6 +130,13 @@ class Inspection:
                 reasons.append(": ".join(OPT_IN[spec.kind]))
             for reason in (*reasons, *([spec.label] if spec.label else [])):
                 found.setdefault(reason, []).append(layer)
+        return found
+
+    def stacks(self) -> dict[str, list[int]]:
+        """Return which layers stand in which stack: paths with ``*`` for their numbers, and the layers of each."""
+        found: dict[str, list[int]] = {}
+        for layer, spec in self.specs:
+            found.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", spec.path), []).append(layer)
         return found
 
     def _repr_html_(self) -> str:

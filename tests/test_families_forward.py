@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import attnlens
 from attnlens.heads import expand_groups
 from attnlens.layouts import read_heads
 from attnlens.models.live import open_live
@@ -259,7 +260,11 @@ def test_cross_attention_reads_the_encoders_last_norm_and_the_sides_are_told_apa
     architecture = open_model(tmp_path, None).architecture
     paths = [spec.path for spec in architecture.specs]
     assert paths[:2] == [f"encoder.block.{layer}.layer.0.SelfAttention" for layer in range(2)]
-    assert paths[-1] == "decoder.block.2.layer.1.EncDecAttention"
+    assert paths[2:] == [
+        f"decoder.block.{layer}.layer.{place}.{name}"
+        for layer in range(3)
+        for place, name in enumerate(("SelfAttention", "EncDecAttention"))
+    ]
     for spec in architecture.specs:
         cross = "EncDec" in spec.path
         assert ("cross" in spec.leaves_out) == cross
@@ -292,3 +297,16 @@ def test_wavlm_is_read_as_its_attention_applies_it():
         close(out, np.einsum("bhst,bhtk,hko->bso", attention, v, heads.W_O) + heads.b_O)
         before = model.encoder.layers[layer - 1].final_layer_norm if layer else model.encoder.layer_norm
         np.testing.assert_array_equal(heads.norm_gain, before.weight.detach())
+
+
+def test_which_layer_stands_in_which_stack_is_said_and_cross_attention_composes_by_its_queries_alone():
+    model = build(FAMILIES["bart"])
+    assert attnlens.inspect(model).stacks() == {
+        "encoder.layers.*.self_attn": [0, 1],
+        "decoder.layers.*.self_attn": [2, 4, 6],
+        "decoder.layers.*.encoder_attn": [3, 5, 7],
+    }
+    pairs = set(attnlens.compose(model).scores)
+    assert {("q", 2, 3), ("k", 3, 4), ("v", 3, 6), ("q", 0, 1)} <= pairs
+    assert not any(kind in "kv" and later in (3, 5, 7) for kind, _, later in pairs)
+    assert not any(first < 2 <= later for _, first, later in pairs)

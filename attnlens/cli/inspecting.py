@@ -98,6 +98,9 @@ def caveats(inspection: Inspection) -> list[str]:
     filters = inspection.filters
     unread = (*inspection.refused, *filters.refused)
     said = [f"not read: {r.path} ({r.module_class}) {r.reason}" for r in unread]
+    stacks = inspection.stacks()
+    if len(stacks) > 1:
+        said += [f"{path}: layers {format_layers(layers)}" for path, layers in stacks.items()]
     said += [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
     return said + [f"{why}: layers of filters {format_layers(own)}" for why, own in filters.left_out().items()]
 

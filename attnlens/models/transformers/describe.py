@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 
 from attnlens.checkpoints import Checkpoint
 from attnlens.errors import CheckpointError, ModelNotFoundError
@@ -78,7 +79,7 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
         )
     classes = config.get("architectures")
     title = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else model_type
-    specs: list[AttentionSpec] = []
+    sides: dict[str, list[tuple[int, AttentionSpec]]] = {}
     shapes: dict[str, list[int]] = {}
     for stack in family.stacks:
         own = stack.of_config(config)
@@ -87,8 +88,11 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
             continue
         placed = Placed(stack, prefix, _sizes(stack, own, where, stored), stored)
         for layer in range(placed.sizes.depth):
-            specs.append(placed.spec(layer, family.name, f"transformers.{title}"))
+            spec = placed.spec(layer, family.name, f"transformers.{title}")
+            sides.setdefault(prefix + stack.path.partition("{")[0], []).append((layer, spec))
             shapes |= placed.shapes(layer)
+    # Stacks that share a block, as a decoder's self and cross attention do, follow each other block by block.
+    specs = [spec for side in sides.values() for _, spec in sorted(side, key=itemgetter(0))]
     if not specs:
         wanted = family.stacks[0].q.format(layer=0)
         raise CheckpointError(f"the weights are not of a {model_type}, which {where} names: {wanted} is missing")
