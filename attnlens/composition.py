@@ -23,7 +23,8 @@ from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, read_heads
 from attnlens.layouts.spec import Slot
-from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import Row, StatsTable
 from attnlens.threads import over_threads

@@ -34,7 +34,8 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.flags import FLAGS
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, OpenedModel, named_and_weights, open_model
+from attnlens.models.open import named_and_weights, open_model
+from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable

@@ -9,6 +9,7 @@ import attnlens
 from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.layouts import read_heads
 from attnlens.models.open import open_model
+from attnlens.models.opened import Access
 from attnlens.models.renamed import as_timm_names
 
 NAME = "vit_tiny_patch16_224"
@@ -127,7 +128,7 @@ RENAMED = {
 @pytest.mark.parametrize("old", RENAMED)
 def test_a_name_timm_changed_stands_for_the_weights_it_meant(old):
     with pytest.raises(ModelNotFoundError, match=RENAMED[old]):  # the hub is not asked in tests
-        open_model(old, None, access=attnlens.models.open.Access(offline=True))
+        open_model(old, None, access=Access(offline=True))
 
 
 def test_a_changed_name_names_the_architecture_of_a_file():

@@ -15,7 +15,7 @@ from attnlens.heads import Array
 from attnlens.statistics.depth import Trend, relative_depth
 
 if TYPE_CHECKING:
-    from attnlens.models.open import OpenedModel
+    from attnlens.models.opened import OpenedModel
 
 
 def fit_filter_entries(

@@ -19,7 +19,7 @@ from attnlens.threads import over_threads
 
 if TYPE_CHECKING:
     from attnlens.checkpoints import Checkpoint
-    from attnlens.models.open import OpenedModel
+    from attnlens.models.opened import OpenedModel
 
 IndexedFilters = tuple[tuple[int, FilterSpec], ...]
 

@@ -18,7 +18,8 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, read_heads
 from attnlens.layouts.flags import FLAGS
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.depth import Trend, relative_depth
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal

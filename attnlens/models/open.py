@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,47 +13,15 @@ from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
+from attnlens.models.forms import fitting
+from attnlens.models.opened import ONLINE, Access, OpenedModel, StrPath, Weights
 from attnlens.strict_json import parse_json, within
 
 if TYPE_CHECKING:
     from torch import nn
 
-StrPath = str | os.PathLike[str]
-Weights = StrPath | Mapping[str, Any]
-"""Where weights are: a file, or a state dict in memory."""
-
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 """Folder of the small pre-trained ViT shipped with the package."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """How weights on a hub are reached: ``offline`` from the local cache alone, ``remote`` only the tensors needed."""
-
-    offline: bool = False
-    remote: bool = False
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """An architecture with weights that fit it."""
-
-    name: str
-    architecture: Architecture
-    checkpoint: Checkpoint
-    source: dict[str, str]
-    timm_args: dict[str, Any] | None = field(default=None, kw_only=True)
-    """Arguments timm builds the architecture with; None where it is not timm's, or timm need not be asked."""
-
-    @property
-    def untraced(self) -> str:
-        """Why norms are not known, in brackets, where a live network's forward pass could not be followed."""
-        reason = self.architecture.untraced
-        return f" (no forward pass could be followed: {reason}; give input_size=)" if reason else ""
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the architecture and where its weights are from: the name given and, for a file, size and hash."""
-        return {"architecture": self.architecture.name, **self.source, **self.checkpoint.provenance()}
 
 
 def named_and_weights(source: Any, checkpoint: Any, model: Any) -> tuple[Any, Any]:
@@ -73,7 +40,7 @@ def open_model(
     model: StrPath | nn.Module | Mapping[str, Any] | None,
     checkpoint: Weights | None,
     num_heads: int | None = None,
-    access: Access = Access(),
+    access: Access = ONLINE,
     *,
     filters: bool = False,
     model_args: dict[str, Any] | None = None,
@@ -114,7 +81,7 @@ def open_model(
         raise UnsupportedAttentionError(
             f"no layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}"
         )
-    opened = _fitting(opened)
+    opened = fitting(opened)
     opened.checkpoint.expect(opened.architecture.shapes)
     return opened
 
@@ -379,92 +346,3 @@ def _parse_json(text: bytes, where: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{where} holds a JSON {type(data).__name__} where an object is expected")
     return data
-
-
-def _fitting(opened: OpenedModel) -> OpenedModel:
-    """Return the model with weights that fit: as they are, or in one of `_forms`. Refuse others by name.
-
-    Raises `CheckpointError` naming the first tensors that are missing or of another shape.
-    """
-    problems = _misfits(opened)
-    if not problems:
-        return opened
-    told: list[str] = []
-    for form in _forms(opened, told):
-        if not _misfits(form):
-            return form
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise CheckpointError(
-        f"the weights are not of {opened.architecture.name}: {'; '.join(problems[:3])}{more}. "
-        + ". ".join([*told, "Name the architecture they were made for as MODEL"])
-    )
-
-
-def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
-    """Yield what weights that do not fit may be: converted by timm, below a prefix, renamed, or of another size.
-
-    What a conversion says where it fails is added to ``told``.
-    """
-    from attnlens.checkpoints.converted import below_prefix, convert
-    from attnlens.models.renamed import as_timm_names
-
-    if opened.timm_args is not None:
-        try:
-            converted = convert(opened.architecture.name, opened.timm_args, opened.checkpoint)
-        except CheckpointError as error:
-            told.append(str(error))
-        else:
-            yield replace(opened, checkpoint=converted)
-    below = below_prefix(opened.checkpoint, opened.architecture.shapes)
-    if below is not None:
-        yield replace(opened, checkpoint=below)
-    if opened.timm_args is None:
-        return
-    renamed = as_timm_names(opened.checkpoint)
-    if renamed is not None:
-        yield replace(opened, checkpoint=renamed)
-    first: dict[str, list[int]] = {name: [] for name in list(opened.architecture.shapes)[:1]}
-    for weights in (opened.checkpoint, below_prefix(opened.checkpoint, first), renamed):
-        if weights is not None:
-            yield from _resized(opened, weights)
-
-
-def _resized(opened: OpenedModel, weights: Checkpoint) -> Iterator[OpenedModel]:
-    """Yield the model at the sizes that the shapes of the weights show."""
-    from attnlens.models.sizes import shown_arguments
-
-    name, given = opened.architecture.name, opened.timm_args or {}
-    arguments = shown_arguments(name, given, {key: weights.shape(key) for key in weights})
-    if arguments is not None:
-        architecture = replace(describe_architecture(name, arguments), weights=opened.architecture.weights)
-        shown = ", ".join(f"{key}={value}" for key, value in arguments.items() if key not in given)
-        source = {**opened.source, "sizes": f"shown by the shapes: {shown}"}
-        yield replace(opened, architecture=architecture, checkpoint=weights, source=source, timm_args=arguments)
-
-
-def _misfits(opened: OpenedModel) -> list[str]:
-    """Name tensors that are missing or of another shape, and those of layers a timm architecture would leave out."""
-    architecture, checkpoint, problems = opened.architecture, opened.checkpoint, []
-    for name, wanted in architecture.shapes.items():
-        if name not in checkpoint:
-            problems.append(f"{name} is missing")
-        elif list(checkpoint.shape(name)) != wanted:
-            problems.append(f"{name} is {checkpoint.shape(name)}, not {tuple(wanted)}")
-    if opened.timm_args is not None:
-        problems += [f"{name} is of a layer it does not have" for name in _beyond(architecture, checkpoint)]
-    return problems
-
-
-def _beyond(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
-    """Name query projections of the file's that differ from one of the architecture's in a layer's number alone."""
-    own = {name: spec.path for spec in architecture.specs for name in spec.q.named(spec.q.tensor)}
-    kinds = {_NUMBER.sub(".#.", name) for name in own}
-    beside = tuple(f"{path}." for path in architecture.order)
-    return [
-        name
-        for name in checkpoint
-        if name not in own and _NUMBER.sub(".#.", name) in kinds and not name.startswith(beside)
-    ]
-
-
-_NUMBER = re.compile(r"\.\d+(?=\.)\.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from attnlens.fit.params import InitParams
-    from attnlens.models.open import OpenedModel
+    from attnlens.models.opened import OpenedModel
 
 if TYPE_CHECKING:
     from torch import nn

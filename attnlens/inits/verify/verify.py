@@ -41,7 +41,8 @@ from attnlens.inits.verify.mistakes import (
 )
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.read_write import Tensors
-from attnlens.models.open import OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import OpenedModel
 from attnlens.statistics.inverse import Parameters
 
 if TYPE_CHECKING:
