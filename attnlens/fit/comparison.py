@@ -78,7 +78,13 @@ def compare(
     if checkpoints and len(checkpoints) != len(models):
         raise UsageError(f"{len(checkpoints)} checkpoints for {len(models)} models: give one for each, in their order")
     files = checkpoints or [None] * len(models)
-    how: dict[str, Any] = {"fold": fold, "model_args": model_args, "offline": offline, "remote": remote, "progress": progress}
+    how: dict[str, Any] = {
+        "fold": fold,
+        "model_args": model_args,
+        "offline": offline,
+        "remote": remote,
+        "progress": progress,
+    }
     found = [need_attention(inspect(model, file, **how), "compare") for model, file in zip(models, files, strict=True)]
     return compare_inspections(found, fold)
 

@@ -177,7 +177,7 @@ def _build(name: str, model_args: dict[str, Any]) -> Architecture:
         raise ModelNotFoundError(f"timm has no architecture named {name!r}{suggest(name, timm.list_models())}")
     name, _, tag = _current_name(name).partition(".")
     try:
-        with torch.device("meta"), _modules_counted(name):
+        with torch.device("meta"), modules_counted(name):
             model = timm.create_model(name, pretrained=False, **model_args)
         tags = pretrained_tags(name)
         first = {tag: tags[tag]} if tag in tags else {}
@@ -234,7 +234,7 @@ def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _modules_counted(name: str) -> Iterator[None]:
+def modules_counted(name: str) -> Iterator[None]:
     """Stop the building of a network that has more modules than any: its arguments come from a file."""
     from torch.nn.modules.module import register_module_module_registration_hook
 

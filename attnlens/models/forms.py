@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from attnlens.checkpoints import Checkpoint
-from attnlens.errors import CheckpointError
+from attnlens.errors import CheckpointError, UsageError
 from attnlens.models.architecture import Architecture, describe_architecture
 from attnlens.models.opened import OpenedModel
 
@@ -29,7 +29,7 @@ def fitting(opened: OpenedModel) -> OpenedModel:
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise CheckpointError(
         f"the weights are not of {opened.architecture.name}: {'; '.join(problems[:3])}{more}. "
-        + ". ".join([*told, "Name the architecture they were made for as MODEL"])
+        + ". ".join([*dict.fromkeys(told), "Name the architecture they were made for as MODEL"])
     )
 
 
@@ -59,7 +59,10 @@ def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
     first: dict[str, list[int]] = {name: [] for name in list(opened.architecture.shapes)[:1]}
     for weights in (opened.checkpoint, below_prefix(opened.checkpoint, first), renamed):
         if weights is not None:
-            yield from _resized(opened, weights)
+            try:
+                yield from _resized(opened, weights)
+            except UsageError as error:
+                told.append(str(error))
 
 
 def _resized(opened: OpenedModel, weights: Checkpoint) -> Iterator[OpenedModel]:

@@ -47,8 +47,8 @@ def build_report(
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
     ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are what
-    `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
-    curves are shown.
+    `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder
+    of `attnlens train-compare` whose curves are shown.
     ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
     verdicts those of `attnlens.fit_params`; nothing is measured here.
 
