@@ -10,7 +10,6 @@ from pathlib import Path
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.fit.figures import draw_fits
 from attnlens.reports import build_report
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery")
@@ -27,7 +26,7 @@ drawn = save_figures(inspection.figures("effective"), folder)
 params = attnlens.fit_params()
 for entry in params.select("ov", "all"):
     print(f"  layer {entry.layer}: beta in [{entry.beta_low:.3f}, {entry.beta_high:.3f}], {entry.verdict}")
-drawn += save_figures(draw_fits(params), folder)
+drawn += save_figures(params.figures(), folder)
 
 # 3. Start a new network there, of another width and depth, and check that it has the parameters asked for.
 network = {"num_classes": 10, "img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}

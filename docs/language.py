@@ -17,7 +17,6 @@ import numpy as np
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.fit.figures import draw_fits
 from attnlens.training import train_compare
 from attnlens.training.figures import draw_curves
 from attnlens.training.options import Options
@@ -51,7 +50,7 @@ for layer in sorted({entry.layer for entry in params.entries}):
     beta = np.mean([entry.beta for entry in heads])
     interval = f"{total.beta:+.4f} ({total.beta_low:+.4f} to {total.beta_high:+.4f})"
     print(f"| {layer} | {beta:+.4f} | {signs} | {interval} | {total.verdict} |")
-save_figures(draw_fits(params), told.folder)
+save_figures(params.figures(), told.folder)
 
 # 2. What a start is worth on text: the same small transformer from five starts, and in four wirings without skips or
 # norms, paired by seed.

@@ -19,7 +19,7 @@ DATA = {
     "attnlens/embedded/README.md",
     "attnlens/reports/assets/report.js",
     "attnlens/reports/assets/vendor/LICENSES.txt",
-    "attnlens/reports/templates/report.html.j2",
+    "attnlens/templates/report.html.j2",
 }
 
 

@@ -18,8 +18,9 @@ from attnlens.cli.inspecting import figure_folder, format_layers
 from attnlens.cli.terminal import escape, number, plain_table, print_wide
 from attnlens.filters.entries import Estimator
 from attnlens.fit.comparison import Comparison, compare
+from attnlens.fit.entries import Entry, Source
 from attnlens.fit.fit_params import fit_params
-from attnlens.fit.params import Entry, InitParams, Per, Source
+from attnlens.fit.params import InitParams, Per
 from attnlens.inspection import UNSAID
 from attnlens.layouts.flags import FLAGS
 
@@ -69,11 +70,10 @@ def run_fit(
         for message in caveats(source):
             note(f"{source.model}: {message}")
     from attnlens.figures import save_figures
-    from attnlens.fit.figures import draw_fits
 
     folder = figure_folder(figures, "+".join(source.model for source in params.sources))
     with FileSet() as files:
-        save_figures(draw_fits(params), folder, format_, dpi, into=files.write)
+        save_figures(params.figures(), folder, format_, dpi, into=files.write)
         files.write(output, lambda file: file.write(params.to_json().encode()))
     if as_json:
         write_stdout(params.to_json())
@@ -172,10 +172,9 @@ def run_compare(
     else:
         print_wide(distance_table(comparison))
     from attnlens.figures import save_figures
-    from attnlens.fit.figures import draw_comparison
 
     folder = figure_folder(figures, "+".join(comparison.models))
-    save_figures({"comparison": draw_comparison(comparison)}, folder, format_, dpi)
+    save_figures(comparison.figures(), folder, format_, dpi)
     note(f"wrote comparison.{format_} to {folder}")
 
 

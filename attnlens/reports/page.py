@@ -14,14 +14,15 @@ from markupsafe import Markup
 from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.entries import Entry
 from attnlens.fit.fit_params import fit_params
-from attnlens.fit.params import Entry
 from attnlens.inspection import Inspection, inspect, need_attention
 from attnlens.reports.matrices import CODES, corner_size, draw_data
-from attnlens.reports.templates import _asset, _hash, _scripts, environment
+from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
 from attnlens.statistics.table import KEYS
 from attnlens.statistics.verdicts import Verdict
+from attnlens.templates import environment
 from attnlens.threads import Progress
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def build_report(
             provenance=list(_flat({**inspection.provenance, **({"command": command} if command else {})})),
             comparison=comparison,
             training=training,
-            scripts=_scripts(),
-            hashes=[_hash(script) for script in _scripts()],
-            style=Markup(_asset("report.css")),  # noqa: S704  # the package's own file
+            scripts=scripts(),
+            hashes=[script_hash(script) for script in scripts()],
+            style=Markup(asset("report.css")),  # noqa: S704  # the package's own file
         )
     )
 
