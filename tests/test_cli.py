@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_model
 
 import attnlens
-from attnlens.cli.inspecting import format_layers, parse_layers
+from attnlens.cli.console import format_layers
+from attnlens.cli.options import parse_layers
 from attnlens.errors import UsageError
 from tests.test_inspect import SMALL, small_vit
 

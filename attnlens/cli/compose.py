@@ -1,40 +1,60 @@
-"""What `attnlens compose` does: score, print the strongest pairs, write table and figures."""
+"""The command ``compose``: score how heads compose, print the strongest pairs, write table and figures."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-from rich.table import Table
+import typer
 
-from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.cli.inspecting import figure_folder, format_layers, parse_layers
-from attnlens.cli.terminal import escape, plain_table, print_wide
-from attnlens.composition import KINDS, Composed, Composition, compose, save_composition
-from attnlens.inspection import UNSAID
-from attnlens.layouts.flags import FLAGS
+import attnlens
+from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.options import (
+    Checkpoint,
+    Dpi,
+    FigureFormat,
+    Json,
+    Layers,
+    Model,
+    ModelFolder,
+    NumHeads,
+    Offline,
+    Remote,
+    figure_folder,
+    parse_layers,
+)
+from attnlens.cli.tables import escape, plain_table, print_wide
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from attnlens.composition import Composed, Composition
 
 
-def run_compose(
-    model: str | None,
-    checkpoint: Path | None,
-    *,
-    output: Path | None,
-    num_heads: int | None,
-    fold: str,
-    layers: str | None,
-    top: int,
-    offline: bool,
-    remote: bool,
-    format_: str,
-    dpi: int,
-    as_json: bool,
-    command: list[str],
+def compose(
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    output: ModelFolder = None,
+    num_heads: NumHeads = None,
+    fold: Annotated[
+        Literal["raw", "effective", "centred"],
+        typer.Option(help="Compose raw products, effective ones, or centred ones, as inspect has them."),
+    ] = "effective",
+    layers: Layers = None,
+    top: Annotated[int, typer.Option(min=0, help="Show so many pairs of each kind in the table.")] = 5,
+    offline: Offline = False,
+    remote: Remote = False,
+    format_: FigureFormat = "png",
+    dpi: Dpi = 150,
+    json_: Json = False,
 ) -> None:
-    """Score one model, print its strongest pairs (or JSON) on stdout, write table and figures, say where on stderr."""
-    found = compose(
+    """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
+    from attnlens.composition import save_composition
+    from attnlens.inspection import UNSAID
+    from attnlens.layouts.flags import FLAGS
+
+    found = attnlens.compose(
         model,
         checkpoint,
         num_heads=num_heads,
@@ -48,8 +68,8 @@ def run_compose(
         own = [layer for layer, flags in found.leaves_out.items() if flag in flags]
         note(f"{FLAGS[flag]}: layers {format_layers(own)}")
     folder = figure_folder(output, found.model)
-    save_composition(found, folder, shlex.join(command))
-    if as_json:
+    save_composition(found, folder, command_line())
+    if json_:
         write_stdout(json.dumps(found.to_json()))
     else:
         print_wide(strongest_table(found, top))
@@ -61,6 +81,10 @@ def run_compose(
 
 def strongest_table(found: Composition, top: int) -> Table:
     """Build the table: for each kind the pairs of the largest score over baseline, and the median over all pairs."""
+    import numpy as np
+
+    from attnlens.composition import KINDS
+
     table = plain_table(
         title=f"[bold]{escape(found.model)}[/bold]: composition of heads, {found.fold}",
         caption="score over the baseline 1/√d of unrelated directions; heads are layer.head\n"
@@ -90,6 +114,8 @@ def strongest_table(found: Composition, top: int) -> Table:
 
 def _pairs(found: Composition, kind: Composed) -> tuple[np.ndarray, list[tuple[int, int, int, int]], np.ndarray]:
     """Return score over baseline, (earlier layer, head, later layer, head) and deviation of every defined pair."""
+    import numpy as np
+
     ratios, places, deviations = [], [], []
     for (of, first, second), scores in found.scores.items():
         if of != kind:
