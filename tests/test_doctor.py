@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_every_package_is_either_required_or_optional_as_pyproject_has_it():
     extras = project["optional-dependencies"]
     assert doctor.USES.keys() == extras.keys()
     found = [(finding.part, canonicalize_name(finding.name)) for finding in doctor.look()]
-    for part, lines in (("required", project["dependencies"]), ("optional", sum(extras.values(), []))):
+    for part, lines in (("required", project["dependencies"]), ("optional", [*chain(*extras.values())])):
         names = sorted(canonicalize_name(Requirement(line).name) for line in lines)
         assert sorted(name for of, name in found if of == part) == names
     assert len({name for _, name in found}) == len(found)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import attnlens
+from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.cli.options import Dpi, FigureFormat, Figures, Json, Offline, ProductFold, Remote, figure_folder
 from attnlens.cli.tables import escape, print_wide
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ def compare(
         list[Path] | None,
         typer.Option("--checkpoint", "-c", help="Take weights from this file: one for each MODEL, in their order."),
     ] = None,
-    fold: ProductFold = "effective",
-    offline: Offline = False,
-    remote: Remote = False,
-    figures: Figures = None,
-    format_: FigureFormat = "png",
-    dpi: Dpi = 150,
-    json_: Json = False,
+    fold: options.ProductFold = "effective",
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    figures: options.Figures = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
     progress, files = tracked("layers"), checkpoints or []
@@ -43,7 +43,7 @@ def compare(
     from attnlens.figures import save_figures
     from attnlens.fit.figures import draw_comparison
 
-    folder = figure_folder(figures, *found.models)
+    folder = options.figure_folder(figures, *found.models)
     save_figures({"comparison": draw_comparison(found)}, folder, format_, dpi)
     note(f"wrote comparison.{format_} to {folder}")
 

@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import attnlens
+from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
-from attnlens.cli.options import (
-    Checkpoint,
-    Dpi,
-    FigureFormat,
-    Json,
-    Layers,
-    Model,
-    ModelFolder,
-    NumHeads,
-    Offline,
-    Remote,
-    figure_folder,
-    parse_layers,
-)
 from attnlens.cli.tables import escape, plain_table, print_wide
 
 if TYPE_CHECKING:
@@ -33,21 +20,21 @@ if TYPE_CHECKING:
 
 
 def compose(
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    output: ModelFolder = None,
-    num_heads: NumHeads = None,
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    output: options.ModelFolder = None,
+    num_heads: options.NumHeads = None,
     fold: Annotated[
         Literal["raw", "effective", "centred"],
         typer.Option(help="Compose raw products, effective ones, or centred ones, as inspect has them."),
     ] = "effective",
-    layers: Layers = None,
+    layers: options.Layers = None,
     top: Annotated[int, typer.Option(min=0, help="Show so many pairs of each kind in the table.")] = 5,
-    offline: Offline = False,
-    remote: Remote = False,
-    format_: FigureFormat = "png",
-    dpi: Dpi = 150,
-    json_: Json = False,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
     """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
     from attnlens.composition import save_composition
@@ -59,7 +46,7 @@ def compose(
         checkpoint,
         num_heads=num_heads,
         fold=fold,
-        layers=parse_layers(layers),
+        layers=options.parse_layers(layers),
         offline=offline,
         remote=remote,
         progress=tracked("layers"),
@@ -67,7 +54,7 @@ def compose(
     for flag in dict.fromkeys(flag for flags in found.leaves_out.values() for flag in flags if flag not in UNSAID):
         own = [layer for layer, flags in found.leaves_out.items() if flag in flags]
         note(f"{FLAGS[flag]}: layers {format_layers(own)}")
-    folder = figure_folder(output, found.model)
+    folder = options.figure_folder(output, found.model)
     save_composition(found, folder, command_line())
     if json_:
         write_stdout(json.dumps(found.to_json()))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnlens import __version__
+from attnlens.cli import options
 from attnlens.cli.console import write_stdout
-from attnlens.cli.options import Json
 from attnlens.cli.tables import print_wide
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Finding:
     remedy: str = ""
 
 
-def doctor(json_: Json = False) -> None:
+def doctor(json_: options.Json = False) -> None:
     """Say which versions, devices and caches attnlens finds here, what is missing, and how to get it."""
     findings = list(look())
     if json_:

@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import attnlens
+from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import fit_filter_table
-from attnlens.cli.options import (
-    Checkpoint,
-    Dpi,
-    FigureFormat,
-    Figures,
-    Json,
-    NumHeads,
-    Offline,
-    ProductFold,
-    Remote,
-    figure_folder,
-)
 from attnlens.cli.tables import escape, number, plain_table, print_wide
 
 if TYPE_CHECKING:
@@ -40,26 +29,26 @@ def fit_params(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models as for inspect; several are pooled.")
     ] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: options.Checkpoint = None,
     per: Annotated[
         Literal["head", "layer", "model"],
         typer.Option(help="Give an initialiser QK head by head and OV by layer; layer means; or one pair for all."),
     ] = "head",
-    fold: ProductFold = "effective",
+    fold: options.ProductFold = "effective",
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Set the coverage of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Use this seed for the statistics that are sampled.")] = 0,
-    num_heads: NumHeads = None,
+    num_heads: options.NumHeads = None,
     shrinkage: Annotated[
         Literal["ledoit-wolf", "oas", "none"],
         typer.Option(help="Shrink covariances of depthwise filters towards equal variances by this estimator."),
     ] = "ledoit-wolf",
-    offline: Offline = False,
-    remote: Remote = False,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this parameter file.")] = Path("params.json"),
-    figures: Figures = None,
-    format_: FigureFormat = "png",
-    dpi: Dpi = 150,
-    json_: Json = False,
+    figures: options.Figures = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
     """Fit alpha and beta with intervals and verdicts, and write the parameter file that drives an initialiser."""
     from attnlens.atomic import FileSet
@@ -84,7 +73,7 @@ def fit_params(
     from attnlens.figures import save_figures
     from attnlens.fit.figures import draw_fits
 
-    folder = figure_folder(figures, *(source.model for source in params.sources))
+    folder = options.figure_folder(figures, *(source.model for source in params.sources))
     with FileSet() as files:
         save_figures(draw_fits(params), folder, format_, dpi, into=files.write)
         files.write(output, lambda file: file.write(params.to_json().encode()))

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from attnlens.cli import options
 from attnlens.cli.console import command_line, note, write_stdout
-from attnlens.cli.options import InitName, InitOptions, Json, ParamsFile, parse_pairs
 from attnlens.errors import UsageError
 
 
@@ -18,23 +18,23 @@ def init(
         str | None,
         typer.Argument(help="timm name or model folder to build; default: the architecture of the shipped ViT."),
     ] = None,
-    init: InitName = None,
-    params: ParamsFile = None,
-    options: InitOptions = None,
+    init: options.InitName = None,
+    params: options.ParamsFile = None,
+    pairs: options.InitOptions = None,
     model_args: Annotated[
         list[str] | None,
-        typer.Option("--model-arg", help="Pass name=value to timm, e.g. num_classes=10; may be repeated."),
+        typer.Option("--model-arg", help="Pass name=value to timm, as often as needed, e.g. num_classes=10."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Use this seed for every draw, timm's own included.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this file.")] = Path("model.safetensors"),
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> None:
     """Write the weights of a new network whose attention or filters start from an initialiser, mimetic by default."""
     from attnlens.inits import init_file
 
-    name, given = choose_initialiser(init, params, options)
+    name, given = choose_initialiser(init, params, pairs)
     name = name or "mimetic"
-    arguments = parse_pairs("--model-arg", model_args)
+    arguments = options.parse_pairs("--model-arg", model_args)
     report = init_file(model, output, init=name, seed=seed, model_args=arguments, command=command_line(), **given)
     if json_:
         write_stdout(json.dumps({"init": name, "seed": seed} if report is None else report.to_json(), indent=1))
@@ -44,13 +44,13 @@ def init(
 
 
 def choose_initialiser(
-    init: str | None, params: Path | None, options: list[str] | None
+    init: str | None, params: Path | None, pairs: list[str] | None
 ) -> tuple[str | None, dict[str, Any]]:
     """Return the initialiser's name, ``fitted`` where parameters alone are given, None for neither; and its options."""
     from attnlens.inits import initialisers
     from attnlens.inits.registry import find_initialiser
 
-    given = parse_pairs("--option", options)
+    given = options.parse_pairs("--option", pairs)
     if params is None:
         return init, given
     chosen = find_initialiser(init or "fitted")

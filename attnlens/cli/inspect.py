@@ -7,23 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import attnlens
+from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
-from attnlens.cli.options import (
-    Checkpoint,
-    Dpi,
-    FigureFormat,
-    Folds,
-    Json,
-    Layers,
-    Model,
-    ModelFolder,
-    NumHeads,
-    Offline,
-    Remote,
-    figure_folder,
-    parse_layers,
-)
 from attnlens.cli.tables import layer_table, print_wide
 
 if TYPE_CHECKING:
@@ -32,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    output: ModelFolder = None,
-    num_heads: NumHeads = None,
-    fold: Folds = "both",
-    layers: Layers = None,
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    output: options.ModelFolder = None,
+    num_heads: options.NumHeads = None,
+    fold: options.Folds = "both",
+    layers: options.Layers = None,
     layer_spectra: Annotated[
         bool,
         typer.Option("--layer-spectra", help="Measure the eigenvalues of layer sums too, which costs O(d^3) a layer."),
@@ -48,12 +34,12 @@ def inspect(
     include_linear: Annotated[
         bool, typer.Option("--include-linear", help="Read linear attention too, labelled as what it is.")
     ] = False,
-    offline: Offline = False,
-    remote: Remote = False,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
     crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
-    format_: FigureFormat = "png",
-    dpi: Dpi = 150,
-    json_: Json = False,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
     """Fit every head's QK and OV circuit to alpha * noise + beta * identity: table, CSV, JSON and figures.
 
@@ -71,7 +57,7 @@ def inspect(
         checkpoint,
         num_heads=num_heads,
         fold=fold,
-        layers=parse_layers(layers),
+        layers=options.parse_layers(layers),
         layer_spectra=layer_spectra,
         include=[kind for kind, wanted in (("channel", include_channel), ("linear", include_linear)) if wanted],
         offline=offline,
@@ -82,7 +68,7 @@ def inspect(
         note(fetched(inspection.provenance))
     for message in caveats(inspection):
         note(message)
-    folder = figure_folder(output, inspection.model)
+    folder = options.figure_folder(output, inspection.model)
     shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
     from attnlens.figures import save_figures
 

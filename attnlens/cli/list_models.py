@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.cli.options import Json
 
 if TYPE_CHECKING:
     from attnlens.models.catalogue import Catalogue, Entry
@@ -26,7 +26,7 @@ def list_models(
         str | None, typer.Option(help="List only architectures with attention of this layout family.")
     ] = None,
     cached: Annotated[bool, typer.Option("--cached", help="List only those with weights in the local cache.")] = False,
-    json_: Json = False,
+    json_: options.Json = False,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build the catalogue of the installed timm anew: this takes minutes.")
     ] = False,

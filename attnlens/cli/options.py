@@ -36,8 +36,7 @@ Checkpoint = Annotated[
 NumHeads = Annotated[
     int | None,
     typer.Option(
-        help="Read a weight file by its tensors' names, with so many heads a layer; for a file that nothing names the "
-        "architecture of."
+        help="Say how many heads each layer has, to read a file of unknown architecture by its tensors' names."
     ),
 ]
 Layers = Annotated[
@@ -63,7 +62,11 @@ Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Draw figures with so m
 
 InitName = Annotated[
     str | None,
-    typer.Option("--init", help="Name the initialiser; `docs/inits.md` lists them. With --params it is fitted."),
+    typer.Option(
+        "--init",
+        help="Use this initialiser; docs/inits.md lists them. Default: fitted with --params, else the one that a file "
+        "to verify names, else mimetic.",
+    ),
 ]
 ParamsFile = Annotated[
     Path | None, typer.Option("--params", "-p", help="Take fitted parameters from this file, written by fit-params.")
@@ -72,7 +75,7 @@ InitOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
-        help="Pass name=value to the initialiser; may be repeated. docs/inits.md lists the options of each.",
+        help="Pass name=value to the initialiser, as often as needed; docs/inits.md lists the options.",
     ),
 ]
 

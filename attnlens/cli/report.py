@@ -7,23 +7,24 @@ from typing import Annotated
 
 import typer
 
+from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked
-from attnlens.cli.options import Checkpoint, Model, NumHeads, Offline, Remote
 
 
 def report(
-    model: Model = None,
-    checkpoint: Checkpoint = None,
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
     compare: Annotated[
-        list[str] | None, typer.Option("--compare", metavar="MODEL", help="Show this model beside it; may be repeated.")
+        list[str] | None,
+        typer.Option("--compare", metavar="MODEL", help="Show this model beside it; may be repeated."),
     ] = None,
     train: Annotated[
         Path | None,
         typer.Option("--train", metavar="RESULTS_DIR", help="Show the curves in this output folder of train-compare."),
     ] = None,
-    num_heads: NumHeads = None,
-    offline: Offline = False,
-    remote: Remote = False,
+    num_heads: options.NumHeads = None,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this HTML file.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about a model: every head's fit, verdict, heatmaps and spectra, by depth."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import attnlens
+from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked, write_stdout
-from attnlens.cli.options import Dpi, FigureFormat, Folds, Json, Offline, Remote
 from attnlens.cli.tables import escape, number, plain_table, print_wide
 from attnlens.errors import AttnlensError
 
@@ -35,7 +35,7 @@ def scan(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Write results, tables and figure to this folder, or go on in it.")
     ],
-    fold: Folds = "both",
+    fold: options.Folds = "both",
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Measure so many models at a time. Default: one a core, here or of the cluster."),
@@ -48,11 +48,11 @@ def scan(
         bool, typer.Option("--retry-failed", help="Measure again what failed. Default: only what is missing.")
     ] = False,
     list_: Annotated[bool, typer.Option("--list", help="Print only the models that would be measured.")] = False,
-    offline: Offline = False,
-    remote: Remote = False,
-    format_: FigureFormat = "png",
-    dpi: Dpi = 150,
-    json_: Json = False,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
     """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
     from attnlens.scans.plan import plan_scan

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked, write_stdout
-from attnlens.cli.options import Dpi, FigureFormat, Json, ModelFolder, figure_folder, parse_pairs, split_words
 from attnlens.cli.tables import escape, plain_table, print_wide
 
 if TYPE_CHECKING:
@@ -48,19 +48,19 @@ def signal(
         float,
         typer.Option(min=0, max=1, help="Tailor MLPs so that alone they bring orthogonal tokens to this cosine."),
     ] = 0.2,
-    options: Annotated[
+    pairs: Annotated[
         list[str] | None,
         typer.Option(
             "--option",
-            help="Pass name=value to the arms that have it: gamma, distance of e-spa; rho of u-spa; may be repeated.",
+            help="Pass name=value to the arms that have it, as often as needed: gamma, distance (e-spa), rho (u-spa).",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Draw so many networks an arm.")] = 5,
     sequences: Annotated[int, typer.Option(min=1, help="Feed so many random sequences of tokens to each network.")] = 4,
-    output: ModelFolder = None,
-    format_: FigureFormat = "png",
-    dpi: Dpi = 150,
-    json_: Json = False,
+    output: options.ModelFolder = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
     """Measure how alike random tokens become by depth before training, beside theory: table, CSV, JSON and a figure."""
     from operator import methodcaller
@@ -74,7 +74,7 @@ def signal(
 
     found = propagate(
         model,
-        ARMS if arms is None else split_words(arms),
+        ARMS if arms is None else options.split_words(arms),
         depth=depth,
         tokens=tokens,
         seeds=seeds,
@@ -83,10 +83,10 @@ def signal(
         norms=norms,
         mlp=mlp,
         eta=eta,
-        options=parse_pairs("--option", options),
+        options=options.parse_pairs("--option", pairs),
         progress=tracked("networks"),
     )
-    folder = figure_folder(output, found.model)
+    folder = options.figure_folder(output, found.model)
     record = {**found.to_json(), "provenance": {**run_provenance(), "command": command_line()}}
     text = json.dumps(record, indent=1)
     with FileSet() as files:

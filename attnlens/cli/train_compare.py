@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from attnlens.cli import options
 from attnlens.cli.console import command_line, note, write_stdout
-from attnlens.cli.options import Checkpoint, ParamsFile, split_words
 from attnlens.errors import UsageError
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
@@ -34,8 +34,8 @@ def train_compare(
             "drawn weights, convmixer-tiny, timm's convmixer_*, and gpt-tiny, the default for text."
         ),
     ] = None,
-    checkpoint: Checkpoint = None,
-    params: ParamsFile = None,
+    checkpoint: options.Checkpoint = None,
+    params: options.ParamsFile = None,
     arms: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +77,7 @@ def train_compare(
         int | None, typer.Option(min=1, help="Cut images into patches of this side. Default: the data set's.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to this side. Default: the data set's.")
+        int | None, typer.Option(min=1, help="Resize images to this side. Default: their own.")
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=2, help="Read windows of so many bytes of a text. Default: the data set's.")
@@ -85,7 +85,9 @@ def train_compare(
     train_images: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Train on so many images, equal over classes, or windows of a text an epoch. Default: all."
+            min=1,
+            help="Train on so many images, equal over classes, or windows of a text an epoch. Default: all images, the "
+            "preset's windows.",
         ),
     ] = None,
     test_images: Annotated[
@@ -94,7 +96,11 @@ def train_compare(
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(min=0.001, max=8, help="Count the epochs to this accuracy, or bits per byte, fixed beforehand."),
+        typer.Option(
+            min=0.001,
+            max=8,
+            help="Count the epochs to this accuracy, or bits per byte, fixed beforehand. Default: the data set's.",
+        ),
     ] = None,
     eval_every: Annotated[
         int | None, typer.Option(min=1, help="Measure after so many epochs each. Default: some twenty times in all.")
@@ -185,7 +191,7 @@ def train_compare(
 
 
 def _words(option: str, text: str) -> list[str]:
-    words = split_words(text)
+    words = options.split_words(text)
     if not words:
         raise UsageError(f"{option} is empty: separate what you name with commas")
     return words

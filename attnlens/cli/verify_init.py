@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import attnlens
+from attnlens.cli import options
 from attnlens.cli.console import format_layers, note, write_stdout
 from attnlens.cli.init import choose_initialiser
-from attnlens.cli.options import Checkpoint, InitName, InitOptions, Json, Model, ParamsFile
 from attnlens.cli.tables import escape, number, plain_table, print_wide
 
 if TYPE_CHECKING:
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 def verify_init(
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    init: InitName = None,
-    params: ParamsFile = None,
-    options: InitOptions = None,
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    init: options.InitName = None,
+    params: options.ParamsFile = None,
+    pairs: options.InitOptions = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, help="Compare whole matrices with the draw of this seed. Default: compare statistics."),
     ] = None,
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> None:
     """Compare attention or filters with what an initialiser makes, and name known mistakes: exit code 1 if it fails.
 
     A file written by `attnlens init` says itself what to compare it with.
     """
-    name, given = choose_initialiser(init, params, options)
+    name, given = choose_initialiser(init, params, pairs)
     report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, **given)
     if json_:
         write_stdout(json.dumps(report.to_json(), indent=1))
