@@ -42,7 +42,11 @@ def scan(
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option("--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address; auto: the one here."),
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on the Ray cluster at this address, or auto. Default: in processes here.",
+        ),
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Measure again what failed. Default: only what is missing.")

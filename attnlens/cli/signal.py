@@ -41,7 +41,7 @@ def signal(
     mlp: Annotated[
         Literal["keep", "tailored", "none"] | None,
         typer.Option(
-            help="Keep the MLPs, the default with skips; tailor them to the depth, the default without; or drop all."
+            help="Keep the MLPs, tailor them to the depth, or drop them. Default: keep with skips, tailored without."
         ),
     ] = None,
     eta: Annotated[

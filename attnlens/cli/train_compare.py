@@ -25,13 +25,14 @@ def train_compare(
         ),
     ] = "digits",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Read torchvision's files, or DATASET, from this folder.")
+        Path | None,
+        typer.Option(help="Read the data set's files from this folder. Default: the cache, or where --dataset says."),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Start from this pre-trained model, as for inspect, default: the ViT shipped with attnlens; or, from "
-            "drawn weights, convmixer-tiny, timm's convmixer_*, and gpt-tiny, the default for text."
+            help="Start from this pre-trained model, as for inspect; or, from drawn weights, convmixer-tiny, timm's "
+            "convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
         ),
     ] = None,
     checkpoint: options.Checkpoint = None,
