@@ -7,17 +7,15 @@ import sys
 
 import pytest
 import torch
-import typer
 from safetensors.torch import save_model
 
 import attnlens
-from attnlens.cli.app import app
+from attnlens.cli.app import COMMANDS, load_command
 from attnlens.cli.console import format_layers
 from attnlens.cli.options import parse_layers
 from attnlens.errors import UsageError
 from tests.test_inspect import SMALL, small_vit
 
-COMMANDS = typer.main.get_command(app).commands
 WITHOUT_DEFAULT = {"checkpoint", "num_heads", "family", "params", "time_budget", "train"}
 """Options that do nothing unless they are given."""
 
@@ -138,7 +136,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_has_a_whole_sentence_and_debug_is_among_them(name):
-    options = [param for param in COMMANDS[name].params if param.param_type_name == "option"]
+    options = [param for param in load_command(name).params if param.param_type_name == "option"]
     assert [param.opts for param in options][-1] == ["--debug"]
     for param in options:
         assert re.fullmatch(r"[A-Z][a-z]+ .+\.", param.help or ""), f"{param.opts}: {param.help}"
@@ -148,7 +146,7 @@ def test_every_option_of_a_command_has_a_whole_sentence_and_debug_is_among_them(
 
 def test_an_option_of_one_meaning_has_one_help_text():
     texts = {}
-    for command in COMMANDS.values():
+    for command in map(load_command, COMMANDS):
         for param in command.params:
             texts.setdefault(param.opts[0], set()).add(getattr(param, "help", None))
     of_one = ("--num-heads", "--offline", "--remote", "--json", "--debug", "--format", "--dpi", "--layers", "--params")

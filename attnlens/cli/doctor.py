@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,6 @@ def look() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     """Compare what is installed with what the package's metadata ask for: first what is required, then its extras."""
-    from importlib.metadata import requires
-
     from packaging.requirements import Requirement
 
     requirements = sorted(map(Requirement, requires("attnlens") or ()), key=lambda requirement: requirement.name)
@@ -91,8 +90,6 @@ def _package(requirement: Requirement, remedy: str, use: str | None) -> Finding:
 
 
 def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(name)
     except PackageNotFoundError:
