@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import attnlens
+from attnlens import reports
 from attnlens.figures import save_figures
-from attnlens.reports import build_report
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery")
 
@@ -36,5 +36,5 @@ for layer, (request, beta) in enumerate(zip(params.for_model(model), sums.column
     print(f"  new layer {layer}: OV beta asked for {request.ov[1]:.3f}, drawn {beta:.3f}")
 
 # 4. Share it: one HTML file that opens anywhere.
-(folder / "report.html").write_text(build_report(command="python docs/example.py"), encoding="utf-8")
+reports.report(output=folder / "report.html", command="python docs/example.py")
 print("wrote report.html,", ", ".join(sorted(path.stem for path in drawn)))

@@ -215,10 +215,10 @@ def test_zeros_are_called_zeros():
 
 
 def test_compare_and_report_say_that_they_are_of_attention():
-    from attnlens.reports import build_report
+    from attnlens import reports
 
     with pytest.raises(UnsupportedAttentionError, match="the report is of attention"):
-        build_report(convmixer())
+        reports.report(convmixer())
     with pytest.raises(UnsupportedAttentionError, match="compare is of attention"):
         attnlens.compare(convmixer(), convmixer(1))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.fit.comparison import Comparison, compare_inspections
@@ -31,10 +32,11 @@ _JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low"
 _ABOUT = ("num_heads", "name", "leaves_out")
 
 
-def build_report(
+def report(
     model: str | os.PathLike[str] | nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
+    output: str | os.PathLike[str] | None = None,
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
     num_heads: int | None = None,
@@ -45,6 +47,7 @@ def build_report(
 ) -> str:
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
+    With ``output`` the page is also written to this file, whole or not at all.
     ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
     names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
     curves are shown.
@@ -54,7 +57,8 @@ def build_report(
     The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
     nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
 
-    Raises what `attnlens.inspect` raises, and `ResultsError` for a ``train`` folder that cannot be read.
+    Raises what `attnlens.inspect` raises, `ResultsError` for a ``train`` folder that cannot be read, and `OutputError`
+    for an ``output`` that cannot be written.
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
@@ -73,7 +77,7 @@ def build_report(
         "comparison": _comparison_data(comparison),
         "training": training and {"arms": training.arms, "points": [p.model_dump() for p in training.points]},
     }
-    return (
+    page = (
         environment()
         .get_template("report.html.j2")
         .render(
@@ -94,6 +98,9 @@ def build_report(
             style=Markup(asset("report.css")),  # noqa: S704  # the package's own file
         )
     )
+    if output is not None:
+        write_text_atomic(Path(output), page)
+    return page
 
 
 def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:

@@ -43,10 +43,13 @@ class Ended:
 def warm() -> None:
     """Import everything the commands import, once: a forked child then starts in milliseconds."""
     import matplotlib.backends.backend_agg  # noqa: F401
+    import rich.console
+    import rich.measure
+    import rich.table  # noqa: F401
     import timm  # noqa: F401
     import torch
 
-    commands = ("cli.app", "cli.fitting", "cli.initialising", "cli.inspecting", "cli.training")
+    commands = ("cli.app", "fit.comparison", "fit.fit_params", "inits", "inspection", "training.comparison")
     for name in (*commands, "fit.figures", "training.figures"):
         import_module(f"attnlens.{name}")
 

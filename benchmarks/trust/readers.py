@@ -14,10 +14,10 @@ from rich.console import Console
 from attnlens import inspect
 from attnlens.checkpoints import open_checkpoint
 from attnlens.cli.console import note, write_stdout
-from attnlens.cli.filters import filter_table
-from attnlens.cli.fitting import fit_tables
-from attnlens.cli.inspecting import caveats
-from attnlens.cli.terminal import layer_table
+from attnlens.cli.filter_tables import filter_table
+from attnlens.cli.fit_params import fit_tables
+from attnlens.cli.inspect import caveats
+from attnlens.cli.tables import layer_table
 from attnlens.errors import AttnlensError
 from attnlens.fit.params import InitParams
 from attnlens.models.architecture import describe_architecture
