@@ -49,8 +49,12 @@ def warm() -> None:
     import timm  # noqa: F401
     import torch
 
-    commands = ("cli.app", "fit.comparison", "fit.fit_params", "inits", "inspection", "training.comparison")
-    for name in (*commands, "fit.figures", "training.figures"):
+    from attnlens.cli.app import COMMANDS, load_command
+
+    for name in COMMANDS:
+        load_command(name)
+    used = ("fit.comparison", "fit.fit_params", "inits", "inspection", "training.comparison")
+    for name in (*used, "fit.figures", "training.figures"):
         import_module(f"attnlens.{name}")
 
     torch.set_num_threads(1)
