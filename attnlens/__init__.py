@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from attnlens.inits import create_model, init_, initialisers, verify_init
     from attnlens.inspection import Inspection, inspect
     from attnlens.scans import Scan, scan
+    from attnlens.training import TrainComparison, train_compare
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _PUBLIC = {
     "InitParams": "fit.params",
     "Inspection": "inspection",
     "Scan": "scans",
+    "TrainComparison": "training",
     "compare": "fit.comparison",
     "compose": "composition",
     "create_model": "inits",
@@ -32,6 +34,7 @@ _PUBLIC = {
     "initialisers": "inits",
     "inspect": "inspection",
     "scan": "scans",
+    "train_compare": "training",
     "verify_init": "inits",
 }
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "InitParams",
     "Inspection",
     "Scan",
+    "TrainComparison",
     "__version__",
     "compare",
     "compose",
@@ -49,6 +53,7 @@ __all__ = [
     "initialisers",
     "inspect",
     "scan",
+    "train_compare",
     "verify_init",
 ]
 

@@ -6,52 +6,37 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from attnlens.cli.console import note, write_stdout
 from attnlens.errors import UsageError
-from attnlens.training.comparison import train_compare
-from attnlens.training.options import Options
+from attnlens.training import train_compare
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
 
 def run_train_compare(
-    options: Options,
     *,
     arms: str | None,
     contrasts: str | None,
     tune_lr: str | None,
-    output: Path | None,
     resume: bool,
-    time_budget: float | None,
-    workers: int | None,
-    save_weights: bool,
     command: Sequence[str],
+    **options: Any,
 ) -> None:
     """Run or resume a comparison; the report goes to stdout, everything else to stderr."""
-    if arms is not None:
-        options = replace(options, arms=_words("--arms", arms))
-    if contrasts is not None:
-        options = replace(options, contrasts=[_pair(text) for text in _words("--contrasts", contrasts)])
-    if tune_lr is not None:
-        options = replace(options, tune_lr=[_rate(text) for text in _words("--tune-lr", tune_lr)])
-    name = Path(options.dataset.removeprefix("text:")).name.split(".")[0].replace("*", "") or "comparison"
-    folder = output if output is not None else Path("comparisons") / name
     told = shlex.join(command)
     found = train_compare(
-        options,
-        folder,
+        **options,
+        arms=None if arms is None else _words("--arms", arms),
+        contrasts=None if contrasts is None else [_pair(text) for text in _words("--contrasts", contrasts)],
+        tune_lr=() if tune_lr is None else [_rate(text) for text in _words("--tune-lr", tune_lr)],
         resume=resume,
-        time_budget=time_budget,
-        workers=workers,
-        save_weights=save_weights,
         command=told,
     )
     if os.environ.get("RANK", "0") == "0":
         write_stdout(found.report)
-        note(f"wrote {folder}")
+        note(f"wrote {found.folder}")
         if found.stopped:
             again = told if resume else f"{told} --resume"
             note(f"stopped ({found.stopped}) before all runs were done. To go on: {again}")

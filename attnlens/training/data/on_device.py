@@ -1,16 +1,9 @@
-"""A data set on the device, and one epoch of it in the order that every arm of a seed sees."""
+"""What training asks of a data set: what it is, and one epoch of it on the device, the same for every arm of a seed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
-import numpy as np
-
-from attnlens.training.data.augment import augmented, draw_epoch, fill_value
-from attnlens.training.data.images import Images
-from attnlens.training.data.order import digest, epoch_order, generator
-from attnlens.training.data.text import Text
-from attnlens.training.shapes import GptShape
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -28,75 +21,76 @@ class Epoch(NamedTuple):
 
 
 class Resident(Protocol):
-    """What training asks of a data set."""
+    """A data set on the device."""
 
     count: int
     """Items an epoch draws from, or draws."""
     whole: float
     """Items that make one pass through the training data."""
-    test: Tensor
-    test_labels: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
 
     def epoch(self, seed: int, epoch: int) -> Epoch:
         """Return an epoch of a data seed."""
         ...
 
 
-def resident(data: Images | Text, config: Config, device: torch.device) -> Resident:
-    """Put a data set on the device."""
-    return ResidentImages(data, config, device) if isinstance(data, Images) else ResidentText(data, config, device)
+class Dataset(Protocol):
+    """A data set in memory, as `attnlens.training.options` and the comparison need it."""
 
+    @property
+    def name(self) -> str:
+        """Name, as reports call it."""
+        ...
 
-class ResidentImages:
-    """Images as uint8; an epoch is a permutation of them, augmented at once."""
+    @property
+    def kind(self) -> str:
+        """What networks that fit it read: ``images`` or ``text``."""
+        ...
 
-    def __init__(self, images: Images, config: Config, device: torch.device) -> None:
-        import torch
+    @property
+    def preset(self) -> str:
+        """Name of the defaults a data set of its sort is trained with."""
+        ...
 
-        parts = (images.train, images.train_labels, images.test, images.test_labels)
-        self.train, self.train_labels, self.test, self.test_labels = (
-            torch.from_numpy(part).to(device) for part in parts
-        )
-        self.fill = torch.from_numpy(fill_value(config.mean)).to(device)
-        self.count, self.recipe, self.device = len(images.train), config.recipe, device
-        self.whole = float(self.count)
+    @property
+    def default_model(self) -> str | None:
+        """What is trained where no model is named; None is the shipped ViT."""
+        ...
 
-    def epoch(self, seed: int, epoch: int) -> Epoch:
-        """See `Resident`."""
-        import torch
+    @property
+    def foreign(self) -> Mapping[str, str]:
+        """Options that do not go with it, each with the error that says so."""
+        ...
 
-        order = epoch_order(seed, epoch, self.count, self.recipe.batch_size)
-        draws = draw_epoch(self.recipe.augment, seed, epoch, len(order), self.train.shape[-1])
-        index = torch.from_numpy(order).to(self.device)
-        images = augmented(self.train[index], draws, self.fill)
-        return Epoch(images, self.train_labels[index], digest(order, draws))
+    def sha256(self) -> str:
+        """Return the hash of all that is trained and tested on."""
+        ...
 
+    def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the sizes of a network that depend on the data, among the choices that were made."""
+        ...
 
-class ResidentText:
-    """Bytes; an epoch is a fixed number of windows that begin anywhere, each byte of which is a target."""
+    def kept(self, chosen: Mapping[str, Any]) -> Dataset:
+        """Keep what is trained and tested on. Raises `UsageError` where there is less."""
+        ...
 
-    def __init__(self, text: Text, config: Config, device: torch.device) -> None:
-        import torch
+    def counts(self, chosen: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the items of an epoch and the items tested on."""
+        ...
 
-        assert isinstance(config.shape, GptShape)
-        self.context, self.count = config.shape.context, text.windows
-        self.batch_size, self.device = config.recipe.batch_size, device
-        self.whole = len(text.train) / self.context
-        self.train = torch.from_numpy(text.train.copy()).to(device)
-        held = torch.from_numpy(text.test.copy()).to(device)
-        self.test, self.test_labels = self._windows(held, torch.from_numpy(text.test_starts(self.context)))
+    def moments(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation by channel, empty where nothing is normalised."""
+        ...
 
-    def _windows(self, content: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return bytes ``[window, context]`` and those one further on."""
-        import torch
+    def text_facts(self) -> dict[str, Any] | None:
+        """Return what a configuration says about a text; None for images."""
+        ...
 
-        places = starts.to(self.device)[:, None] + torch.arange(self.context, device=self.device)
-        return content[places], content[places + 1]
+    def tuning(self) -> Dataset:
+        """Split the training data in two: what learning rates are tried on, and what they are chosen on."""
+        ...
 
-    def epoch(self, seed: int, epoch: int) -> Epoch:
-        """See `Resident`."""
-        import torch
-
-        drawn = self.count // self.batch_size * self.batch_size
-        starts = generator(seed, epoch, "order").integers(0, len(self.train) - self.context, drawn, dtype=np.int64)
-        return Epoch(*self._windows(self.train, torch.from_numpy(starts)), digest(starts, {}))
+    def resident(self, config: Config, device: torch.device) -> Resident:
+        """Put it on the device."""
+        ...
