@@ -23,7 +23,7 @@ from attnlens.layouts.spec import Refusal
 from attnlens.models import architecture
 from attnlens.models.architecture import describe_architecture, describe_module
 from attnlens.scans.worker import measure
-from attnlens.training.source import Pretrained
+from attnlens.training.source import Source
 from tests.filter_models import CONVNEXT, both, convmixer, convnext
 
 # Which layers.
@@ -110,7 +110,7 @@ def test_what_is_of_attention_alone_refuses_filters_alone_in_one_line():
     with pytest.raises(UnsupportedAttentionError, match=refused):
         attnlens.compose(model)
     with pytest.raises(UnsupportedAttentionError, match=refused):
-        Pretrained.of(model)
+        Source.of(model)
     with pytest.raises(UnsupportedAttentionError, match=refused):
         init_(student, "transfer-attention", teacher=model)
     assert len(attnlens.fit_params(model).filters) == len(attnlens.inspect(model).filters.specs) > 0

@@ -13,8 +13,8 @@ from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import describe_module
 from attnlens.training.arms import initial_state
 from attnlens.training.engine import Stack
-from attnlens.training.networks.vit import forward, patches_of
-from attnlens.training.source import Pretrained
+from attnlens.training.networks.vit import ViT, forward, patches_of
+from attnlens.training.source import Source
 from attnlens.training.structure import measure_structure
 from tests.training_setup import SHAPE, config, write_source
 
@@ -177,7 +177,7 @@ def test_one_batch_overfits():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return Pretrained.of(str(write_source(tmp_path_factory.mktemp("source"))))
+    return Source.of(str(write_source(tmp_path_factory.mktemp("source"))))
 
 
 ATTENTION = ("attn.qkv", "attn.proj")
@@ -223,7 +223,7 @@ def test_the_pretrained_arm_computes_what_its_source_does_where_sizes_agree(tmp_
     """Same grid and patch: only the classifier is new, so the features in front of it are the source's."""
     path = write_source(tmp_path)
     shape = SHAPE.model_copy(update={"image_size": 16, "channels": 3})
-    state = initial_state("pretrained", 0, shape, Pretrained.of(str(path)))
+    state = initial_state("pretrained", 0, shape, Source.of(str(path)))
     ours = shape.build(0)
     ours.load_state_dict(state)
     from safetensors.torch import load_file
@@ -253,7 +253,7 @@ def test_layer_scale_and_prefix_tokens_are_folded_or_left_behind():
     from attnlens.models.open import open_model
 
     shape = SHAPE.model_copy(update={"image_size": 32, "patch_size": 8, "channels": 3})
-    source = Pretrained({}, open_model(model, None), fit_params(model), {})
+    source = Source("model", ViT, {}, fit_params(model), opened=open_model(model, None))
     state = initial_state("pretrained", 0, shape, source)
     ours = shape.build(0)
     ours.load_state_dict(state)
@@ -270,7 +270,7 @@ def test_sources_that_are_no_plain_vit_are_refused():
     from attnlens.models.open import open_model
 
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=2, qk_norm=True)
-    source = Pretrained({}, open_model(model, None), fit_params(model), {})
+    source = Source("model", ViT, {}, fit_params(model), opened=open_model(model, None))
     with pytest.raises(UnsupportedAttentionError, match=r"is no plain ViT .it holds blocks.0.attn.q_norm.weight"):
         initial_state("pretrained", 0, SHAPE.model_copy(update={"mlp_ratio": 4.0}), source)
 

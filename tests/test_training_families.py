@@ -19,7 +19,7 @@ from attnlens.training.networks import convmixer
 from attnlens.training.networks.base import PLAIN, Wiring
 from attnlens.training.networks.convmixer import ConvMixer
 from attnlens.training.networks.gpt import Gpt
-from attnlens.training.source import Pretrained, Scratch
+from attnlens.training.source import Source
 from attnlens.training.trainer import units_of
 from tests.conftest import ROOT
 from tests.training_setup import SHAPE, compare, config, small, write_source
@@ -167,7 +167,7 @@ def test_frozen_filters_get_no_update_and_everything_else_does():
 
 
 def test_arms_of_a_convmixer_differ_in_depthwise_filters_alone():
-    source = Scratch.of("convmixer-test")
+    source = Source.of("convmixer-test")
     default = initial_state("default", 3, CONV, source)
     network = CONV.build(3)
     allowed = {*filter_parameters(network), *(n.replace(".weight", ".bias") for n in filter_parameters(network))}
@@ -182,7 +182,7 @@ def test_arms_of_a_convmixer_differ_in_depthwise_filters_alone():
 
 
 def test_rewired_arms_share_what_is_not_rewired():
-    source = Scratch.of("gpt-tiny")
+    source = Source.of("gpt-tiny")
     default = initial_state("default", 2, GPT, source)
     state = initial_state("e-spa-no-skips-no-norms", 2, GPT, source)
     for name in ("embed.weight", "pos_embed", "head.weight"):
@@ -194,7 +194,7 @@ def test_rewired_arms_share_what_is_not_rewired():
 
 def test_a_stack_holds_one_architecture_whatever_its_size():
     runs = [Run(arm, seed, 1e-3) for seed in range(3) for arm in ("default", "value-skipinit", "mimetic")]
-    source = Scratch.of("gpt-tiny")
+    source = Source.of("gpt-tiny")
     for size in (1, 2, 4, 9):
         units = units_of(runs, size, lambda run: start_of(run.arm, source).wiring)
         assert sorted(run for unit in units for run in unit) == sorted(runs)
@@ -246,7 +246,7 @@ def test_a_convmixer_comparison_resumes_bit_for_bit_and_says_that_filters_were_f
     assert "what the covariance adds to the scale" in report
     assert json.loads((folder / "config.json").read_text())["freeze_filters"] is True
     start, end = (
-        initial_state("conv-covariance", 0, whole.findings.config.network, Scratch.of("convmixer-test")),
+        initial_state("conv-covariance", 0, whole.findings.config.network, Source.of("convmixer-test")),
         load_file(folder / "weights" / "conv-covariance-0.safetensors"),
     )
     name = "blocks.0.0.fn.0.weight"
@@ -297,10 +297,10 @@ def test_the_plain_arms_of_a_vit_and_rewired_ones_train_side_by_side(tmp_path):
 
 
 def test_default_contrasts_of_drawn_networks_hold_each_arm_against_its_control():
-    found = default_contrasts(["default", "conv-covariance", "norm-matched"], Scratch.of("convmixer-tiny"))
+    found = default_contrasts(["default", "conv-covariance", "norm-matched"], Source.of("convmixer-tiny"))
     assert found == [("conv-covariance", "default"), ("norm-matched", "default"), ("conv-covariance", "norm-matched")]
     arms = Gpt.default_arms
-    found = default_contrasts(arms, Scratch.of("gpt-tiny"))
+    found = default_contrasts(arms, Source.of("gpt-tiny"))
     assert found[-2:] == [("mimetic", "norm-matched"), ("mimetic", "mimetic-positive")]
 
 
@@ -331,7 +331,7 @@ def test_filters_of_a_network_without_any_cannot_be_frozen(tmp_path):
 
 
 def test_the_gains_of_value_skipinit_start_at_one_and_zero(tmp_path):
-    state = initial_state("value-skipinit", 0, SHAPE, Pretrained.of(str(write_source(tmp_path))))
+    state = initial_state("value-skipinit", 0, SHAPE, Source.of(str(write_source(tmp_path))))
     for layer in range(SHAPE.depth):
         assert torch.equal(state[f"blocks.{layer}.attn.a"], torch.ones(2, 1, 1))
         assert torch.equal(state[f"blocks.{layer}.attn.b"], torch.zeros(2, 1, 1))

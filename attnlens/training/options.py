@@ -16,7 +16,8 @@ from attnlens.training.data.on_device import Dataset
 from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
-from attnlens.training.source import Pretrained, Scratch, Source
+from attnlens.training.networks.vit import ViT
+from attnlens.training.source import Source
 from attnlens.training.store import stored_config
 
 if TYPE_CHECKING:
@@ -97,24 +98,21 @@ def load_data(options: Options, cache: Path | None) -> Dataset:
 def find_source(options: Options, data: Dataset) -> Source:
     """Open the pre-trained model, or look up a network that has none, and check that it reads the data.
 
-    Raises `UsageError` and what `Pretrained.of` and `Scratch.of` raise.
+    Raises `UsageError` and what `Source.of` raises.
     """
     name = options.model
     if name is None and options.checkpoint is None:
         name = data.default_model
     network = network_named(name)
-    if network is None:
-        if Pretrained.network.reads != data.kind:
-            raise UsageError(
-                f"--dataset {options.dataset} is {data.kind}: name a language model, as in --model {data.default_model}"
-            )
-        return Pretrained.of(name, options.checkpoint, options.params)
-    assert name is not None
-    if options.checkpoint is not None:
+    if network is None and data.kind != ViT.reads:
+        raise UsageError(
+            f"--dataset {options.dataset} {data.holds}: name a language model, as in --model {data.default_model}"
+        )
+    if network is not None and options.checkpoint is not None:
         raise UsageError(f"--checkpoint: {name} is trained from drawn weights alone. Leave one of the two out")
-    source = Scratch.of(name, options.params)
-    if network.reads != data.kind:
-        raise UsageError(f"--model {name} reads {network.needs}")
+    source = Source.of(name, options.checkpoint, options.params)
+    if source.network.reads != data.kind:
+        raise UsageError(f"--model {name} reads {source.network.needs}")
     return source
 
 
@@ -122,9 +120,10 @@ def settle(
     options: Options, data: Dataset, source: Source, device: torch.device, output: Path, *, resume: bool
 ) -> tuple[Config, Dataset]:
     """Settle every choice; return the configuration, and the data cut to it. Raises `UsageError`."""
-    for option, error in data.foreign.items():
-        if getattr(options, option) is not None:
-            raise UsageError(error)
+    for name, topic in data.foreign.items():
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is about {topic}, and {data.name} {data.holds}: leave it out")
     preset = PRESETS.get(options.dataset) or PRESETS[data.preset]
     given = {name: getattr(options, name) for name in preset}
     chosen = preset | {name: value for name, value in given.items() if value is not None}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,97 +23,52 @@ if TYPE_CHECKING:
     from attnlens.models.open import OpenedModel
 
 
-class Source(Protocol):
-    """What a run starts from. `Pretrained` and `Scratch` are all there are."""
-
-    @property
-    def name(self) -> str:
-        """Name of the model, as reports call it."""
-        ...
-
-    @property
-    def network(self) -> type[Network]:
-        """The kind of network that is trained."""
-        ...
-
-    @property
-    def sizes(self) -> Mapping[str, Any]:
-        """The network's sizes that do not come from the data."""
-        ...
-
-    @property
-    def params(self) -> InitParams | None:
-        """What was fitted, None where nothing was."""
-        ...
-
-    @property
-    def opened(self) -> OpenedModel | None:
-        """The pre-trained weights, None where there are none."""
-        ...
-
-    @property
-    def teacher(self) -> Mapping[str, Any]:
-        """How `transfer-attention` is told of the pre-trained weights."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """Return what a configuration says about it."""
-        ...
-
-    def params_sha256(self, model: nn.Module) -> str:
-        """Return the hash of what the fitted arm draws this network with; empty where there is nothing."""
-        ...
-
-
 @dataclass(frozen=True)
-class Pretrained:
-    """A pre-trained model: its sizes, what was fitted in it, and its weights."""
+class Source:
+    """What a run starts from: the network, its sizes, what was fitted, and weights where the model is pre-trained."""
 
-    teacher: Mapping[str, Any]
-    """The model as the user named it, None for the shipped ViT, and the checkpoint."""
-    opened: OpenedModel
-    params: InitParams
+    name: str
+    """As reports call it."""
+    network: type[Network]
     sizes: Mapping[str, Any]
-    network: ClassVar[type[Network]] = ViT
+    """Those of the network's sizes that do not come from the data."""
+    params: InitParams | None
+    params_file_sha256: str = ""
+    opened: OpenedModel | None = None
+    """None for a network that is trained from drawn weights alone."""
+    teacher: Mapping[str, Any] = field(default_factory=dict)
+    """How `transfer-attention` is told of the weights."""
 
     @classmethod
-    def of(cls, model: str | None, checkpoint: Path | None = None, params: Path | None = None) -> Pretrained:
-        """Open the model, read its sizes off its layers, and load or fit the parameters.
+    def of(cls, model: str | None, checkpoint: Path | None = None, params: Path | None = None) -> Source:
+        """Return the named network, else the pre-trained model; None is the shipped ViT.
 
-        Raises what `attnlens.inspect` raises, `ParamsError`, `UnsupportedAttentionError` where layers' widths differ.
+        Raises `ModelNotFoundError`, `ParamsError`; for a pre-trained model also what `attnlens.inspect` raises, and
+        `UnsupportedAttentionError` where layers' widths differ.
         """
         from attnlens.fit.fit_params import fit_params
         from attnlens.fit.params import InitParams
         from attnlens.models.open import open_model
 
+        loaded = None if params is None else InitParams.load(params)
+        network = network_named(model)
+        if network is not None:
+            assert model is not None
+            sha256 = "" if params is None else hashlib.sha256(params.read_bytes()).hexdigest()
+            return cls(model, network, network.sizes_of(model), loaded, sha256)
         opened = open_model(model, checkpoint)
-        indexed = opened.architecture.indexed()
-        widths = {(w.embed_dim, w.num_heads) for w in (read_heads(s, opened.checkpoint, i) for i, s in indexed)}
-        if len(widths) > 1:
-            raise UnsupportedAttentionError(
-                f"{opened.name} has layers of different widths {sorted(widths)}: a plain ViT of its sizes does not "
-                "exist. Name another --model"
-            )
-        ((embed_dim, num_heads),) = widths
-        ratio = 4.0
-        if "blocks.0.mlp.fc1.bias" in opened.checkpoint:
-            ratio = opened.checkpoint.shape("blocks.0.mlp.fc1.bias")[0] / embed_dim
-        depth = len(opened.architecture.order)
-        sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": ratio}
-        fitted = fit_params(model, checkpoint=checkpoint) if params is None else InitParams.load(params)
-        return cls({"teacher": model, "checkpoint": checkpoint}, opened, fitted, sizes)
-
-    @property
-    def name(self) -> str:
-        """See `Source`."""
-        return self.opened.name
+        sizes = _sizes_of(opened)
+        fitted = fit_params(model, checkpoint=checkpoint) if loaded is None else loaded
+        return cls(opened.name, ViT, sizes, fitted, "", opened, {"teacher": model, "checkpoint": checkpoint})
 
     def record(self) -> dict[str, Any]:
-        """See `Source`."""
-        return {"model": self.name, "sha256": self.opened.provenance().get("sha256")}
+        """Return what a configuration says about it."""
+        return {"model": self.name, "sha256": self.opened.provenance().get("sha256") if self.opened else None}
 
     def params_sha256(self, model: nn.Module) -> str:
-        """Return the hash of the requests the fitted arm draws this network with."""
+        """Return the hash of the requests the fitted arm draws this network with, else of the parameter file."""
+        if self.opened is None or self.params is None:
+            return self.params_file_sha256
         digest = hashlib.sha256()
         for request in self.params.for_model(model):
             digest.update(np.ascontiguousarray(request.qk).data)
@@ -121,34 +76,17 @@ class Pretrained:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Scratch:
-    """A named network that is trained from drawn weights alone, and the parameters it may be drawn with."""
-
-    name: str
-    network: type[Network]
-    sizes: Mapping[str, Any]
-    params: InitParams | None = None
-    params_file_sha256: str = ""
-    opened: ClassVar[None] = None
-    teacher: ClassVar[Mapping[str, Any]] = {}
-
-    @classmethod
-    def of(cls, name: str, params: Path | None = None) -> Scratch:
-        """Look the sizes up and load the parameters. Raises `ModelNotFoundError`, `ParamsError`."""
-        from attnlens.fit.params import InitParams
-
-        network = network_named(name)
-        assert network is not None
-        sizes = network.sizes_of(name)
-        if params is None:
-            return cls(name, network, sizes)
-        return cls(name, network, sizes, InitParams.load(params), hashlib.sha256(params.read_bytes()).hexdigest())
-
-    def record(self) -> dict[str, Any]:
-        """See `Source`."""
-        return {"model": self.name, "sha256": None}
-
-    def params_sha256(self, model: nn.Module) -> str:  # noqa: ARG002  # a file is the same for every network
-        """Return the hash of the parameter file; empty where there is none."""
-        return self.params_file_sha256
+def _sizes_of(opened: OpenedModel) -> dict[str, Any]:
+    """Read the sizes of a plain ViT off a model's layers."""
+    layers = (read_heads(spec, opened.checkpoint, index) for index, spec in opened.architecture.indexed())
+    widths = {(weights.embed_dim, weights.num_heads) for weights in layers}
+    if len(widths) > 1:
+        raise UnsupportedAttentionError(
+            f"{opened.name} has layers of different widths {sorted(widths)}: a plain ViT of its sizes does not "
+            "exist. Name another --model"
+        )
+    ((embed_dim, num_heads),) = widths
+    bias = "blocks.0.mlp.fc1.bias"
+    ratio = opened.checkpoint.shape(bias)[0] / embed_dim if bias in opened.checkpoint else 4.0
+    depth = len(opened.architecture.order)
+    return {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": ratio}

@@ -20,7 +20,7 @@ from attnlens.errors import OutputError, UsageError
 from attnlens.printable import printable
 from attnlens.training.data.augment import augmented, draw_epoch, fill_value
 from attnlens.training.data.image_files import SUFFIXES, Budget, DatasetError, Read, folder_files, opened, tar_files
-from attnlens.training.data.on_device import Epoch
+from attnlens.training.data.on_device import Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, epoch_order, generator
 
 if TYPE_CHECKING:
@@ -42,35 +42,27 @@ Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Dataset):
     """A data set in memory: images ``[image, channel, row, column]``, labels, class names."""
 
-    name: str
     train: Pixels
     train_labels: Labels
     test: Pixels
     test_labels: Labels
     classes: tuple[str, ...]
     kind: ClassVar[str] = "images"
-    default_model: ClassVar[None] = None
+    holds: ClassVar[str] = "holds images"
+    foreign: ClassVar[Mapping[str, str]] = {"context": "text"}
 
     @property
     def preset(self) -> str:
         """See `Dataset`."""
         return "large images" if self.train.shape[-1] >= LARGE else "images"
 
-    @property
-    def foreign(self) -> dict[str, str]:
-        """See `Dataset`."""
-        return {"context": f"--context is about text, and {self.name} holds images: leave it out"}
-
     def sha256(self) -> str:
         """Return the hash of the decoded training and test images and their labels."""
-        hashed = hashlib.sha256(repr(self.classes).encode())
-        for array in (self.train, self.train_labels, self.test, self.test_labels):
-            hashed.update(repr(array.shape).encode())
-            hashed.update(np.ascontiguousarray(array).data)
-        return hashed.hexdigest()
+        arrays = (self.train, self.train_labels, self.test, self.test_labels)
+        return hash_of(*arrays, start=repr(self.classes))
 
     def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """See `Dataset`."""
@@ -85,9 +77,6 @@ class Images:
     def counts(self, chosen: Mapping[str, Any]) -> tuple[int, int]:  # noqa: ARG002  # `kept` made the choice
         """See `Dataset`."""
         return len(self.train), len(self.test)
-
-    def text_facts(self) -> None:
-        """See `Dataset`."""
 
     def resident(self, config: Config, device: torch.device) -> ResidentImages:
         """See `Dataset`."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -35,62 +41,63 @@ class Resident(Protocol):
         ...
 
 
-class Dataset(Protocol):
-    """A data set in memory, as `attnlens.training.options` and the comparison need it."""
+@dataclass(frozen=True)
+class Dataset(ABC):
+    """A data set in memory; ``chosen`` are the choices that were made for it, by option."""
 
-    @property
-    def name(self) -> str:
-        """Name, as reports call it."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """What networks that fit it read: ``images`` or ``text``."""
-        ...
+    name: str
+    """As reports call it."""
+    kind: ClassVar[str]
+    """What networks that fit it read: ``images`` or ``text``."""
+    holds: ClassVar[str]
+    """The same as a verb and its object."""
+    foreign: ClassVar[Mapping[str, str]]
+    """Options that do not go with it, each with what it is about."""
+    default_model: ClassVar[str | None] = None
+    """What is trained where no model is named; None is the shipped ViT."""
 
     @property
     def preset(self) -> str:
         """Name of the defaults a data set of its sort is trained with."""
-        ...
+        return self.kind
 
-    @property
-    def default_model(self) -> str | None:
-        """What is trained where no model is named; None is the shipped ViT."""
-        ...
-
-    @property
-    def foreign(self) -> Mapping[str, str]:
-        """Options that do not go with it, each with the error that says so."""
-        ...
-
+    @abstractmethod
     def sha256(self) -> str:
         """Return the hash of all that is trained and tested on."""
-        ...
 
+    @abstractmethod
     def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the sizes of a network that depend on the data, among the choices that were made."""
-        ...
+        """Return the sizes of a network that depend on the data."""
 
+    @abstractmethod
     def kept(self, chosen: Mapping[str, Any]) -> Dataset:
         """Keep what is trained and tested on. Raises `UsageError` where there is less."""
-        ...
 
+    @abstractmethod
     def counts(self, chosen: Mapping[str, Any]) -> tuple[int, int]:
         """Return the items of an epoch and the items tested on."""
-        ...
+
+    @abstractmethod
+    def tuning(self) -> Dataset:
+        """Split the training data in two: what learning rates are tried on, and what they are chosen on."""
+
+    @abstractmethod
+    def resident(self, config: Config, device: torch.device) -> Resident:
+        """Put it on the device."""
 
     def moments(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation by channel, empty where nothing is normalised."""
-        ...
+        return [], []
 
     def text_facts(self) -> dict[str, Any] | None:
         """Return what a configuration says about a text; None for images."""
-        ...
+        return None
 
-    def tuning(self) -> Dataset:
-        """Split the training data in two: what learning rates are tried on, and what they are chosen on."""
-        ...
 
-    def resident(self, config: Config, device: torch.device) -> Resident:
-        """Put it on the device."""
-        ...
+def hash_of(*arrays: NDArray[Any], start: str = "") -> str:
+    """Return the SHA-256 of the shapes and values of some arrays, after the words of ``start``."""
+    hashed = hashlib.sha256(start.encode())
+    for array in arrays:
+        hashed.update(repr(array.shape).encode())
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.hexdigest()

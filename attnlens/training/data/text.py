@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from attnlens.errors import UsageError
 from attnlens.strict_json import within
 from attnlens.training.data.image_files import DatasetError
-from attnlens.training.data.on_device import Epoch
+from attnlens.training.data.on_device import Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, generator
 
 if TYPE_CHECKING:
@@ -36,10 +35,9 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Dataset):
     """A text in memory: the bytes to train on and the bytes to test on, and how many windows an epoch draws."""
 
-    name: str
     train: Bytes
     test: Bytes
     files: int
@@ -47,23 +45,13 @@ class Text:
     windows: int = 1
     test_windows: int | None = None
     kind: ClassVar[str] = "text"
-    preset: ClassVar[str] = "text"
+    holds: ClassVar[str] = "is text"
+    foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(("patch_size", "image_size", "augment"), "images")
     default_model: ClassVar[str] = "gpt-tiny"
-
-    @property
-    def foreign(self) -> dict[str, str]:
-        """See `Dataset`."""
-        options = ("patch_size", "image_size", "augment")
-        why = f"is about images, and {self.name} is text: leave it out"
-        return {option: f"--{option.replace('_', '-')} {why}" for option in options}
 
     def sha256(self) -> str:
         """Return the hash of both splits."""
-        hashed = hashlib.sha256()
-        for split in (self.train, self.test):
-            hashed.update(repr(split.shape).encode())
-            hashed.update(np.ascontiguousarray(split).data)
-        return hashed.hexdigest()
+        return hash_of(self.train, self.test)
 
     def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """See `Dataset`."""
@@ -76,10 +64,6 @@ class Text:
     def counts(self, chosen: Mapping[str, Any]) -> tuple[int, int]:
         """See `Dataset`."""
         return self.windows, len(self.test_starts(chosen["context"]))
-
-    def moments(self) -> tuple[list[float], list[float]]:
-        """See `Dataset`."""
-        return [], []
 
     def text_facts(self) -> dict[str, Any]:
         """See `Dataset`."""
