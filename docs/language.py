@@ -17,9 +17,7 @@ import numpy as np
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.training import train_compare
 from attnlens.training.figures import draw_curves
-from attnlens.training.options import Options
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("folder", nargs="?", type=Path, default=Path("docs/gallery/language"))
@@ -56,7 +54,7 @@ save_figures(params.figures(), told.folder)
 # norms, paired by seed.
 starts = ("default", "mimetic", "mimetic-positive", "qk-only", "norm-matched")
 wirings = ("value-skipinit", "e-spa-no-norms", "e-spa-no-skips-no-norms", "no-skips-no-norms")
-options = Options(
+comparison = attnlens.train_compare(
     dataset=f"text:{told.text}",
     model="gpt-tiny",
     arms=(*starts, *wirings),
@@ -67,9 +65,9 @@ options = Options(
     train_images=320,
     test_images=100,
     device="cpu",
-)
-comparison = train_compare(
-    options, told.training, resume=(told.training / "config.json").exists(), command="python docs/language.py"
+    output=told.training,
+    resume=(told.training / "config.json").exists(),
+    command="python docs/language.py",
 )
 print(comparison.report)
-save_figures({"curves": draw_curves(comparison.summary)}, told.folder)
+save_figures({"curves": draw_curves(comparison.findings)}, told.folder)

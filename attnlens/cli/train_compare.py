@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, note, write_stdout
 from attnlens.errors import UsageError
@@ -138,53 +139,46 @@ def train_compare(
     ] = None,
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
-    from attnlens.training.comparison import train_compare as train
-    from attnlens.training.options import Options
-
-    name = Path(dataset.removeprefix("text:")).name.split(".")[0].replace("*", "") or "comparison"
-    folder = output if output is not None else Path("comparisons") / name
     command = command_line()
-    found = train(
-        Options(
-            dataset=dataset,
-            data_dir=data_dir,
-            model=model,
-            checkpoint=checkpoint,
-            params=params,
-            arms=None if arms is None else _words("--arms", arms),
-            contrasts=None if contrasts is None else [_pair(text) for text in _words("--contrasts", contrasts)],
-            seeds=seeds,
-            data_seed=data_seed,
-            init_seed=init_seed,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            augment=augment,
-            patch_size=patch_size,
-            image_size=image_size,
-            context=context,
-            train_images=train_images,
-            test_images=test_images,
-            target=target,
-            eval_every=eval_every,
-            tune_lr=() if tune_lr is None else [_rate(text) for text in _words("--tune-lr", tune_lr)],
-            tune_seeds=tune_seeds,
-            freeze_filters=freeze_filters,
-            device=device,
-            stack=stack,
-            compiled=compiled,
-        ),
-        folder,
+    found = attnlens.train_compare(
+        dataset=dataset,
+        data_dir=data_dir,
+        model=model,
+        checkpoint=checkpoint,
+        params=params,
+        arms=None if arms is None else _words("--arms", arms),
+        contrasts=None if contrasts is None else [_pair(text) for text in _words("--contrasts", contrasts)],
+        seeds=seeds,
+        data_seed=data_seed,
+        init_seed=init_seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        augment=augment,
+        patch_size=patch_size,
+        image_size=image_size,
+        context=context,
+        train_images=train_images,
+        test_images=test_images,
+        target=target,
+        eval_every=eval_every,
+        tune_lr=() if tune_lr is None else [_rate(text) for text in _words("--tune-lr", tune_lr)],
+        tune_seeds=tune_seeds,
+        freeze_filters=freeze_filters,
+        device=device,
+        stack=stack,
+        compiled=compiled,
         resume=resume,
         time_budget=time_budget,
         workers=workers,
         save_weights=save_weights,
         command=command,
+        output=output,
     )
     if os.environ.get("RANK", "0") == "0":
         write_stdout(found.report)
-        note(f"wrote {folder}")
+        note(f"wrote {found.folder}")
         if found.stopped:
             again = command if resume else f"{command} --resume"
             note(f"stopped ({found.stopped}) before all runs were done. To go on: {again}")
