@@ -254,3 +254,15 @@ def test_a_file_without_a_circuit_asks_nothing_of_it(fitted):
     for request in fitted.model_copy(update=only_qk).for_model(vit(depth=5)):
         assert request.qk.shape == (3, 2)
         assert (request.ov, request.ov_heads) == (None, None)
+
+
+def test_a_statistic_of_another_version_is_kept_and_written_back():
+    data = json.loads(attnlens.fit_params().to_json())
+    data["entries"][0]["statistic_of_tomorrow"] = 0.25
+    assert json.loads(InitParams.parse(json.dumps(data)).to_json()) == data
+
+
+def test_an_entry_without_a_statistic_of_today_is_read():
+    data = json.loads(attnlens.fit_params().to_json())
+    del data["entries"][0]["share_low_rank"]
+    assert InitParams.parse(json.dumps(data)).entries[0].share_low_rank is None
