@@ -76,7 +76,7 @@ def changed(params, change):
         (lambda d: d["entries"][0].update(circuit="kq"), "entries.0.circuit: Input should be 'qk' or 'ov'"),
         (lambda d: d["entries"][2].pop("beta_low"), "entries.2.beta_low: Field required"),
         (lambda d: d["entries"][1].update(beta="much"), "entries.1.beta: Input should be a valid number"),
-        (lambda d: d["entries"][1].update(gamma=1), "entries.1.gamma: Extra inputs are not permitted"),
+        (lambda d: d["sources"][0].update(gamma=1), "sources.0.gamma: Extra inputs are not permitted"),
         (lambda d: d["entries"][3].update(verdict="yes"), "entries.3.verdict: Input should be 'identity', 'negative"),
         (lambda d: d["entries"][3].update(p_value=1.5), "entries.3.p_value: Input should be less than or equal to 1"),
         (lambda d: d["entries"][5].update(source=7), "entries.5.source is 7, but there are 1 sources"),

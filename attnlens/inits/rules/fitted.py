@@ -72,7 +72,7 @@ def fitted(
 def load_params(params: Any) -> InitParams:
     """Return parameters from an object that has them, the path of a parameter file, or a model to fit."""
     if hasattr(params, "requests") and hasattr(params, "fold"):
-        return params  # type: ignore[no-any-return]
+        return params
     from attnlens.fit.params import InitParams
 
     if isinstance(params, str | os.PathLike) and os.fspath(params).endswith(".json"):
