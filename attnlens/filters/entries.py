@@ -29,7 +29,7 @@ _Share = Annotated[float, Field(ge=0, le=1 + 1e-9)]
 class FilterEntry(BaseModel):
     """The covariance of one layer's filters, with trace 1 and after shrinkage, and the closed form fitted to it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     source: int = Field(ge=0)
     layer: int = Field(ge=0, description="counted over layers of filters")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import ParamsError
@@ -22,7 +22,12 @@ Share = Annotated[float | None, Field(ge=0, le=1 + 1e-9)]
 
 
 class Entry(_Part):
-    """The fit of one circuit: of a head's QK or OV product, or of a layer's summed OV (``head`` is ``all``)."""
+    """The fit of one circuit: of a head's QK or OV product, or of a layer's summed OV (``head`` is ``all``).
+
+    Statistics of another version of attnlens that have no field here are kept as they are and written back.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     source: int = Field(ge=0)
     layer: int = Field(ge=0)
@@ -49,12 +54,14 @@ class Entry(_Part):
     verdict: Literal["identity", "negative identity", "none", "not described by this model"]
     reason: str = Field(description="the finding that decided the verdict")
     null_sd: float = Field(ge=0, description="of the mean diagonal under the null")
-    share_identity: Share = Field(description="of ||M||_F^2 in beta * I")
-    share_diagonal_spread: Share = Field(description="of ||M||_F^2 in the diagonal's deviation from beta")
-    share_low_rank: Share = Field(description="of ||M||_F^2 in singular directions above the noise's edge")
-    offdiagonal_kurtosis: float | None = Field(description="excess kurtosis of the off-diagonal entries")
-    diagonal_median: float
-    top_channel_share: Share = Field(description="share of sum |M_ii| in the largest 1% of entries")
+    share_identity: Share = Field(default=None, description="of ||M||_F^2 in beta * I")
+    share_diagonal_spread: Share = Field(default=None, description="of ||M||_F^2 in the diagonal's deviation from beta")
+    share_low_rank: Share = Field(
+        default=None, description="of ||M||_F^2 in singular directions above the noise's edge"
+    )
+    offdiagonal_kurtosis: float | None = Field(default=None, description="excess kurtosis of the off-diagonal entries")
+    diagonal_median: float | None = None
+    top_channel_share: Share = Field(default=None, description="share of sum |M_ii| in the largest 1% of entries")
     request_alpha: float = Field(ge=0)
     request_beta: float
     reachable: bool = Field(description="False where no request realises the fit: the nearest reachable one is given")

@@ -108,22 +108,9 @@ def fit_params(
     )
 
 
-_INFERRED = (
-    "alpha_stderr",
-    "alpha_low",
-    "alpha_high",
-    "beta_low",
-    "beta_high",
-    "null_sd",
-    "pairing_p_value",
-    "rotation_p_value",
-    "share_identity",
-    "share_diagonal_spread",
-    "share_low_rank",
-    "offdiagonal_kurtosis",
-    "diagonal_median",
-    "top_channel_share",
-)
+_NOT_IN_FILE = ("identity_z", "p_value", "bulk_trace_share", "spread_ratio")
+"""What the verdict alone needs, and the p-value, which is corrected first."""
+_INFERRED = tuple(name for name in Inference.names() if name not in _NOT_IN_FILE)
 _GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov", "all"))
 
 
