@@ -18,11 +18,11 @@ def networks() -> list[type[Network]]:
     return list(KNOWN)
 
 
-def network_named(model: str | None) -> type[Network] | None:
+def network_named(model: object) -> type[Network] | None:
     """Return the kind ``--model`` names, which is trained from drawn weights alone; None for a pre-trained model."""
-    return next(
-        (kind for kind in networks() if model is not None and kind.prefix and model.startswith(kind.prefix)), None
-    )
+    if not isinstance(model, str):
+        return None
+    return next((kind for kind in networks() if kind.prefix and model.startswith(kind.prefix)), None)
 
 
 def network_of(sizes: Any) -> Any:
