@@ -176,7 +176,7 @@ def compose(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Composition:
-    """Score how every head composes with every head of an earlier layer, exactly and without a d x d product.
+    """Return how strongly every head composes with every head of an earlier layer, without a d x d product.
 
     With row vectors, for head 1 in an earlier layer and head 2 in a later one (see `composition_scores`):
 

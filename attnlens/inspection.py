@@ -190,7 +190,7 @@ def inspect(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Inspection:
-    """Read a model's attention weights and depthwise filters; fit every QK and OV circuit and every covariance.
+    """Return the fit of every QK and OV circuit, and of every covariance of depthwise filters, of a model.
 
     ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
     None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the

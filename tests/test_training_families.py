@@ -11,7 +11,7 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn.functional import cross_entropy
 
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
-from attnlens.filters import filter_parameters
+from attnlens.layouts.depthwise import filter_parameters
 from attnlens.training.arms import WIRINGS, default_contrasts, initial_state, start_of
 from attnlens.training.config import Config, Run
 from attnlens.training.engine import Stack

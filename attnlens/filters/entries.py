@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from attnlens.errors import ParamsError
 from attnlens.filters.closed_form import LARGEST, SMALLEST
-from attnlens.filters.spec import Kernel
 from attnlens.filters.transfer import alike, interpolated, resampled
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import Trend, _Part
 
 if TYPE_CHECKING:

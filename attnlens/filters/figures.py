@@ -17,8 +17,8 @@ from attnlens.errors import UsageError
 from attnlens.figures import style
 from attnlens.figures.heatmaps import MAX_ENTRIES
 from attnlens.figures.spectra import depth_bar, depth_colours, draw_lines
-from attnlens.filters.spec import FilterSpec, Kernel
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import FilterSpec, Kernel
 from attnlens.statistics.table import StatsTable
 
 MEASURED, EXPECTED, LIMIT = "#0072B2", "#B5B5B5", "#D55E00"

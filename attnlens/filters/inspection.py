@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
 from attnlens.filters.covariance import second_moment
-from attnlens.filters.spec import FilterSpec
 from attnlens.filters.statistics import COLUMNS, filter_row, fit_filters
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.flags import layers_by_reason
 from attnlens.layouts.spec import Refusal
 from attnlens.statistics.table import Row, StatsTable

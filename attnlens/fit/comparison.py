@@ -54,7 +54,7 @@ def compare(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Comparison:
-    """Inspect several models and measure how their structure differs with depth.
+    """Return how the structure of several models, each inspected, differs with depth.
 
     Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.

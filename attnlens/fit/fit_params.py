@@ -53,7 +53,7 @@ def fit_params(
     command: str | None = None,
     progress: Progress = iter,
 ) -> InitParams:
-    """Fit every circuit, and every layer of depthwise filters, of one or more models: what to ask of an initialiser.
+    """Return the fit of every circuit and every layer of filters of models: what to ask of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
     on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.

@@ -21,9 +21,9 @@ from attnlens.circuits import Fold, Kind
 from attnlens.errors import ParamsError
 from attnlens.filters.closed_form import mixture, side
 from attnlens.filters.entries import FilterEntry, FilterTrend, carried_over
-from attnlens.filters.spec import Kernel
 from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, select
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import _Part, relative_depth
 from attnlens.strict_json import parse_json
 

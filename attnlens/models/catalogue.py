@@ -21,7 +21,7 @@ from typing import Any
 
 from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.errors import ModelNotFoundError, OutputError, UsageError, first_line
-from attnlens.filters.spec import FilterSpec
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Slot
 from attnlens.models.architecture import cache_folder, pretrained_tags, rules_digest, suggest
 
@@ -202,7 +202,7 @@ def summarise(name: str) -> Entry | None:
     import timm
     import torch
 
-    from attnlens.filters.find import filter_modules
+    from attnlens.layouts.depthwise.find import filter_modules
     from attnlens.layouts.describe import attention_modules
 
     with torch.device("meta"):

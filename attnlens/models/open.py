@@ -15,9 +15,9 @@ from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.circuits import Fold
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
-from attnlens.filters.read_write import read_filters
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
+from attnlens.layouts.depthwise.read_write import read_filters
 from attnlens.models.architecture import Architecture, check_model_args, describe_architecture, describe_module
 from attnlens.strict_json import parse_json, within
 

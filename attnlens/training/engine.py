@@ -44,7 +44,7 @@ class Stack:
         self.config, self.models, self.device = config, models, device
         template = config.network.build(0, wiring)
         if config.freeze_filters:
-            from attnlens.filters import filter_parameters
+            from attnlens.layouts.depthwise import filter_parameters
 
             for name in filter_parameters(template):
                 template.get_parameter(name).requires_grad_(False)

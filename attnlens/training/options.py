@@ -205,7 +205,7 @@ def eval_every(epochs: int, train_items: int, test_items: int) -> int:
 def _check_arms(config: Config, source: Source) -> None:
     """Let what cannot start fail now, not in an hour. Raises what building and initialising raise."""
     if config.freeze_filters:
-        from attnlens.filters import filter_parameters
+        from attnlens.layouts.depthwise import filter_parameters
 
         if not filter_parameters(config.network.build(0)):
             raise UsageError("--freeze-filters: the network has no depthwise filters. Name another --model")
