@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import write_text_atomic
 from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError, UsageError
-from attnlens.filters.spec import FilterSpec
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Refusal
 from attnlens.models.forward_inputs import check_input_size, forward_inputs
 from attnlens.models.undress import undress
@@ -104,7 +104,7 @@ def describe_skeleton(
     skeleton: nn.Module, name: str | None = None, input_size: int | tuple[int, ...] | None = None
 ) -> Architecture:
     """Describe a network on the meta device: see `describe_module`."""
-    from attnlens.filters.find import filter_modules
+    from attnlens.layouts.depthwise.find import filter_modules
     from attnlens.layouts.describe import attention_modules
 
     found = list(attention_modules(skeleton))
@@ -289,8 +289,7 @@ def rules_digest() -> str:
     """Hash the code that finds layers, so that a description made by other rules is never believed."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
-    filters = [package / "filters" / name for name in ("find.py", "spec.py")]
-    for path in (*sorted((package / "layouts").rglob("*.py")), *filters):
+    for path in sorted((package / "layouts").rglob("*.py")):
         digest.update(path.read_bytes())
     for name in ("architecture.py", "forward_inputs.py", "undress.py"):
         digest.update((package / "models" / name).read_bytes())
