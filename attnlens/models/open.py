@@ -156,7 +156,10 @@ def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dic
         tags = ", ".join(known for known in architecture.weights if known) or "none"
         raise ModelNotFoundError(f"{base} has no pretrained tag {tag!r}: timm knows {tags}")
     if weights is not None:
-        return OpenedModel(base, architecture, weights, {"model": name}, timm_args=arguments)
+        from attnlens.models.sizes import in_words
+
+        source = {"model": name, **in_words(arguments, given)}
+        return OpenedModel(base, architecture, weights, source, timm_args=arguments)
     if not architecture.weights:
         raise ModelNotFoundError(f"timm has no pretrained weights for {base}: pass --checkpoint FILE")
     tag = tag or next(iter(architecture.weights))
