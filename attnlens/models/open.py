@@ -58,6 +58,8 @@ def open_model(
     not state it.
     Raises `ModelNotFoundError`, `CheckpointError`, `UnsupportedAttentionError` or `UsageError`.
     """
+    if num_heads is not None and (not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1):
+        raise UsageError(f"--num-heads {num_heads!r} is not a number of heads: give 1 or more")
     if access.offline and access.remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     if not isinstance(model, str | os.PathLike | Mapping | None):
@@ -78,8 +80,9 @@ def open_model(
         )
     if not architecture.specs and not architecture.filters:
         first = (*architecture.refused, *architecture.refused_filters)[0]
+        advice = ". With num_heads=N it is read by its tensors' names" if first.family == "unknown" else ""
         raise UnsupportedAttentionError(
-            f"no layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}"
+            f"no layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}{advice}"
         )
     opened = fitting(opened)
     opened.checkpoint.expect(opened.architecture.shapes)
@@ -138,6 +141,10 @@ def _weights(given: Weights) -> Checkpoint:
         from attnlens.checkpoints.memory import StateDict
 
         return given if isinstance(given, Checkpoint) else StateDict(given)
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(
+            f"a {type(given).__name__} is no checkpoint: give a file or a state dict, as model.state_dict()"
+        )
     return open_checkpoint(given)
 
 
@@ -269,8 +276,6 @@ def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int) -> Opened
     if isinstance(given, Mapping) and (model is None or checkpoint is None):
         return _by_names(_weights(given), num_heads, "state dict", {"model": "state dict"}, "the state dict")
     path = Path(given) if isinstance(given, str | os.PathLike) else None
-    if num_heads < 1:
-        raise UsageError(f"--num-heads {num_heads} is not a number of heads: give 1 or more")
     if path is None or (model is not None and checkpoint is not None) or not (path.is_dir() or _is_weight_name(path)):
         raise UsageError(
             "--num-heads goes with a weight file alone: a model that is named, a live module or the shipped ViT "
