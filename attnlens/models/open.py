@@ -13,8 +13,14 @@ from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
+from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
+from attnlens.models.diffusers import describe_diffusers
 from attnlens.models.forms import fitting
+from attnlens.models.live import open_live
+from attnlens.models.named import HeadsOf, describe_lens, describe_named, lens_layers
 from attnlens.models.opened import ONLINE, Access, OpenedModel, StrPath, Weights
+from attnlens.models.sizes import in_words, shown_arguments
+from attnlens.models.transformers import describe_names, describe_transformers, told_model_type
 from attnlens.strict_json import parse_json, within
 
 if TYPE_CHECKING:
@@ -125,8 +131,6 @@ def _open(
 def _open_live(
     module: Any, checkpoint: Weights | None, num_heads: int | None, input_size: int | tuple[int, ...] | None
 ) -> OpenedModel:
-    from attnlens.models.live import open_live
-
     architecture, own = open_live(module, num_heads=num_heads, input_size=input_size)
     weights = own if checkpoint is None else _weights(checkpoint)
     source = {"model": architecture.name}
@@ -163,8 +167,6 @@ def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dic
         tags = ", ".join(known for known in architecture.weights if known) or "none"
         raise ModelNotFoundError(f"{base} has no pretrained tag {tag!r}: timm knows {tags}")
     if weights is not None:
-        from attnlens.models.sizes import in_words
-
         source = {"model": name, **in_words(arguments, given)}
         return OpenedModel(base, architecture, weights, source, timm_args=arguments)
     if not architecture.weights:
@@ -177,8 +179,6 @@ def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dic
 
 def _of_timm(name: str, given: dict[str, Any], weights: Checkpoint | None) -> tuple[Architecture, dict[str, Any]]:
     """Describe an architecture with arguments that may build a network only beside those that the weights show."""
-    from attnlens.models.sizes import shown_arguments
-
     try:
         return describe_architecture(name, given), given
     except ModelNotFoundError:
@@ -240,7 +240,6 @@ def _open_folder(folder: Path, checkpoint: Weights | None, name: str, given: dic
 def _weights_in(folder: Path) -> Path:
     """Return the weight file, or the index of its shards, of a model folder."""
     from attnlens.checkpoints.hub import WEIGHT_FILES
-    from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
 
     names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
     found = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -287,9 +286,6 @@ def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int) -> Opened
 
 def _by_names(weights: Checkpoint, num_heads: int, title: str, source: dict[str, str], where: str) -> OpenedModel:
     """Open weights by their names: those of a network that is known, or names that attention usually has."""
-    from attnlens.models.named import describe_named
-    from attnlens.models.transformers import describe_names
-
     lens = _of_lens(weights, title, source, num_heads)
     if lens is not None:
         return lens
@@ -303,8 +299,6 @@ def _of_lens(
     weights: Checkpoint, title: str, source: dict[str, str], num_heads: int | None = None
 ) -> OpenedModel | None:
     """Open weights of TransformerLens, which hold a matrix for each head; None for any others."""
-    from attnlens.models.named import HeadsOf, describe_lens, lens_layers
-
     paths = lens_layers(weights)
     if not paths:
         return None
@@ -329,11 +323,7 @@ def _configured(
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
     if isinstance(data.get("_class_name"), str):
-        from attnlens.models.diffusers import describe_diffusers
-
         return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, str(config)), weights, source)
-    from attnlens.models.transformers import describe_transformers, told_model_type
-
     if "model_type" not in data:
         told = told_model_type(data, weights)
         data = {**data, "model_type": told}
