@@ -8,6 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tests import shapes_checked  # noqa: F401  # before any module of the core is imported
+
+# isort: split
 from attnlens import cli
 from attnlens.heads import HeadWeights
 from tests.hub_server import Hub, serve
