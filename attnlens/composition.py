@@ -185,6 +185,11 @@ def compose(
     chosen = parse_folds(fold)
     if len(chosen) != 1:
         raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
+    if chosen[0] == "balanced":
+        raise UsageError(
+            "fold 'balanced' divides gains of its own out of each product, so that no two compose: use raw, effective "
+            "or centred"
+        )
     opened = open_model(model, checkpoint, num_heads, access=Access(offline=offline, remote=remote))
     specs = _chosen(opened, layers, chosen[0])
     scores: dict[Pair, Array] = {}

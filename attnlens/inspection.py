@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import methodcaller
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlens.atomic import FileSet
+from attnlens.balance import Gains
 from attnlens.circuits import (
+    CIRCUITS,
     FactoredProduct,
     Fold,
     Kind,
@@ -26,6 +28,7 @@ from attnlens.circuits import (
     ov_circuit,
     parse_folds,
     qk_circuit,
+    sum_of,
 )
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.inspection import FilterInspection, inspect_filters
@@ -35,7 +38,8 @@ from attnlens.layouts.flags import FLAGS
 from attnlens.layouts.spec import OPT_IN
 from attnlens.models.open import Access, OpenedModel, open_model
 from attnlens.provenance import run_provenance
-from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.gains import describe_gains
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
 from attnlens.threads import Progress, over_threads
 
@@ -50,8 +54,8 @@ if TYPE_CHECKING:
 UNSAID = frozenset({"qk_bias"})
 """Flags too common to be said of every model; the table holds them all the same."""
 
-CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
 SpectrumKey = tuple[int, Kind, Fold]
+GainsKey = tuple[int, Kind, str]
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
 
 
@@ -73,6 +77,8 @@ class Inspection:
     checkpoint: Checkpoint = field(repr=False)
     spectra: dict[SpectrumKey, Array] = field(repr=False)
     """Singular values of every head's product, ``[head, rank]``, by (layer, circuit, fold)."""
+    gains: dict[GainsKey, Gains] = field(repr=False)
+    """Row and column gains of balanced products by (layer, circuit, ``each`` head or ``all`` summed)."""
     filters: FilterInspection
 
     @property
@@ -108,10 +114,10 @@ class Inspection:
         found: dict[int, dict[int | str, Array]] = {}
         for layer in self.layers:
             weights = self.heads(layer)
-            stack = CIRCUITS[circuit](weights, fold).dense(size)
-            found[layer] = dict(enumerate(stack))
+            stack = CIRCUITS[circuit](weights, fold)
+            found[layer] = dict(enumerate(stack.dense(size)))
             if circuit == "ov":
-                found[layer][ALL_HEADS] = stack.sum(0)
+                found[layer][ALL_HEADS] = sum_of(stack, weights, fold).dense(size)
         return found
 
     def figures(self, fold: Fold | None = None, size: int = 64) -> Mapping[str, Figure]:
@@ -176,7 +182,8 @@ def inspect(
     architecture. ``num_heads`` reads a file nothing names the architecture of by its tensors' names.
 
     Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
-    heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``
+    heads; see `DiagonalFit` and `GainStatistics`. ``fold`` is raw, effective, centred, balanced, both (raw and
+    effective) or all. ``layer_spectra``
     also fills the statistics of the layer sums that need every eigenvalue, an O(embed_dim^3) cost a layer.
     ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
     only on request. ``offline`` uses no network; ``remote`` fetches of a safetensors file on a hub, unless it is in the
@@ -193,19 +200,21 @@ def inspect(
     filters = inspect_filters(opened, layers, progress)
     reading = Lock()
 
-    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[list[Row], dict[SpectrumKey, Array]]:
+    def measure(
+        indexed: tuple[int, AttentionSpec],
+    ) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
         with reading:  # a checkpoint serves one reader at a time
             weights = read_heads(indexed[1], opened.checkpoint, indexed[0])
         return measure_layer(weights, names, layer_spectra=layer_spectra)
 
     results = over_threads(measure, specs, progress, largest=_largest(opened, specs)) if specs else []
-    spectra = {key: values for _, found in results for key, values in found.items()}
+    spectra = {key: values for _, found, _ in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
         raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
     return Inspection(
         model=opened.name,
-        stats=StatsTable(tuple(row for rows, _ in results for row in rows)),
+        stats=StatsTable(tuple(row for rows, _, _ in results for row in rows)),
         folds=measured,
         depth=len(opened.architecture.order),
         specs=specs,
@@ -213,6 +222,7 @@ def inspect(
         provenance={**opened.provenance(), **run_provenance()},
         checkpoint=opened.checkpoint,
         spectra=spectra,
+        gains={key: gains for _, _, found in results for key, gains in found.items()},
         filters=filters,
     )
 
@@ -242,10 +252,11 @@ def save_inspection(
 
 def measure_layer(
     weights: HeadWeights, folds: Sequence[Fold], *, layer_spectra: bool = False
-) -> tuple[list[Row], dict[SpectrumKey, Array]]:
-    """Fit every circuit of one layer: the table's rows, and the singular values ``[head, rank]`` of each stack."""
+) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
+    """Fit every circuit of one layer: table rows, singular values ``[head, rank]`` and balanced products' gains."""
     rows: list[Row] = []
     spectra: dict[SpectrumKey, Array] = {}
+    gains: dict[GainsKey, Gains] = {}
     raw = {"qk": qk_circuit(weights)}
     if weights.W_O is not None:
         raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
@@ -255,17 +266,20 @@ def measure_layer(
         for name, product in raw.items():
             circuit: Kind = "qk" if name == "qk" else "ov"
             folded = (fold_qk if name == "qk" else fold_ov)(product, weights, fold)
-            if name == "sum":
-                fit = fit_diagonal(folded, folded.singular_values() if layer_spectra else None)
-                rows += _rows(weights, (ALL_HEADS,), circuit, fold, fit)
-            else:
-                singular = spectra[weights.layer, circuit, fold] = folded.singular_values()
-                rows += _rows(weights, range(folded.shape[0]), circuit, fold, fit_diagonal(folded, singular))
-    return rows, spectra
+            heads: Iterable[int | str] = (ALL_HEADS,) if name == "sum" else range(folded.shape[0])
+            singular = folded.singular_values() if name != "sum" or layer_spectra else None
+            if name != "sum" and singular is not None:
+                spectra[weights.layer, circuit, fold] = singular
+            if folded.gains is not None:
+                gains[weights.layer, circuit, ALL_HEADS if name == "sum" else "each"] = folded.gains
+            rows += _rows(weights, heads, circuit, fold, (fit_diagonal(folded, singular), describe_gains(folded)))
+    return rows, spectra, gains
 
 
-def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, fit: DiagonalFit) -> list[Row]:
-    statistics = [np.atleast_1d(getattr(fit, name)).tolist() for name in DiagonalFit.names()]
+def _rows(
+    weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, found: Sequence[Any]
+) -> list[Row]:
+    statistics = [np.atleast_1d(getattr(each, name)).tolist() for each in found for name in each.names()]
     about = (weights.num_heads, weights.name, " ".join(weights.leaves_out))
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)

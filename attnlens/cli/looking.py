@@ -40,7 +40,8 @@ def inspect(
         FoldChoice,
         typer.Option(
             help="raw products; effective ones with norm gain and LayerScale folded in; centred: effective, with "
-            "LayerNorm's centring too; both: raw and effective; all: the three."
+            "LayerNorm's centring too; balanced: effective, with one gain a row and a column divided out; "
+            "both: raw and effective; all: the four."
         ),
     ] = FoldChoice.both,
     layers: Annotated[
@@ -287,6 +288,7 @@ def report(
         Path | None,
         typer.Option("--train", metavar="RESULTS_DIR", help="Output folder of train-compare, to show its curves."),
     ] = None,
+    fold: Annotated[FoldChoice, typer.Option(help="Which products are shown, as for inspect.")] = FoldChoice.both,
     num_heads: NumHeads = None,
     offline: Offline = False,
     remote: Remote = False,
@@ -301,6 +303,7 @@ def report(
         checkpoint,
         compare=compare or [],
         train=train,
+        fold=fold.value,
         num_heads=num_heads,
         offline=offline,
         remote=remote,

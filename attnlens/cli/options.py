@@ -15,6 +15,7 @@ class FoldChoice(StrEnum):
     raw = "raw"
     effective = "effective"
     centred = "centred"
+    balanced = "balanced"
     both = "both"
     all = "all"
 
@@ -70,6 +71,7 @@ class ProductFold(StrEnum):
 
     raw = "raw"
     effective = "effective"
+    balanced = "balanced"
 
 
 class ShrinkageChoice(StrEnum):

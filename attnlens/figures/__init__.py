@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from attnlens.circuits import Fold, Kind
+from attnlens.circuits import CIRCUITS, Fold, Kind, sum_of
 from attnlens.errors import UsageError
 from attnlens.figures import style
+from attnlens.figures.gains import draw_gains
 from attnlens.figures.heatmaps import Shape, draw_heatmap
 from attnlens.figures.profiles import draw_profile
 from attnlens.figures.saving import save_figures
 from attnlens.figures.spectra import draw_spectra
 from attnlens.filters.figures import draw_filters
 from attnlens.heads import Array
+from attnlens.statistics.gains import gain_profiles
 from attnlens.statistics.table import ALL_HEADS
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = ["draw_all", "save_figures"]
 def draw_all(inspection: Inspection, fold: Fold, size: int = 64) -> dict[str, Figure]:
     """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
+    Where balanced products were measured, ``gains`` too.
     Where depthwise filters were, ``filter_covariance``, ``filter_profile`` and ``filter_spectra``.
     The heatmaps show the top-left ``size x size`` corner of every product under ``fold``, the spectra are of ``fold``
     too, and the profile compares all folds that were measured. Raises `UsageError` for a fold that was not measured or
@@ -48,8 +51,13 @@ def draw_all(inspection: Inspection, fold: Fold, size: int = 64) -> dict[str, Fi
             "ov_heatmap": _heatmap(inspection, "ov", fold, size, notes),
             "depth_profile": draw_profile(inspection.stats, inspection.folds, model=inspection.model, notes=notes),
             "spectra": draw_spectra(inspection.spectra, fold, model=inspection.model, notes=notes),
+            **({"gains": _gains(inspection, notes)} if "balanced" in inspection.folds else {}),
             **filters,
         }
+
+
+def _gains(inspection: Inspection, notes: str) -> Figure:
+    return draw_gains(gain_profiles(inspection.gains), model=inspection.model, notes=notes)
 
 
 def _heatmap(inspection: Inspection, circuit: Kind, fold: Fold, size: int, notes: str) -> Figure:
@@ -58,9 +66,11 @@ def _heatmap(inspection: Inspection, circuit: Kind, fold: Fold, size: int, notes
     for layer in inspection.layers:
         if (layer, circuit, fold) not in inspection.spectra:  # no W_O, or a norm that is not known
             continue
-        products = inspection.circuits(layer, circuit=circuit, fold=fold)
-        stack = products.dense(size)
-        panels[layer] = dict(enumerate(stack)) | ({ALL_HEADS: stack.sum(0)} if circuit == "ov" else {})
+        weights = inspection.heads(layer)
+        products = CIRCUITS[circuit](weights, fold)
+        panels[layer] = dict(enumerate(products.dense(size)))
+        if circuit == "ov":
+            panels[layer][ALL_HEADS] = sum_of(products, weights, fold).dense(size)
         full[layer] = (products.shape[-2], products.shape[-1])
     if not panels:
         missing = f"There is no {style.CIRCUIT_WORDS[circuit]} to draw ({fold})."

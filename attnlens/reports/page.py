@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from attnlens.circuits import Fold
-from attnlens.errors import UnsupportedAttentionError
+from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections
 from attnlens.fit.fit_params import fit_params
 from attnlens.fit.params import Entry
@@ -36,6 +36,7 @@ def build_report(
     *,
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
+    fold: str = "both",
     num_heads: int | None = None,
     offline: bool = False,
     remote: bool = False,
@@ -47,8 +48,8 @@ def build_report(
     ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
     names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
     curves are shown.
-    ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
-    verdicts those of `attnlens.fit_params`; nothing is measured here.
+    ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold``, the verdicts
+    those of `attnlens.fit_params` under each of its folds; nothing is measured here.
 
     The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
     nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
@@ -57,10 +58,10 @@ def build_report(
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    inspection = need_attention(inspect(model, checkpoint, num_heads=num_heads, **reach), "the report")
-    fold = _common_fold(inspection)
-    entries, unjudged = _judgements(model, checkpoint=checkpoint, num_heads=num_heads, fold=fold, **reach)
-    others = [need_attention(inspect(other, **reach), "the report") for other in compare]
+    inspection = need_attention(inspect(model, checkpoint, num_heads=num_heads, fold=fold, **reach), "the report")
+    how = {"checkpoint": checkpoint, "num_heads": num_heads, **reach}
+    entries, unjudged = _judgements(model, inspection.folds, **how)
+    others = [need_attention(inspect(other, fold=fold, **reach), "the report") for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
     data = {
@@ -79,7 +80,7 @@ def build_report(
             data=data,
             inspection=inspection,
             rows=_rows(inspection, entries),
-            default_fold="effective" if "effective" in inspection.folds else inspection.folds[0],
+            default_fold=_common_fold(inspection),
             verdicts=[verdict.value for verdict in Verdict],
             counts=_counts(entries),
             unjudged=unjudged,
@@ -95,16 +96,27 @@ def build_report(
     )
 
 
-def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:
-    """Return the entries of the model's fit, and why there are none where there are none."""
+def _judgements(model: Any, folds: Sequence[Fold], **how: Any) -> tuple[list[Entry], str]:
+    """Return the entries of the model's fit under each fold, and why there are none where there are none."""
+    found: list[Entry] = []
     try:
-        return fit_params(*([] if model is None else [model]), **how).entries, ""
+        for fold in [name for name in folds if name != "raw"] or folds:
+            entries = fit_params(*([] if model is None else [model]), fold=fold, **how).entries
+            found += [
+                e for e in entries if e.fold == fold or (e.fold in folds and not any(e.fold == f.fold for f in found))
+            ]
     except UnsupportedAttentionError as error:
         return [], str(error)
+    return found, ""
 
 
 def _common_fold(*inspections: Inspection) -> Fold:
-    return "effective" if all("effective" in found.folds for found in inspections) else "raw"
+    """Return the fold to show: effective where all have it, otherwise the first that all have."""
+    folds: tuple[Fold, ...] = ("effective", *inspections[0].folds)
+    shared = [fold for fold in folds if all(fold in found.folds for found in inspections)]
+    if not shared:
+        raise UsageError("the models have no fold in common: compare them with --fold raw")
+    return shared[0]
 
 
 def _key(record: dict[str, Any]) -> str:
