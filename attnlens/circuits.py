@@ -37,6 +37,8 @@ class FactoredProduct:
     B: Array
     gains: Gains | None = field(default=None, kw_only=True, repr=False)
     """What was divided out of the rows and columns of a balanced product"""
+    parts: FactoredProduct | None = field(default=None, kw_only=True, repr=False)
+    """Stack of the products that this one is the sum of, each with factors of its own"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +65,9 @@ class FactoredProduct:
         if max(np.abs(exponent).max(initial=0) for exponent in exponents) <= _SAFE_EXPONENT:
             return self, np.zeros_like(exponents[0])
         A, B = (np.ldexp(f, -e[..., None, None]) for f, e in zip((self.A, self.B), exponents, strict=True))
-        return replace(self, A=A, B=B), exponents[0] + exponents[1]
+        exponent = exponents[0] + exponents[1]
+        parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
+        return replace(self, A=A, B=B, parts=parts), exponent
 
     def diagonal(self) -> Array:
         """Return diag(M)_i = <A_i, B_i>, shape ``[..., rows]``."""
@@ -147,7 +151,9 @@ class FactoredProduct:
     def scaled(self, rows: Array | None, cols: Array | None) -> FactoredProduct:
         """Return diag(rows) @ M @ diag(cols); None leaves that side alone."""
         return FactoredProduct(
-            self.A if rows is None else self.A * rows[..., None], self.B if cols is None else self.B * cols[..., None]
+            self.A if rows is None else self.A * rows[..., None],
+            self.B if cols is None else self.B * cols[..., None],
+            parts=self.parts and self.parts.scaled(rows, cols),
         )
 
     def balanced(self) -> Self:
@@ -160,6 +166,7 @@ class FactoredProduct:
         return FactoredProduct(
             self.A - self.A.mean(-2, keepdims=True) if rows else self.A,
             self.B - self.B.mean(-2, keepdims=True) if cols else self.B,
+            parts=self.parts and self.parts.centred(rows, cols),
         )
 
     def head(self, index: int | NDArray[np.bool_]) -> FactoredProduct:
@@ -186,6 +193,15 @@ class WholeProduct(FactoredProduct):
     def of(cls, M: Array, inner: int) -> WholeProduct:
         """Wrap a formed matrix ``[rows, cols]``."""
         return cls(M, np.eye(M.shape[-1]), inner)
+
+    @cached_property
+    def unit(self) -> tuple[Self, NDArray[np.int_]]:
+        """The product at a safe scale, as of any product: of M alone, B stays the identity."""
+        exponent = _exponent(self.A)
+        if np.abs(exponent).max(initial=0) <= _SAFE_EXPONENT:
+            return self, np.zeros_like(exponent)
+        parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
+        return replace(self, A=np.ldexp(self.A, -exponent[..., None, None]), parts=parts), exponent
 
     @property
     def rank_bound(self) -> int:
@@ -263,12 +279,14 @@ class WholeProduct(FactoredProduct):
     def scaled(self, rows: Array | None, cols: Array | None) -> WholeProduct:
         """Return diag(rows) @ M @ diag(cols); None leaves that side alone."""
         M = self.A if rows is None else self.A * rows[..., None]
-        return WholeProduct(M if cols is None else M * cols[..., None, :], self.B, self.inner)
+        parts = self.parts and self.parts.scaled(rows, cols)
+        return WholeProduct(M if cols is None else M * cols[..., None, :], self.B, self.inner, parts=parts)
 
     def centred(self, rows: bool, cols: bool) -> WholeProduct:
         """Project the all-ones direction out of rows and/or columns: C M C with C = I - 11^T/d."""
         M = self.A - self.A.mean(-2, keepdims=True) if rows else self.A
-        return WholeProduct(M - M.mean(-1, keepdims=True) if cols else M, self.B, self.inner)
+        parts = self.parts and self.parts.centred(rows, cols)
+        return WholeProduct(M - M.mean(-1, keepdims=True) if cols else M, self.B, self.inner, parts=parts)
 
 
 def _exponent(factor: Array) -> NDArray[np.int_]:
@@ -353,7 +371,8 @@ def layer_ov(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
     inner = heads.A.shape[0] * heads.A.shape[2]
     A, B = _side_by_side(heads.A), _side_by_side(heads.B)
     narrow = inner < min(A.shape[0], B.shape[0])
-    return fold_ov(FactoredProduct(A, B) if narrow else WholeProduct.of(A @ B.T, inner), weights, fold)
+    total = FactoredProduct(A, B) if narrow else WholeProduct.of(A @ B.T, inner)
+    return fold_ov(replace(total, parts=heads), weights, fold)
 
 
 def sum_of(heads: FactoredProduct, weights: HeadWeights, fold: Fold) -> FactoredProduct:

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _UNSAID = {FLAGS[flag] for flag in UNSAID}
-_MARKS = {"identity": "+", "negative identity": "-", "none": "·", "not described by this model": "?"}
+_MARKS = {
+    "identity": "+",
+    "negative identity": "-",
+    "identity + low rank": "p",
+    "negative identity + low rank": "n",
+    "mixed diagonal": "±",
+    "none": "·",
+    "not described by this model": "?",
+}
 _LEGEND = "  ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
 
 

@@ -112,6 +112,7 @@ _INFERRED = (
     "alpha_stderr",
     "alpha_low",
     "alpha_high",
+    "beta_stderr",
     "beta_low",
     "beta_high",
     "null_sd",
@@ -218,9 +219,7 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
         start += len(stack.names)
         judged = judge(stack.fit, stack.inference, own)
         for index, (name, judgement) in enumerate(zip(stack.names, judged, strict=True)):
-            alpha, beta, beta_stderr = (
-                float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta", "beta_stderr")
-            )
+            alpha, beta = (float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta"))
             inferred: dict[str, Any] = {
                 field: _defined(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
@@ -231,7 +230,6 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
                 head=name,  # type: ignore[arg-type]
                 alpha=alpha,
                 beta=beta,
-                beta_stderr=beta_stderr,
                 p_value=float(own[index]),
                 p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
                 verdict=judgement.verdict.value,

@@ -45,6 +45,15 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+Word = Literal[
+    "identity",
+    "negative identity",
+    "identity + low rank",
+    "negative identity + low rank",
+    "mixed diagonal",
+    "none",
+    "not described by this model",
+]
 # A product that is zero has no shares.
 Share = Annotated[float | None, Field(ge=0, le=1 + 1e-9)]
 
@@ -74,7 +83,7 @@ class Entry(_Part):
     p_value_alone: float = Field(ge=0, le=1, description="the same before correction")
     pairing_p_value: float = Field(ge=0, le=1, description="before correction, against random pairing of rows")
     rotation_p_value: float = Field(ge=0, le=1, description="before correction, against rotation of the factors")
-    verdict: Literal["identity", "negative identity", "none", "not described by this model"]
+    verdict: Word
     reason: str = Field(description="the finding that decided the verdict")
     null_sd: float = Field(ge=0, description="of the mean diagonal under the null")
     share_identity: Share = Field(description="of ||M||_F^2 in beta * I")

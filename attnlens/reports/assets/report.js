@@ -3,7 +3,10 @@
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const CIRCUITS = ["qk", "ov"];
-  const MARKS = { identity: "+", "negative identity": "−", "not described by this model": "?" };
+  const MARKS = {
+    identity: "+", "negative identity": "−", "identity + low rank": "p", "negative identity + low rank": "n",
+    "mixed diagonal": "±", "not described by this model": "?",
+  };
   const COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6"].map((name) => `var(${name})`);
   const FOLD_COLOURS = { domain: ["raw", "effective", "centred", "balanced"], range: ["raw", "effective", "centred", "balanced"].map((fold) => `var(--${fold})`) };
   const FOLD_SYMBOLS = { domain: FOLD_COLOURS.domain, range: ["circle", "triangle", "square", "diamond"] };
