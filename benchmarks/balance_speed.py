@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.balance_speed [--checkpoint FILE]
 
 writes `benchmarks/results/balance_speed.json`. The products are those of a ViT-B, 12 layers of 12 QK and 12 OV heads of
-64 units at width 768, with lognormal gains of sigma 0.5 on their channels; with FILE, weights of vit_base_patch16_224 or
-another name given by --model, those of the file. Paired: for each of several passes over the layers, the balanced
+64 units at width 768, with lognormal gains of sigma 0.5 on their channels; with FILE, weights of --model, those of the
+file. Paired: for each of several passes over the layers, the balanced
 product of every stack and then what `inspect` (fit, spectra, gains) and `fit-params` (intervals, p-values) say of it.
 """
 
