@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.heads import Array
-
-if TYPE_CHECKING:
-    from attnlens.circuits import FactoredProduct
 
 RESIDUAL = 1e-9
 """Largest relative deviation of a row's or column's mean square that balancing stops at."""
@@ -21,6 +18,35 @@ PASSES = 200
 _DEPTH = 4  # differences of earlier iterates that an accelerated step is made of
 _NEAR = 1.0  # largest step of log(w) from which acceleration is safe
 _RIDGE = 1e-10  # of the Gram matrix of unit-norm differences: keeps an accelerated step finite
+
+
+class Balanceable(Protocol):
+    """What balancing asks of a stack of products: `attnlens.circuits.FactoredProduct` says it of its factors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stack, ``[..., rows, cols]``."""
+
+    @property
+    def is_square(self) -> bool:
+        """Whether there is a diagonal to leave out."""
+
+    @property
+    def unit(self) -> tuple[Self, Any]:
+        """The products at a scale at which no square is lost."""
+
+    @property
+    def T(self) -> Balanceable:
+        """The transposed products."""
+
+    def stacked(self) -> Balanceable:
+        """Return the products in a stack of one dimension."""
+
+    def head(self, index: NDArray[np.bool_]) -> Balanceable:
+        """Return those of a stack that a mask chooses."""
+
+    def offdiagonal_squares(self, weights: Array) -> Array:
+        """Return sum_{j != i} M_ij^2 w_j for every row."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +74,7 @@ class Gains:
         return Gains(*(getattr(self, each.name)[index] for each in fields(self)))
 
 
-def balance(product: FactoredProduct) -> Gains:
+def balance(product: Balanceable) -> Gains:
     """Find the gains of every product of a stack, from its factors alone.
 
     With u = r^-2, w = c^-2 and n_i, m_j the numbers of entries that count, alternate
@@ -57,8 +83,9 @@ def balance(product: FactoredProduct) -> Gains:
     product leaves when it is done. The steps in log(w) are accelerated (Anderson's mixing).
     Source: Sinkhorn & Knopp, Concerning nonnegative matrices and doubly stochastic matrices, Pacific J. Math. 21, 1967.
     """
-    sides = product.unit[0].stacked(), product.unit[0].stacked().T
-    sums = sides[0].offdiagonal_squares(np.ones((len(sides[0].A), product.shape[-1])))
+    stack = product.unit[0].stacked()
+    sides = stack, stack.T
+    sums = stack.offdiagonal_squares(np.ones((stack.shape[0], stack.shape[-1])))
     alive_rows = sums > 0
     sums = sides[1].offdiagonal_squares(_ratio(alive_rows, sums))
     alive_cols = sums > 0
@@ -78,7 +105,7 @@ def balance(product: FactoredProduct) -> Gains:
 
 
 def _alternate(
-    sides: tuple[FactoredProduct, FactoredProduct], row_entries: Array, col_entries: Array, point: Array
+    sides: tuple[Balanceable, Balanceable], row_entries: Array, col_entries: Array, point: Array
 ) -> tuple[Array, Array, Array]:
     """Return u ``[n, rows]``, w ``[n, cols]`` and the residual ``[n]`` of n products, from log(w) = ``point`` on."""
     u, w, residual = np.zeros_like(row_entries), np.zeros_like(col_entries), np.zeros(len(row_entries))

@@ -1,4 +1,4 @@
-"""Reading what strangers wrote: JSON that is plain, and files that lie where they say."""
+"""Reading untrusted files: JSON that is plain, and files that lie where they say."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ def within(folder: Path, path: Path, refusal: type[AttnlensError]) -> Path:
     if not any(real.is_relative_to(place) for place in homes):
         raise refusal(f"{path} is a link that leaves {home}: refused, put the file itself there")
     return path
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return a value that strict JSON can hold: a float that is NaN or infinite becomes None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 FLAGS = {
     "qk_bias": "q or k has a bias, which adds terms of one token to the score",
     "q_norm": "queries are normalised after their projection",
@@ -9,7 +11,7 @@ FLAGS = {
     "v_norm": "values are normalised after their projection",
     "cosine": "queries and keys are scaled to length one; a learned temperature stands for the scale",
     "rope": "queries and keys are rotated by position",
-    "rope_unknown": "rotary position embeddings may be applied: no forward pass could be traced",
+    "rope_unknown": "rotary position embeddings may be applied: no forward pass could be followed",
     "rel_pos_bias": "a term of relative position is added to the score",
     "position_gate": "a learned gate mixes the score map with one of positions alone",
     "pos_embed": "a position embedding is added to the input inside the layer",
@@ -41,13 +43,15 @@ FLAGS = {
     "clamped": "inputs and outputs of the projections are clamped",
     "out_pool": "the output is pooled",
     "out_upsampled": "the output is upsampled to the grid of the input",
+    "cross": "cross attention: queries read one stream, keys and values another: the diagonal stands between the two",
     "causal": "a causal mask stands over the scores: a token asks itself and those before it",
     "softcap": "scores pass through a tanh in front of the softmax",
     "post_norm": "post-norm: the gain folded in is that of the norm behind the layer before, and the sum of input and "
     "output is normed again, which the effective OV product does not include",
     "norm_after": "a norm stands behind the layer's output",
-    "norm_unknown": "the norms around the layer are not known: no forward pass could be traced",
+    "norm_unknown": "the norms around the layer are not known, so that it has raw products only",
     "norm_mixed": "the input comes out of a norm only in part: its gain is not folded in",
+    "modulated": "a scale and a shift computed from a condition stand behind the norm: no gain is folded in",
     "norm_not_folded": "an activation stands between the norm and the projections: its gain is not folded in",
     "tokens_mixed": "a convolution or pooling per channel, which commutes with the gain, stands between norm and layer",
 }
@@ -75,3 +79,19 @@ ATTRIBUTE_FLAGS: dict[str, str] = {
     "gating_param": "position_gate",
 }
 """Attribute of an attention module -> what its presence adds, whatever the class."""
+
+
+def layers_by_reason(reasons: Iterable[tuple[int, Iterable[str]]]) -> dict[str, list[int]]:
+    """Return the layers each reason is true of, from the reasons of each layer; empty ones are left out."""
+    found: dict[str, list[int]] = {}
+    for layer, texts in reasons:
+        for text in filter(None, texts):
+            found.setdefault(text, []).append(layer)
+    return found
+
+
+def in_words(by_reason: dict[str, list[int]], layers: int) -> str:
+    """Join reasons into one sentence, each with how many of ``layers`` layers it is true of where not of all."""
+    return "; ".join(
+        why if len(where) == layers else f"{why} ({len(where)} of {layers} layers)" for why, where in by_reason.items()
+    )

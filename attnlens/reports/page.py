@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.entries import Entry
 from attnlens.fit.fit_params import fit_params
-from attnlens.fit.params import Entry
 from attnlens.inspection import Inspection, inspect, need_attention
 from attnlens.reports.matrices import CODES, corner_size, draw_data
-from attnlens.reports.templates import _asset, _hash, _scripts, environment
+from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
 from attnlens.statistics.table import KEYS
 from attnlens.statistics.verdicts import Verdict
+from attnlens.templates import environment
 from attnlens.threads import Progress
 
 if TYPE_CHECKING:
@@ -30,14 +32,17 @@ _JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low"
 _ABOUT = ("num_heads", "name", "leaves_out")
 
 
-def build_report(
+def report(
     model: str | os.PathLike[str] | nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
+    output: str | os.PathLike[str] | None = None,
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
     fold: str = "both",
     num_heads: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -45,22 +50,24 @@ def build_report(
 ) -> str:
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
-    ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
-    names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
-    curves are shown.
+    With ``output`` the page is also written to this file, whole or not at all.
+    ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are what
+    `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder
+    of `attnlens train-compare` whose curves are shown.
     ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold``, the verdicts
     those of `attnlens.fit_params` under each of its folds; nothing is measured here.
 
     The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
     nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
 
-    Raises what `attnlens.inspect` raises, and `ResultsError` for a ``train`` folder that cannot be read.
+    Raises what `attnlens.inspect` raises, `ResultsError` for a ``train`` folder that cannot be read, and `OutputError`
+    for an ``output`` that cannot be written.
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    inspection = need_attention(inspect(model, checkpoint, num_heads=num_heads, fold=fold, **reach), "the report")
-    how = {"checkpoint": checkpoint, "num_heads": num_heads, **reach}
-    entries, unjudged = _judgements(model, inspection.folds, **how)
+    own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
+    inspection = need_attention(inspect(model, checkpoint, fold=fold, **own, **reach), "the report")
+    entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **own, **reach)
     others = [need_attention(inspect(other, fold=fold, **reach), "the report") for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
@@ -73,7 +80,7 @@ def build_report(
         "comparison": _comparison_data(comparison),
         "training": training and {"arms": training.arms, "points": [p.model_dump() for p in training.points]},
     }
-    return (
+    page = (
         environment()
         .get_template("report.html.j2")
         .render(
@@ -89,11 +96,14 @@ def build_report(
             provenance=list(_flat({**inspection.provenance, **({"command": command} if command else {})})),
             comparison=comparison,
             training=training,
-            scripts=_scripts(),
-            hashes=[_hash(script) for script in _scripts()],
-            style=Markup(_asset("report.css")),  # noqa: S704  # the package's own file
+            scripts=scripts(),
+            hashes=[script_hash(script) for script in scripts()],
+            style=Markup(asset("report.css")),  # noqa: S704  # the package's own file
         )
     )
+    if output is not None:
+        write_text_atomic(Path(output), page)
+    return page
 
 
 def _judgements(model: Any, folds: Sequence[Fold], **how: Any) -> tuple[list[Entry], str]:

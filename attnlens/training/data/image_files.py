@@ -1,4 +1,4 @@
-"""Images out of folders and tars of strangers: nothing outside is followed, nothing small becomes large, nothing runs.
+"""Images out of untrusted folders and tars: nothing outside is followed, nothing small becomes large, nothing runs.
 
 Bound: for each byte of file at most `DECODED` bytes of pixels, and `ALLOWANCE` beside that; of a compressed tar at most
 `EXPANDS` bytes, and `ALLOWANCE`. ``--image-size`` adds the pixels it asks for, image by image.
@@ -133,8 +133,8 @@ class _Bounded:
         self._content, self._left, self._path = content, limit, path
 
     def read(self, size: int) -> bytes:
-        found = self._content.read(size)
-        self._left -= len(found)
+        content = self._content.read(size)
+        self._left -= len(content)
         if self._left < 0:
             raise DatasetError(f"{self._path} expands to more than {EXPANDS} times its length: that is no data set")
-        return found
+        return content

@@ -1,0 +1,117 @@
+"""The command ``compose``: score how heads compose, print the strongest pairs, write table and figures."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.tables import escape, plain_table, print_wide
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from attnlens.composition import Composed, Composition
+
+
+def compose(
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    output: options.ModelFolder = None,
+    num_heads: options.NumHeads = None,
+    model_args: options.ModelArgs = None,
+    fold: Annotated[
+        Literal["raw", "effective", "centred"],
+        typer.Option(help="Compose raw products, effective ones, or centred ones, as inspect has them."),
+    ] = "effective",
+    layers: options.Layers = None,
+    top: Annotated[int, typer.Option(min=0, help="Show so many pairs of each kind in the table.")] = 5,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
+) -> None:
+    """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
+    from attnlens.composition import save_composition
+    from attnlens.inspection import UNSAID
+    from attnlens.layouts.flags import FLAGS
+
+    found = attnlens.compose(
+        model,
+        checkpoint,
+        num_heads=num_heads,
+        model_args=options.parse_model_args(model_args),
+        fold=fold,
+        layers=options.parse_layers(layers),
+        offline=offline,
+        remote=remote,
+        progress=tracked("layers"),
+    )
+    for flag in dict.fromkeys(flag for flags in found.leaves_out.values() for flag in flags if flag not in UNSAID):
+        own = [layer for layer, flags in found.leaves_out.items() if flag in flags]
+        note(f"{FLAGS[flag]}: layers {format_layers(own)}")
+    folder = options.figure_folder(output, found.model)
+    save_composition(found, folder, command_line())
+    if json_:
+        write_stdout(json.dumps(found.to_json()))
+    else:
+        print_wide(strongest_table(found, top))
+    from attnlens.figures import save_figures
+
+    save_figures(found.figures(), folder, format_, dpi)
+    note(f"wrote composition.csv, composition.json and figures ({found.fold}, {format_}) to {folder}")
+
+
+def strongest_table(found: Composition, top: int) -> Table:
+    """Build the table: for each kind the pairs of the largest score over baseline, and the median over all pairs."""
+    import numpy as np
+
+    from attnlens.composition import KINDS
+
+    table = plain_table(
+        title=f"[bold]{escape(found.model)}[/bold]: composition of heads, {found.fold}",
+        caption="score over the baseline 1/√d of unrelated directions; heads are layer.head\n"
+        "deviation: squared score less 1/d, in standard deviations of random rotations",
+    )
+    for name in ("kind", "writes", "reads", "score", "÷ baseline", "deviation"):
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for kind in KINDS:
+        ratios, places, deviations = _pairs(found, kind)
+        for place in np.argsort(-ratios, kind="stable")[:top]:
+            first, i, second, j = places[place]
+            score = ratios[place] * found.baseline(second)
+            cells = (
+                f"{first}.{i}",
+                f"{second}.{j}",
+                f"{score:.4f}",
+                f"{ratios[place]:.2f}",
+                f"{deviations[place]:.1f}",
+            )
+            table.add_row(kind.upper(), *cells)
+        if len(ratios):
+            table.add_row(
+                kind.upper(), "median", f"of {len(ratios)}", "", f"{np.median(ratios):.2f}", "", end_section=True
+            )
+    return table
+
+
+def _pairs(found: Composition, kind: Composed) -> tuple[np.ndarray, list[tuple[int, int, int, int]], np.ndarray]:
+    """Return score over baseline, (earlier layer, head, later layer, head) and deviation of every defined pair."""
+    import numpy as np
+
+    ratios, places, deviations = [], [], []
+    for (of, first, second), scores in found.scores.items():
+        if of != kind:
+            continue
+        for (i, j), score in np.ndenumerate(scores):
+            if np.isfinite(score):
+                ratios.append(float(score) / found.baseline(second))
+                places.append((first, i, second, j))
+                deviations.append(float(found.deviations[of, first, second][i, j]))
+    return np.array(ratios), places, np.array(deviations)

@@ -1,0 +1,188 @@
+"""The command ``fit-params``: fit models, print the fits, write the parameter file and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.filter_tables import fit_filter_table
+from attnlens.cli.tables import escape, number, plain_table, print_wide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.table import Table
+
+    from attnlens.circuits import Kind
+    from attnlens.fit.entries import Entry, Source
+    from attnlens.fit.params import InitParams
+
+_MARKS = {
+    "identity": "+",
+    "negative identity": "-",
+    "identity + low rank": "p",
+    "negative identity + low rank": "n",
+    "mixed diagonal": "±",
+    "none": "·",
+    "not described by this model": "?",
+}
+_LEGEND = "  ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
+
+
+def fit_params(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models as for inspect; several are pooled.")
+    ] = None,
+    checkpoint: options.Checkpoint = None,
+    per: Annotated[
+        Literal["head", "layer", "model"],
+        typer.Option(help="Give an initialiser QK head by head and OV by layer; layer means; or one pair for all."),
+    ] = "head",
+    fold: options.ProductFold = "effective",
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Set the coverage of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Use this seed for the statistics that are sampled.")] = 0,
+    num_heads: options.NumHeads = None,
+    model_args: options.ModelArgs = None,
+    shrinkage: Annotated[
+        Literal["ledoit-wolf", "oas", "none"],
+        typer.Option(help="Shrink covariances of depthwise filters towards equal variances by this estimator."),
+    ] = "ledoit-wolf",
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write this parameter file.")] = Path("params.json"),
+    figures: options.Figures = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
+) -> None:
+    """Fit alpha and beta with intervals and verdicts, and write the parameter file that drives an initialiser."""
+    from attnlens.atomic import FileSet
+
+    params = attnlens.fit_params(
+        *(models or []),
+        checkpoint=checkpoint,
+        per=per,
+        fold=fold,
+        level=level,
+        seed=seed,
+        num_heads=num_heads,
+        model_args=options.parse_model_args(model_args),
+        shrinkage=shrinkage,
+        offline=offline,
+        remote=remote,
+        command=command_line(),
+        progress=tracked("layers"),
+    )
+    for source in params.sources:
+        for message in caveats(source):
+            note(f"{source.model}: {message}")
+    from attnlens.figures import save_figures
+
+    folder = options.figure_folder(figures, *(source.model for source in params.sources))
+    with FileSet() as files:
+        save_figures(params.figures(), folder, format_, dpi, into=files.write)
+        files.write(output, lambda file: file.write(params.to_json().encode()))
+    if json_:
+        write_stdout(params.to_json())
+    else:
+        for table in fit_tables(params):
+            print_wide(table)
+    note(f"wrote {output}, and figures to {folder}")
+
+
+def fit_tables(params: InitParams) -> Iterator[Table]:
+    """Yield the tables of a parameter file: by source what was fitted of attention and of filters, then all pooled."""
+    for source in range(len(params.sources)):
+        if any(entry.source == source for entry in params.entries):
+            yield fit_table(params, source)
+        if any(entry.source == source for entry in params.filters):
+            yield fit_filter_table(params, source)
+    if params.pooled:
+        yield pooled_table(params)
+
+
+def caveats(source: Source) -> list[str]:
+    """Say in words what is not in the fit of a model: modules not read, and what the products leave out."""
+    from attnlens.inspection import UNSAID
+    from attnlens.layouts.flags import FLAGS
+
+    unsaid = {FLAGS[flag] for flag in UNSAID}
+    unread = [f"not read: {what}" for what in source.not_read]
+    left_out = [(why, layers) for why, layers in source.left_out.items() if why not in unsaid]
+    return unread + [f"{why}: layers {format_layers(layers)}" for why, layers in left_out]
+
+
+def fit_table(params: InitParams, source: int) -> Table:
+    """Build the table of one model: per layer QK and OV with verdicts, realised beside requested."""
+    entries = [entry for entry in params.entries if entry.source == source and entry.fold == params.fold]
+    percent = f"{params.level:.0%}"
+    table = plain_table(
+        title=f"[bold]{escape(params.sources[source].model)}[/bold]: {params.fold} products, M ~ α Z + β I",
+        caption=f"QK: mean over heads; OV: sum over heads with its {percent} interval; request: (α, β) to draw with\n"
+        f"a mark a head: {_LEGEND}",
+    )
+    for name in ("layer", "QK α", "QK β", "request"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("QK", overflow="fold", min_width=6)
+    for name in ("OV α", "OV β", f"β {percent}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("OV verdict", no_wrap=True)
+    for layer in dict.fromkeys(entry.layer for entry in entries):
+        qk = _entries(entries, layer, "qk", "each")
+        total = _entries(entries, layer, "ov", "all")
+        cells = [
+            str(layer),
+            *_means(qk, "alpha", "beta"),
+            _requested(qk),
+            "".join(_MARKS[entry.verdict] for entry in qk),
+        ]
+        cells += _means(total, "alpha", "beta")
+        cells += [f"[{number(e.beta_low)}, {number(e.beta_high)}]" for e in total] or [""]
+        cells += [e.verdict for e in total] or [""]
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
+
+
+def pooled_table(params: InitParams) -> Table:
+    """Build the table of what is pooled over layers, heads and models, in requests."""
+    from collections import Counter
+
+    from rich import box
+    from rich.table import Table
+
+    names = {("qk", "each"): "QK, per head", ("ov", "each"): "OV, per head", ("ov", "all"): "OV, layer sum"}
+    table = Table(
+        title="Pooled requests", title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False
+    )
+    for name in ("circuit", "n", "α ± sd", "β ± sd", "between models α, β", "verdicts"):
+        table.add_column(name, no_wrap=name != "verdicts")
+    for pooled in params.pooled:
+        alpha, beta = pooled.alpha, pooled.beta
+        spread = "one model"
+        if alpha.between_model_sd is not None and beta.between_model_sd is not None:
+            spread = f"{number(alpha.between_model_sd)}, {number(beta.between_model_sd)}"
+        counts = Counter(entry.verdict for entry in params.select(pooled.circuit, pooled.head))
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+        cells = [names[pooled.circuit, pooled.head], str(alpha.n), f"{number(alpha.mean)} ± {number(alpha.sd)}"]
+        table.add_row(*cells, f"{number(beta.mean)} ± {number(beta.sd)}", spread, verdicts)
+    return table
+
+
+def _entries(entries: Sequence[Entry], layer: int, circuit: Kind, head: Literal["each", "all"]) -> list[Entry]:
+    return [e for e in entries if (e.layer, e.circuit) == (layer, circuit) and (e.head == "all") == (head == "all")]
+
+
+def _means(entries: Sequence[Entry], *names: str) -> list[str]:
+
+    if not entries:
+        return [""] * len(names)
+    return [number(sum(getattr(entry, name) for entry in entries) / len(entries)) for name in names]
+
+
+def _requested(entries: Sequence[Entry]) -> str:
+    return "({}, {})".format(*_means(entries, "request_alpha", "request_beta")) if entries else ""

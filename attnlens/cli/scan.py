@@ -1,0 +1,135 @@
+"""The command ``scan``: measure what is missing, print the table, write tables and the landscape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import command_line, note, tracked, write_stdout
+from attnlens.cli.tables import escape, number, plain_table, print_wide
+from attnlens.errors import AttnlensError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from attnlens.circuits import Fold
+    from attnlens.scans.run import Scan
+
+_STATISTICS = ("qk_ratio", "qk_diagonal_prominence", "ov_ratio", "ov_diagonal_prominence", "ov_negative_share")
+_HEADINGS = ("QK β/α", "prom", "OV β/α", "prom", "OV β < 0")
+
+
+def scan(
+    patterns: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATTERN...",
+            help="Names as for inspect; shell patterns over timm's pretrained names: 'vit_*dinov2*'; folders and "
+            "files: 'runs/**'; ARCHITECTURE=FILES for files that do not say what they are of; @FILE, a list of these.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Write results, tables and figure to this folder, or go on in it.")
+    ],
+    fold: options.Folds = "both",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure so many models at a time. Default: one a core, here or of the cluster."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on the Ray cluster at this address, or auto. Default: in processes here.",
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure again what failed. Default: only what is missing.")
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print only the models that would be measured.")] = False,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
+) -> None:
+    """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
+    from attnlens.scans.plan import plan_scan
+
+    if list_:
+        plan = plan_scan(patterns)
+        write_stdout("\n".join(job.name for job in plan.jobs))
+        for message in plan.notes:
+            note(message)
+        return
+    try:
+        found = attnlens.scan(
+            patterns,
+            output,
+            fold=fold,
+            workers=workers,
+            ray=ray,
+            retry_failed=retry_failed,
+            offline=offline,
+            remote=remote,
+            command=command_line(),
+            progress=tracked("models"),
+        )
+    except KeyboardInterrupt:
+        note(f"stopped: what is measured is kept in {output}; the same command goes on from there")
+        raise
+    for message in found.notes:
+        note(message)
+    shown: Fold = "effective" if "effective" in found.folds else (found.folds or ("raw",))[0]
+    if json_:
+        write_stdout((output / "scan.json").read_text())
+    else:
+        print_wide(model_table(found, shown))
+    from attnlens.figures import save_figures
+
+    save_figures({"landscape": found.figure(shown)}, output, format_, dpi)
+    for name, error in found.failed.items():
+        note(f"failed: {name}: {error}")
+    read = len(found.results) - len(found.failed)
+    earlier = len(found.results) - found.measured
+    note(
+        f"{len(found.results)} models: {read} read, {len(found.failed)} failed, {earlier} of them done before"
+        + (f"; {found.lost} times a worker was lost and its model begun again" if found.lost else "")
+    )
+    note(f"wrote scan.csv, layers.csv, scan.json, landscape.{format_} and models/ to {output}")
+    if not read:
+        raise AttnlensError(f"none of {len(found.results)} models could be read: the errors are above and in scan.csv")
+
+
+def model_table(found: Scan, fold: Fold) -> Table:
+    """Build the table of one fold: a row a model, medians over its layers."""
+    table = plain_table(
+        title=f"[bold]{len(found.results)} models[/bold]: {fold} products, M ~ α Z + β I",
+        caption="medians over layers; QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\n"
+        "OV β < 0: share of layers",
+    )
+    table.add_column("model", overflow="fold")
+    for name in ("layers", "heads", *_HEADINGS):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows():
+        if row["status"] == "ok" and row["fold"] == fold:
+            layers = f"{row['layers']}" if row["layers"] == row["depth"] else f"{row['layers']}/{row['depth']}"
+            table.add_row(escape(row["model"]), layers, row["heads"], *(_cell(row, name) for name in _STATISTICS))
+        elif row["status"] != "ok":
+            table.add_row(escape(row["model"]), "failed", style="dim")
+    return table
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+
+    value = row[name]
+    if value is None:
+        return ""
+    if name == "ov_negative_share":
+        return f"{value:.0%}"
+    return f"{value:.1f}" if name.endswith("prominence") else number(value)

@@ -1,0 +1,132 @@
+"""The command ``signal``: measure networks at their start; print a table, write it and a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from attnlens.cli import options
+from attnlens.cli.console import command_line, note, tracked, write_stdout
+from attnlens.cli.tables import escape, plain_table, print_wide
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from attnlens.heads import Array
+    from attnlens.signal.propagation import Propagation
+
+
+def signal(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="timm name of a plain ViT, model folder or gpt-tiny; default: as the shipped ViT."),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure these arms, separated by commas: softmax, value-skipinit, shaped, e-spa, u-spa, and every "
+            "initialiser that needs no option. Default: default, mimetic and these five."
+        ),
+    ] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Build so many blocks. Default: the model's.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Feed so many patches, a square, or so long a context. Default: the model's."),
+    ] = None,
+    skips: Annotated[bool, typer.Option("--skips/--no-skips", help="Keep the skip connections of every block.")] = True,
+    norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Keep the norms of every block.")] = True,
+    mlp: Annotated[
+        Literal["keep", "tailored", "none"] | None,
+        typer.Option(
+            help="Keep the MLPs, tailor them to the depth, or drop them. Default: keep with skips, tailored without."
+        ),
+    ] = None,
+    eta: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Tailor MLPs so that alone they bring orthogonal tokens to this cosine."),
+    ] = 0.2,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            help="Pass name=value to the arms that have it, as often as needed: gamma, distance (e-spa), rho (u-spa).",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draw so many networks an arm.")] = 5,
+    sequences: Annotated[int, typer.Option(min=1, help="Feed so many random sequences of tokens to each network.")] = 4,
+    output: options.ModelFolder = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
+) -> None:
+    """Measure how alike random tokens become by depth before training, beside theory: table, CSV, JSON and a figure."""
+    from operator import methodcaller
+
+    from attnlens.atomic import FileSet
+    from attnlens.figures import save_figures
+    from attnlens.provenance import run_provenance
+    from attnlens.signal.arms import ARMS
+    from attnlens.signal.figure import draw_signal
+    from attnlens.signal.propagation import propagate
+
+    found = propagate(
+        model,
+        ARMS if arms is None else options.split_words(arms),
+        depth=depth,
+        tokens=tokens,
+        seeds=seeds,
+        sequences=sequences,
+        skips=skips,
+        norms=norms,
+        mlp=mlp,
+        eta=eta,
+        options=options.parse_pairs("--option", pairs),
+        progress=tracked("networks"),
+    )
+    folder = options.figure_folder(output, found.model)
+    record = {**found.to_json(), "provenance": {**run_provenance(), "command": command_line()}}
+    text = json.dumps(record, indent=1)
+    with FileSet() as files:
+        save_figures({"signal": draw_signal(found)}, folder, format_, dpi, into=files.write)
+        files.write(folder / "signal.csv", methodcaller("write", found.table.to_csv().encode()))
+        files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))
+    if json_:
+        write_stdout(text)
+    else:
+        print_wide(signal_table(found))
+    note(f"wrote signal.csv, signal.json and signal.{format_} to {folder}")
+
+
+def signal_table(found: Propagation) -> Table:
+    """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
+    from attnlens.signal.figure import describe
+
+    table = plain_table(
+        title=f"[bold]{escape(found.model)}[/bold]: mean cosine of two tokens behind a block",
+        caption=f"{describe(found)[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to theory; "
+        "by chance: expected of\nrandom coordinates; entries: mean square of the tokens behind the last block",
+    )
+    layers = sorted({0, round(found.depth / 4), round(found.depth / 2), found.depth})
+    names = ["arm", *(f"block {layer}" if layer else "input" for layer in layers)]
+    for name in (*names, "theory", "error", "by chance", "entries"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for arm in found.arms:
+        cosine, error = found.curve(arm, "cosine"), found.curve(arm, "kernel_error")[:, -1].mean()
+        theory, chance = (found.curve(arm, name)[0, -1] for name in ("theory_cosine", "theory_error"))
+        cells = [_spread(cosine[:, layer]) for layer in layers]
+        last = [_cell(value) for value in (theory, error, chance)]
+        table.add_row(arm, *cells, *last, f"{found.curve(arm, 'mean_square')[:, -1].mean():.1e}")
+    return table
+
+
+def _spread(values: Array) -> str:
+    """Write mean ± standard deviation over seeds; the mean alone of one seed."""
+    mean = f"{values.mean():.3f}"
+    return f"{mean} ± {values.std(ddof=1):.3f}" if len(values) > 1 else mean
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}" if value >= 5e-4 else f"{value:.0e}"
