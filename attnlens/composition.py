@@ -197,6 +197,11 @@ def compose(
     chosen = parse_folds(fold)
     if len(chosen) != 1:
         raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
+    if chosen[0] == "balanced":
+        raise UsageError(
+            "fold 'balanced' divides gains of its own out of each product, so that no two compose: use raw, effective "
+            "or centred"
+        )
     access = Access(offline=offline, remote=remote)
     opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
     specs = opened.choose(layers, chosen[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import methodcaller
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlens.atomic import FileSet
+from attnlens.balance import Gains
 from attnlens.circuits import (
+    CIRCUITS,
     FactoredProduct,
     Fold,
     Kind,
@@ -25,6 +27,7 @@ from attnlens.circuits import (
     ov_circuit,
     parse_folds,
     qk_circuit,
+    sum_of,
 )
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.inspection import FilterInspection, inspect_filters
@@ -35,7 +38,8 @@ from attnlens.layouts.spec import OPT_IN
 from attnlens.models.open import named_and_weights, open_model
 from attnlens.models.opened import Access, IndexedSpecs, OpenedModel, unknown_norms
 from attnlens.provenance import run_provenance
-from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.gains import describe_gains, gain_profiles
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
 from attnlens.threads import Progress, over_threads
 
@@ -47,8 +51,8 @@ if TYPE_CHECKING:
 UNSAID = frozenset({"qk_bias"})
 """Flags too common to be said of every model; the table holds them all the same."""
 
-CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
 SpectrumKey = tuple[int, Kind, Fold]
+GainsKey = tuple[int, Kind, str]
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Inspection:
     opened: OpenedModel = field(repr=False)
     spectra: dict[SpectrumKey, Array] = field(repr=False)
     """Singular values of every head's product, ``[head, rank]``, by (layer, circuit, fold)."""
+    gains: dict[GainsKey, Gains] = field(repr=False)
+    """Row and column gains of balanced products by (layer, circuit, ``each`` head or ``all`` summed)."""
     filters: FilterInspection
 
     @property
@@ -101,12 +107,13 @@ class Inspection:
     def figures(self, fold: Fold | None = None, size: int = 64) -> dict[str, Figure]:
         """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
+        Where balanced products were measured, ``gains`` too.
         Where depthwise filters were, ``filter_covariance``, ``filter_profile`` and ``filter_spectra``.
         The heatmaps show the top-left ``size x size`` corner of every product under ``fold`` (effective where it was
         measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured. Raises
         `UsageError` for a fold that was not measured or a size below 1.
         """
-        from attnlens.figures import heatmaps, profiles, spectra, style
+        from attnlens.figures import gains, heatmaps, profiles, spectra, style
 
         fold = fold or ("effective" if "effective" in self.folds else self.folds[0])
         if fold not in self.folds:
@@ -124,6 +131,7 @@ class Inspection:
                 "ov_heatmap": heatmaps.draw_heatmap(*self.corners("ov", fold, size), circuit="ov", fold=fold, **about),
                 "depth_profile": profiles.draw_profile(self.stats, self.folds, **about),
                 "spectra": spectra.draw_spectra(self.spectra, fold, **about),
+                **({"gains": gains.draw_gains(gain_profiles(self.gains), **about)} if self.gains else {}),
                 **filters,
             }
 
@@ -136,9 +144,11 @@ class Inspection:
         for layer in self.layers:
             if (layer, circuit, fold) not in self.spectra:  # no W_O, or a norm that is not known
                 continue
-            products = self.circuits(layer, circuit=circuit, fold=fold)
-            stack = products.dense(size)
-            corners[layer] = dict(enumerate(stack)) | ({ALL_HEADS: stack.sum(0)} if circuit == "ov" else {})
+            weights = self.heads(layer)
+            products = CIRCUITS[circuit](weights, fold)
+            corners[layer] = dict(enumerate(products.dense(size)))
+            if circuit == "ov":
+                corners[layer][ALL_HEADS] = sum_of(products, weights, fold).dense(size)
             shapes[layer] = (products.shape[-2], products.shape[-1])
         return corners, shapes
 
@@ -213,7 +223,8 @@ def inspect(
     dict or a live network, by its tensors' names.
 
     Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
-    heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``
+    heads; see `DiagonalFit` and `GainStatistics`. ``fold`` is raw, effective, centred, balanced, both (raw and
+    effective) or all. ``layer_spectra``
     also fills the statistics of the layer sums that need every eigenvalue, an O(embed_dim^3) cost a layer.
     ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
     only on request. ``offline`` uses no network; ``remote`` fetches of a safetensors file on a hub, unless it is in the
@@ -236,18 +247,20 @@ def inspect(
     specs = opened.choose(layers, include=include, or_filters=True)
     filters = inspect_filters(opened.architecture, opened.filters, layers, progress)
 
-    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[list[Row], dict[SpectrumKey, Array]]:
+    def measure(
+        indexed: tuple[int, AttentionSpec],
+    ) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
         return measure_layer(opened.heads(indexed[0]), names, layer_spectra=layer_spectra)
 
     largest = max((opened.bytes_of(spec) for _, spec in specs), default=0)
     results = over_threads(measure, specs, progress, largest=largest) if specs else []
-    spectra = {key: values for _, found in results for key, values in found.items()}
+    spectra = {key: values for _, found, _ in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
         raise UsageError(unknown_norms(opened))
     return Inspection(
         model=opened.name,
-        stats=StatsTable(tuple(row for rows, _ in results for row in rows)),
+        stats=StatsTable(tuple(row for rows, _, _ in results for row in rows)),
         folds=measured,
         depth=len(opened.architecture.order),
         specs=specs,
@@ -255,6 +268,7 @@ def inspect(
         provenance={**opened.provenance(), **run_provenance()},
         opened=opened,
         spectra=spectra,
+        gains={key: gains for _, _, found in results for key, gains in found.items()},
         filters=filters,
     )
 
@@ -284,10 +298,11 @@ def save_inspection(
 
 def measure_layer(
     weights: HeadWeights, folds: Sequence[Fold], *, layer_spectra: bool = False
-) -> tuple[list[Row], dict[SpectrumKey, Array]]:
-    """Fit every circuit of one layer: the table's rows, and the singular values ``[head, rank]`` of each stack."""
+) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
+    """Fit every circuit of one layer: table rows, singular values ``[head, rank]`` and balanced products' gains."""
     rows: list[Row] = []
     spectra: dict[SpectrumKey, Array] = {}
+    gains: dict[GainsKey, Gains] = {}
     raw = {"qk": qk_circuit(weights)}
     if weights.W_O is not None:
         raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
@@ -297,17 +312,20 @@ def measure_layer(
         for name, product in raw.items():
             circuit: Kind = "qk" if name == "qk" else "ov"
             folded = (fold_qk if name == "qk" else fold_ov)(product, weights, fold)
-            if name == "sum":
-                fit = fit_diagonal(folded, folded.singular_values() if layer_spectra else None)
-                rows += _rows(weights, (ALL_HEADS,), circuit, fold, fit)
-            else:
-                singular = spectra[weights.layer, circuit, fold] = folded.singular_values()
-                rows += _rows(weights, range(folded.shape[0]), circuit, fold, fit_diagonal(folded, singular))
-    return rows, spectra
+            heads: Iterable[int | str] = (ALL_HEADS,) if name == "sum" else range(folded.shape[0])
+            singular = folded.singular_values() if name != "sum" or layer_spectra else None
+            if name != "sum" and singular is not None:
+                spectra[weights.layer, circuit, fold] = singular
+            if folded.gains is not None:
+                gains[weights.layer, circuit, ALL_HEADS if name == "sum" else "each"] = folded.gains
+            rows += _rows(weights, heads, circuit, fold, (fit_diagonal(folded, singular), describe_gains(folded)))
+    return rows, spectra, gains
 
 
-def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, fit: DiagonalFit) -> list[Row]:
-    statistics = [np.atleast_1d(getattr(fit, name)).tolist() for name in DiagonalFit.names()]
+def _rows(
+    weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, found: Sequence[Any]
+) -> list[Row]:
+    statistics = [np.atleast_1d(getattr(each, name)).tolist() for each in found for name in each.names()]
     about = (weights.num_heads, weights.name, " ".join(weights.leaves_out))
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from attnlens.fit.entries import Entry, Source
     from attnlens.fit.params import InitParams
 
-_MARKS = {"identity": "+", "negative identity": "-", "none": "·", "not described by this model": "?"}
+_MARKS = {
+    "identity": "+",
+    "negative identity": "-",
+    "identity + low rank": "p",
+    "negative identity + low rank": "n",
+    "mixed diagonal": "±",
+    "none": "·",
+    "not described by this model": "?",
+}
 _LEGEND = "  ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
 
 

@@ -12,15 +12,19 @@ import typer
 from attnlens.errors import UsageError
 
 Folds = Annotated[
-    Literal["raw", "effective", "centred", "both", "all"],
+    Literal["raw", "effective", "centred", "balanced", "both", "all"],
     typer.Option(
         help="Measure raw products; effective ones, with norm gain and LayerScale folded in; centred ones: effective, "
-        "with LayerNorm's centring too; both: raw and effective; or all three."
+        "with LayerNorm's centring too; balanced ones: effective, one gain a row and a column divided out; both: raw "
+        "and effective; or all four."
     ),
 ]
 ProductFold = Annotated[
-    Literal["raw", "effective"],
-    typer.Option(help="Use raw products, or effective ones with norm gain and LayerScale folded in."),
+    Literal["raw", "effective", "balanced"],
+    typer.Option(
+        help="Use raw products, effective ones with norm gain and LayerScale folded in, or balanced ones: effective, "
+        "one gain a row and a column divided out."
+    ),
 ]
 Model = Annotated[
     str | None,

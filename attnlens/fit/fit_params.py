@@ -113,7 +113,20 @@ def fit_params(
     )
 
 
-_NOT_IN_FILE = ("identity_z", "p_value", "bulk_trace_share", "spread_ratio")
+_NOT_IN_FILE = (
+    "identity_z",
+    "p_value",
+    "sign_p_value",
+    "bulk_trace_share",
+    "directions_above",
+    "directions",
+    "channels",
+    "factor_cosine",
+    "spread_ratio",
+    "typical_ratio",
+    "sign_agreement",
+    "expected_agreement",
+)
 """What the verdict alone needs, and the p-value, which is corrected first."""
 _INFERRED = tuple(name for name in Inference.names() if name not in _NOT_IN_FILE)
 _GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov", "all"))
@@ -208,9 +221,7 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
         start += len(stack.names)
         judged = judge(stack.fit, stack.inference, own)
         for index, (name, judgement) in enumerate(zip(stack.names, judged, strict=True)):
-            alpha, beta, beta_stderr = (
-                float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta", "beta_stderr")
-            )
+            alpha, beta = (float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta"))
             inferred: dict[str, Any] = {
                 field: finite_or_none(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
@@ -221,7 +232,6 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
                 head=name,  # type: ignore[arg-type]
                 alpha=alpha,
                 beta=beta,
-                beta_stderr=beta_stderr,
                 p_value=float(own[index]),
                 p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
                 verdict=judgement.verdict.value,

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
-from attnlens.errors import UnsupportedAttentionError
+from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections
 from attnlens.fit.entries import Entry
 from attnlens.fit.fit_params import fit_params
@@ -39,6 +39,7 @@ def report(
     output: str | os.PathLike[str] | None = None,
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
+    fold: str = "both",
     num_heads: int | None = None,
     model_args: dict[str, Any] | None = None,
     input_size: int | tuple[int, ...] | None = None,
@@ -53,8 +54,8 @@ def report(
     ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are what
     `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder
     of `attnlens train-compare` whose curves are shown.
-    ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
-    verdicts those of `attnlens.fit_params`; nothing is measured here.
+    ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold``, the verdicts
+    those of `attnlens.fit_params` under each of its folds; nothing is measured here.
 
     The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
     nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
@@ -65,10 +66,9 @@ def report(
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
     own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
-    inspection = need_attention(inspect(model, checkpoint, **own, **reach), "the report")
-    fold = _common_fold(inspection)
-    entries, unjudged = _judgements(model, checkpoint=checkpoint, fold=fold, **own, **reach)
-    others = [need_attention(inspect(other, **reach), "the report") for other in compare]
+    inspection = need_attention(inspect(model, checkpoint, fold=fold, **own, **reach), "the report")
+    entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **own, **reach)
+    others = [need_attention(inspect(other, fold=fold, **reach), "the report") for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
     data = {
@@ -87,7 +87,7 @@ def report(
             data=data,
             inspection=inspection,
             rows=_rows(inspection, entries),
-            default_fold="effective" if "effective" in inspection.folds else inspection.folds[0],
+            default_fold=_common_fold(inspection),
             verdicts=[verdict.value for verdict in Verdict],
             counts=_counts(entries),
             unjudged=unjudged,
@@ -106,16 +106,27 @@ def report(
     return page
 
 
-def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:
-    """Return the entries of the model's fit, and why there are none where there are none."""
+def _judgements(model: Any, folds: Sequence[Fold], **how: Any) -> tuple[list[Entry], str]:
+    """Return the entries of the model's fit under each fold, and why there are none where there are none."""
+    found: list[Entry] = []
     try:
-        return fit_params(*([] if model is None else [model]), **how).entries, ""
+        for fold in [name for name in folds if name != "raw"] or folds:
+            entries = fit_params(*([] if model is None else [model]), fold=fold, **how).entries
+            found += [
+                e for e in entries if e.fold == fold or (e.fold in folds and not any(e.fold == f.fold for f in found))
+            ]
     except UnsupportedAttentionError as error:
         return [], str(error)
+    return found, ""
 
 
 def _common_fold(*inspections: Inspection) -> Fold:
-    return "effective" if all("effective" in found.folds for found in inspections) else "raw"
+    """Return the fold to show: effective where all have it, otherwise the first that all have."""
+    folds: tuple[Fold, ...] = ("effective", *inspections[0].folds)
+    shared = [fold for fold in folds if all(fold in found.folds for found in inspections)]
+    if not shared:
+        raise UsageError("the models have no fold in common: compare them with --fold raw")
+    return shared[0]
 
 
 def _key(record: dict[str, Any]) -> str:

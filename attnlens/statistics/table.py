@@ -16,6 +16,7 @@ import numpy as np
 from attnlens.atomic import write_text_atomic
 from attnlens.heads import Array
 from attnlens.statistics.diagonal import DiagonalFit
+from attnlens.statistics.gains import GainStatistics
 from attnlens.strict_json import finite_or_none
 
 if TYPE_CHECKING:
@@ -37,11 +38,19 @@ class StatsTable:
     """Rows of statistics under ``columns``, which begin layer, head, circuit, fold, alpha, beta.
 
     ``circuit`` is ``qk`` or ``ov``; ``head`` an index, or ``all`` for the layer's summed OV; ``fold`` is ``raw``,
-    ``effective`` or ``centred``. A statistic that is not defined is NaN: an empty cell in CSV, null in JSON.
+    ``effective``, ``centred`` or ``balanced``. A statistic that is not defined is NaN: an empty cell in CSV, null in
+    JSON.
     """
 
     rows: tuple[Row, ...]
-    columns: tuple[str, ...] = (*KEYS, *DiagonalFit.names(), "num_heads", "name", "leaves_out")
+    columns: tuple[str, ...] = (
+        *KEYS,
+        *DiagonalFit.names(),
+        *GainStatistics.names(),
+        "num_heads",
+        "name",
+        "leaves_out",
+    )
 
     def __len__(self) -> int:
         """Return the number of rows."""
