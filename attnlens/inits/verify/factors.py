@@ -1,4 +1,4 @@
-"""What alpha and beta of a product do not show: its split between two weights, and which of its directions are there."""
+"""What alpha and beta of a product do not show: its split between two weights, and directions that are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnlens.inits.verify.mistakes import one_product
 
 _SPREADS = 6.0
 _EMPTY, _SMALL, _ABSENT, _KEPT = 1e-9, 1e-2, 0.1, 0.01
-"""Shares of the largest singular value: nothing, too little to judge; of the planned one: gone, and what others may lack."""
+"""Shares of the largest singular value: none, too little to judge; of the planned one: gone, and error of the rest."""
 
 
 def split_problem(layer: Layer, row: ProductReport, plan: Plan, fold: Fold, limit: float | None) -> str:
