@@ -19,7 +19,6 @@ from attnlens.statistics.nulls import pairing_draws, rotation_draws, sign_flip_d
 from tests.conftest import random_heads
 from tests.test_inits_names import vit
 
-
 MONTE_CARLO = {
     "signs": lambda product, draws: sign_flip_draws(product.diagonal(), draws),
     "pairings": pairing_draws,
