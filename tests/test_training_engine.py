@@ -303,3 +303,20 @@ def test_operation_and_byte_counts_give_the_documented_bounds():
         one = shape.model_copy(update={"patch_size": patch})
         assert one.training_flops / 1e9 == pytest.approx(gflop, rel=0.002)
         assert 3.0e12 / one.training_bytes == pytest.approx(bound, rel=0.01)
+
+
+def test_gradients_are_clipped_at_the_norm_that_is_named_and_left_alone_below_it():
+    """Adam divides by the gradient's own size, so that a wrong norm shows in what it is given alone."""
+    images = torch.randint(0, 256, (1, 6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[0, 1, 2, 3, 4, 5]])
+    found = {}
+    for clip_norm in (0.05, 1e6):
+        stack = Stack(config(recipe={"clip_norm": clip_norm}), 2, CPU)
+        stack.load([network.state_dict() for network in random_networks(2)], [1e-3, 1e-3], 5)
+        stack.step(images, labels, torch.tensor([0, 0]))
+        found[clip_norm] = stack.gradient.clone()
+    free, clipped = found[1e6], found[0.05]
+    norms = free.norm(dim=1, keepdim=True)
+    assert (norms > 0.1).all()
+    torch.testing.assert_close(clipped.norm(dim=1), torch.full((2,), 0.05), rtol=1e-4, atol=0)
+    torch.testing.assert_close(clipped, free * 0.05 / norms, rtol=1e-3, atol=1e-7)

@@ -107,7 +107,7 @@ def _embedding(network: Network, name: str, grid: tuple[int, int] | None) -> tup
     values = stored.detach().cpu().double().numpy() if hasattr(stored, "detach") else np.asarray(stored, np.float64)
     values = values.reshape(-1, values.shape[-1])
     if grid is None:
-        sides = [(prefix, isqrt(len(values) - prefix)) for prefix in range(_MOST_PREFIX_TOKENS)]
+        sides = [(prefix, isqrt(len(values) - prefix)) for prefix in range(min(_MOST_PREFIX_TOKENS, len(values)))]
         square = next(((prefix, side) for prefix, side in sides if side**2 == len(values) - prefix), None)
         if square is None:
             raise UsageError(

@@ -1,12 +1,18 @@
-"""The six mistakes known from public mimetic initialisers, recognised in the weights they leave behind.
+"""Mistakes in initialisers, recognised in the weights they leave behind.
 
-Each is a hypothesis with a prediction of its own, from the request alone, no seed needed:
+Hypotheses with a prediction of their own, from the request alone, no seed needed:
 
 - transposed OV: with W_V, W_O or both stored untransposed, the product of the transposes has the requested parameters;
 - double square root: the product with every singular value squared has them;
 - sign: the product has the requested alpha and minus the requested beta;
 - noise 1/d, unscaled noise: the product has the parameters of a draw with alpha / sqrt(d), alpha * sqrt(d);
-- cloned heads: the off-diagonals of two heads' QK products, or of two layers' first heads, are one matrix.
+- packed by head: with rows read as [head][q|k|v] in place of [q|k|v][head] the products have them.
+
+What is there though each product is as expected:
+
+- cloned heads: the off-diagonals of two heads of a layer are one matrix;
+- reused noise: the off-diagonals of products of two layers, or of both circuits, are one noise (`verify.reuse`);
+- unbalanced split, skipped direction, bias not zero: see `verify.factors`.
 """
 
 from __future__ import annotations
@@ -25,7 +31,10 @@ from attnlens.inits.report import ProductReport, expected_at, parameters
 from attnlens.statistics.diagonal import off_diagonal_squares
 from attnlens.statistics.inverse import Parameters
 
-MISTAKES = ("transposed OV", "noise 1/d", "double square root", "sign", "cloned heads", "unscaled noise")
+MISTAKES = (
+    *("transposed OV", "noise 1/d", "double square root", "sign", "cloned heads", "unscaled noise", "packed by head"),
+    *("reused noise", "unbalanced split", "skipped direction", "bias not zero"),
+)
 SAME_DRAW = 0.5
 """Cosine between two off-diagonals above which they are one draw; independent draws stay within a few times 1/d."""
 
@@ -45,16 +54,19 @@ class Tolerance(NamedTuple):
 _ALPHA_SPREADS, _BETA_SPREADS, _ROUNDINGS = 10.0, 6.0, 8.0
 
 
-def tolerance_at(expected: Parameters, width: int, eps: float, drawn: int = 1) -> Tolerance:
+def tolerance_at(expected: Parameters, width: int, eps: float, drawn: int = 1, rank: int | None = None) -> Tolerance:
     """Return the tolerance of a product of size ``width``: 10 alpha / d for alpha, 6 alpha / d for beta, and rounding.
 
     Single draws have a standard deviation of about alpha / d in both, and means within half of that of the closed form
     (measured: benchmarks/init_tolerance.py).
     ``drawn`` = 2 where the expected parameters are those of a draw themselves. ``eps`` is that of the stored type.
+    Where the two factors may be drawn by themselves, each of d ``rank`` numbers, alpha has a standard deviation of
+    alpha / sqrt(d rank): six of them are allowed where they are more.
     """
     spread = math.sqrt(drawn) * expected.alpha / width
     rounding = _ROUNDINGS * eps * (expected.alpha + abs(expected.beta)) + sys.float_info.min
-    return Tolerance(_ALPHA_SPREADS * spread + rounding, _BETA_SPREADS * spread + rounding)
+    of_factors = 0.0 if rank is None else _BETA_SPREADS * math.sqrt(width / rank)
+    return Tolerance(max(_ALPHA_SPREADS, of_factors) * spread + rounding, _BETA_SPREADS * spread + rounding)
 
 
 def recognise(layer: Layer, row: ProductReport, fold: Fold, eps: float) -> str:
@@ -91,6 +103,9 @@ def _hypotheses(
     yield "unscaled noise", found, expected_at(asked.alpha * math.sqrt(width), asked.beta, rank, width)
     product = one_product(layer.weights, row.circuit, row.head, fold)
     yield "double square root", parameters(squared_values(product))[0], expected
+    repacked = _repacked(layer.weights)
+    if repacked is not None:
+        yield "packed by head", parameters(one_product(repacked, row.circuit, row.head, fold))[0], expected
     if row.circuit == "ov" and row.head == ALL_HEADS:
         for other in _untransposed(layer):
             yield "transposed OV", parameters(one_product(other, "ov", ALL_HEADS, fold))[0], expected
@@ -127,6 +142,14 @@ def _untransposed(layer: Layer) -> Iterator[HeadWeights]:
     yield weights.replace(W_V=W_V)
     yield weights.replace(W_O=W_O)
     yield weights.replace(W_V=W_V, W_O=W_O)
+
+
+def _repacked(weights: HeadWeights) -> HeadWeights | None:
+    """Return the layer with its rows, block by block, read as [head][q|k|v]; None where blocks differ in shape."""
+    if not weights.W_Q.shape == weights.W_K.shape == weights.W_V.shape or len(weights.W_Q) == 1:
+        return None
+    blocks = np.concatenate([weights.W_Q, weights.W_K, weights.W_V])
+    return weights.replace(W_Q=blocks[0::3], W_K=blocks[1::3], W_V=blocks[2::3])
 
 
 def clones(product: FactoredProduct) -> list[tuple[int, int, float]]:

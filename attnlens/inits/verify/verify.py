@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from attnlens.circuits import FactoredProduct, Fold, qk_circuit
+from attnlens.circuits import Fold, ov_circuit, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.heads import Array, HeadWeights
+from attnlens.heads import HeadWeights
 from attnlens.inits.apply import make_layer, planned_heads, planned_layers, run_each
 from attnlens.inits.caveats import whole_layer_reason
 from attnlens.inits.file import METADATA_KEY, params_record
@@ -24,20 +24,20 @@ from attnlens.inits.random import Streams
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import ProductReport, Skipped, describe_option, measure
 from attnlens.inits.verify.check import MATRIX_TOLERANCE, Check, stored_eps
+from attnlens.inits.verify.factors import bias_deviations, empty_directions, skipped_directions, split_problem
 from attnlens.inits.verify.filters import verify_filter_layer
 from attnlens.inits.verify.mistakes import (
     MISTAKES,
-    SAME_DRAW,
     Tolerance,
     clones,
     diagonal_spread,
-    off_diagonal_cosine,
     one_product,
     recognise,
     size_of,
     spread_limits,
     tolerance_at,
 )
+from attnlens.inits.verify.reuse import Reuse, Signs, reused, signs_of
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.depthwise import FilterSpec
 from attnlens.layouts.read_write import Tensors
@@ -109,9 +109,10 @@ def verify_init(
 
     ``model``, ``checkpoint``, ``model_args`` and ``input_size``: as `attnlens.inspect` takes them. Without ``init``,
     the initialiser, seed and options are those `attnlens init` wrote into the file, else ``mimetic``. With a seed (or
-    an initialiser that draws nothing) every product is compared as a whole matrix; without one by alpha, beta and the
-    spread of its diagonal, within the tolerances that `tolerance_at` and `spread_limits` state, filters by their
-    covariance. Products that fail are matched with the known `MISTAKES`.
+    an initialiser that draws nothing) every product is compared as a whole matrix; without one by alpha, beta, the
+    spread of its diagonal and its rank, within the tolerances that `tolerance_at` and `spread_limits` state, filters by
+    their covariance. Either way the split of a product between its weights, biases that are set, and noise that returns
+    in another product are looked at. What fails is matched with the known `MISTAKES`.
 
     Raises what `open_model` and the initialiser raise, and `UsageError` where a file's record cannot be followed.
     """
@@ -126,7 +127,10 @@ def verify_init(
     jobs: list[Callable[[], _Found]] = [partial(_verify_layer, rule, network, *p, whole) for p in layers.attention]
     jobs += [partial(_verify_filters, rule, network, *place, whole) for place in layers.filters]
     found = run_each(jobs, tensors, layers.specs())
-    checks = _with_repeated_layers([check for result in found for check in result.checks], found)
+    checks = _with_reuse(
+        [check for result in found for check in result.checks],
+        list(reused([signs for result in found for signs in result.signs])),
+    )
     skipped = [*layers.refused, *(item for result in found for item in result.skipped)]
     if not checks:
         reason = f": {skipped[0].name} {skipped[0].reason}" if skipped else ""
@@ -177,8 +181,8 @@ class _Found(NamedTuple):
     layer: int
     checks: list[Check]
     skipped: list[Skipped]
-    first: FactoredProduct | None = None
-    """QK of the first head, where heads are drawn: to compare with that of other layers."""
+    signs: tuple[Signs, ...] = ()
+    """Of the products that are drawn: to compare with those of other layers and of the other circuit."""
 
 
 def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec, whole: bool) -> _Found:
@@ -197,15 +201,32 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
     known = not cut and not any(math.isnan(row.expected_alpha) for row in rows)
     twins = rows if known else measure(layer, planned, plan, rule.fold)
     checks = [
-        _check(layer, row, twin, rule, closed=not cut and not math.isnan(row.expected_alpha), whole=whole, eps=eps)
+        _check(
+            _Product(layer, row, twin, plan, planned),
+            rule,
+            eps,
+            closed=not cut and not math.isnan(row.expected_alpha),
+            whole=whole,
+        )
         for row, twin in zip(rows, twins, strict=True)
     ]
-    biases = _bias_checks(layer, planned, eps) if whole else []
-    drawn = any(request.circuit == "qk" and request.alpha > 0 for request in plan.requests)
+    biases = _bias_checks(layer, plan, planned, eps, whole)
+    drawn = any(request.alpha > 0 for request in plan.requests)
     if not drawn or (whole and all(check.passed for check in checks)):
         return _Found(index, [*checks, *biases], skipped)
-    product = qk_circuit(layer.weights, rule.fold)
-    return _Found(index, [*_with_clones(checks, clones(product)), *biases], skipped, product.head(0))
+    checks = _with_clones(checks, layer, rule.fold)
+    signs = tuple(signs for circuit, head in _drawn(rows) for signs in _signs(layer, circuit, head, rule.fold))
+    return _Found(index, [*checks, *biases], skipped, signs)
+
+
+def _drawn(rows: list[ProductReport]) -> list[tuple[str, int | str]]:
+    """Return the products to compare noises of: heads by themselves where they are drawn so, else the layer's sum."""
+    by_head = any(row.circuit == "ov" and row.head != ALL_HEADS for row in rows)
+    return [(row.circuit, row.head) for row in rows if row.circuit == "qk" or by_head == (row.head != ALL_HEADS)]
+
+
+def _signs(layer: Layer, circuit: str, head: int | str, fold: Fold) -> list[Signs]:
+    return signs_of(one_product(layer.weights, circuit, head, fold), layer.index, circuit, head)  # type: ignore[arg-type]
 
 
 def _verify_filters(rule: Rule, network: Network, index: int, spec: FilterSpec, whole: bool) -> _Found:
@@ -228,26 +249,43 @@ def _coarsest(spec: AttentionSpec, tensors: Tensors) -> float:
     return max(stored_eps(tensors[name]) for slot in spec.slots().values() for name in slot.named(slot.tensor))
 
 
-def _check(
-    layer: Layer, row: ProductReport, twin: ProductReport, rule: Rule, *, closed: bool, whole: bool, eps: float
-) -> Check:
+class _Product(NamedTuple):
+    """One product to judge: as it is, as the initialiser's own draw measures, and the plan it belongs to."""
+
+    layer: Layer
+    row: ProductReport
+    twin: ProductReport
+    plan: Plan
+    planned: HeadWeights
+
+
+def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, whole: bool) -> Check:
     """Judge one product, against what the closed form expects or else what the initialiser's own draw measures."""
-    width, _ = size_of(layer, row)
+    layer, row, twin = product.layer, product.row, product.twin
+    width, rank = size_of(layer, row)
     if closed:
         expected = Parameters(row.expected_alpha, row.expected_beta)
         tolerance = tolerance_at(expected, width, eps)
     else:
         expected = Parameters(twin.alpha, twin.beta)
-        tolerance = tolerance_at(expected, width, eps, drawn=2)
+        tolerance = tolerance_at(expected, width, eps, drawn=2, rank=rank)
     compared = whole and not math.isnan(row.relative_error)
     limit = max(MATRIX_TOLERANCE, 4 * eps)
-    problem = ""
-    if not compared or row.relative_error > limit:
-        problem = _deviation(layer, row, expected, tolerance, rule.fold, spread=closed)
+    other = compared and row.relative_error > limit
+    problem = _deviation(layer, row, expected, tolerance, rule.fold, spread=closed) if other or not compared else ""
     mistake = recognise(layer, row, rule.fold, eps) if problem and closed else ""
-    if compared and row.relative_error > limit:
+    if other:
         as_drawn = "alpha and beta are as expected: another draw, or other options"
         problem = f"||M - A|| / ||A|| is {row.relative_error:.2g}, above {limit:.1g}: {problem or as_drawn}"
+        missing = skipped_directions(layer, row, product.planned, rule.fold)
+    else:
+        missing = empty_directions(layer, row, rule.fold, rank) if closed and not compared and not problem else 0
+    if missing and not mistake:
+        lacks = f"{missing} of {rank} singular directions hold nothing of what they should"
+        problem, mistake = "; ".join(filter(None, (problem, lacks))), "skipped direction"
+    if not problem:
+        problem = split_problem(layer, row, product.plan, rule.fold, limit if whole else None)
+        mistake = "unbalanced split" if problem else ""
     return Check(
         **{name: getattr(row, name) for name in _ROW_FIELDS},
         expected_alpha=expected.alpha,
@@ -281,54 +319,50 @@ def _deviation(
     return ""
 
 
-def _bias_checks(layer: Layer, planned: HeadWeights, eps: float) -> list[Check]:
-    """Compare the biases an initialiser sets; none where it sets none."""
-    deviations: list[float] = []
-    for name in ("b_Q", "b_K", "b_V", "b_O"):
-        wanted: Array | None = getattr(planned, name)
-        have: Array | None = getattr(layer.weights, name)
-        if wanted is not None and have is not None:
-            deviations.append(float(np.abs(have - wanted).max() / max(1.0, np.abs(wanted).max())))
+def _bias_checks(layer: Layer, plan: Plan, planned: HeadWeights, eps: float, whole: bool) -> list[Check]:
+    """Compare the biases an initialiser sets; none where it sets none. Without its draw only those it sets to zero."""
+    settled = frozenset(role for role in plan.weights() if whole or role not in plan.biases)
+    deviations = list(bias_deviations(layer.weights, planned, settled))
     if not deviations:
         return []
-    worst, limit = max(deviations), max(MATRIX_TOLERANCE, 4 * eps)
-    problem = f"a bias is {worst:.2g} away from what it is set to" if worst > limit else ""
+    name, worst = max(deviations, key=lambda pair: pair[1])
+    limit = max(MATRIX_TOLERANCE, 4 * eps)
     place = (layer.index, layer.spec.path, "bias", ALL_HEADS)
-    return [Check(*place, matrix_error=worst, matrix_tolerance=limit, problem=problem)]
+    problem, mistake = "", ""
+    if worst > limit:
+        problem = f"{name} is up to {worst:.2g} away from what it is set to"
+        mistake = "" if np.any(getattr(planned, name)) else "bias not zero"
+    return [Check(*place, matrix_error=worst, matrix_tolerance=limit, problem=problem, mistake=mistake)]
 
 
-def _with_clones(checks: list[Check], found: list[tuple[int, int, float]]) -> list[Check]:
-    """Mark the QK checks of heads that repeat an earlier one."""
-    repeated = {head: (first, cosine) for first, head, cosine in found}
+def _with_clones(checks: list[Check], layer: Layer, fold: Fold) -> list[Check]:
+    """Mark the checks of heads that repeat an earlier one of their layer and circuit."""
+    repeated: dict[tuple[str, int | str], str] = {}
+    for circuit, stack in (("qk", qk_circuit), ("ov", ov_circuit)):
+        if any(check.circuit == circuit and check.head != ALL_HEADS for check in checks):
+            for first, head, cosine in clones(stack(layer.weights, fold)):
+                repeated[circuit, head] = f"its off-diagonal is that of head {first}: cosine {cosine:.2f}"
+    places = [(check.circuit, check.head) for check in checks]
     return [
-        _repeated(check, f"head {repeated[int(check.head)][0]}", repeated[int(check.head)][1])
-        if check.circuit == "qk" and check.head in repeated
-        else check
-        for check in checks
+        _named(check, repeated[place], "cloned heads") if place in repeated else check
+        for check, place in zip(checks, places, strict=True)
     ]
 
 
-def _with_repeated_layers(checks: list[Check], found: list[_Found]) -> list[Check]:
-    """Mark the first heads of layers that repeat the first head of an earlier layer."""
-    originals: list[_Found] = []
-    repeated: dict[int, tuple[int, float]] = {}
-    for result in found:
-        if result.first is None:
-            continue
-        cosines = [(off_diagonal_cosine(result.first, other.first), other.layer) for other in originals if other.first]
-        cosine, layer = max(cosines, default=(0.0, -1))
-        if cosine > SAME_DRAW:
-            repeated[result.layer] = (layer, cosine)
+def _with_reuse(checks: list[Check], found: list[Reuse]) -> list[Check]:
+    """Mark the checks of products whose noise is that of another layer or circuit."""
+    by_place = {(each.product.layer, each.product.circuit, each.product.head): each for each in found}
+    marked = []
+    for check in checks:
+        each = by_place.get((check.layer, check.circuit, check.head))
+        if each is not None:
+            of = f"layer {each.of.layer}, {each.of.circuit} {each.of.head}"
+            problem = f"its noise is that of {of}: its signs correlate by {each.correlation:.2f}"
+            marked.append(_named(check, problem, "reused noise"))
         else:
-            originals.append(result)
-    return [
-        _repeated(check, f"layer {repeated[check.layer][0]}", repeated[check.layer][1])
-        if (check.circuit, check.head) == ("qk", 0) and check.layer in repeated
-        else check
-        for check in checks
-    ]
+            marked.append(check)
+    return marked
 
 
-def _repeated(check: Check, what: str, cosine: float) -> Check:
-    problem = f"its off-diagonal is that of {what}: cosine {cosine:.2f}"
-    return replace(check, problem="; ".join(filter(None, (check.problem, problem))), mistake="cloned heads")
+def _named(check: Check, problem: str, mistake: str) -> Check:
+    return replace(check, problem="; ".join(filter(None, (check.problem, problem))), mistake=check.mistake or mistake)

@@ -1,0 +1,208 @@
+"""Mutation run: small changes planted one at a time in the core, and whether the tests of their module notice.
+
+    pip install --group mutation
+    python -m benchmarks.mutation --mutants 50 --jobs 2
+
+Mutants are those of cosmic-ray's operators (arithmetic, comparisons, signs, numbers, booleans, loops). All that can be
+made in `PARTS` are counted, a seeded sample of each part is planted in copies of the tree, and the test files of the
+part are run until one fails. ``killed``: a test failed; ``timeout``: the tests did not end, counted as killed;
+``survived``: all passed, equivalent mutants among them. The score is killed / planted. With ``--parts`` the others keep
+what the file says of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from attnlens.atomic import write_text_atomic
+from attnlens.provenance import run_provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "circuits": (
+        ("attnlens/circuits.py",),
+        ("tests/test_circuits.py", "tests/test_diagonal.py"),
+    ),
+    "statistics": (
+        ("attnlens/statistics/*.py",),
+        ("tests/test_diagonal.py", "tests/test_inverse.py", "tests/test_draws.py", "tests/test_inference.py"),
+    ),
+    "layouts": (
+        ("attnlens/layouts/*.py", "attnlens/layouts/*/*.py"),
+        (
+            *("tests/test_layouts_rules.py", "tests/test_layouts_roundtrip.py", "tests/test_filters_inspect.py"),
+            *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py"),
+        ),
+    ),
+    "inits": (
+        ("attnlens/inits/*.py", "attnlens/inits/*/*.py"),
+        (
+            *("tests/test_draws.py", "tests/test_inits_products.py", "tests/test_inits_names.py"),
+            *("tests/test_inits_verify.py", "tests/test_inits_mistakes.py", "tests/test_inits_fitted.py"),
+            "tests/test_filters_init.py",
+        ),
+    ),
+}
+"""Per part the files that are mutated and the test files that belong to them."""
+LEFT_OUT = ("--deselect", "tests/test_inits_mistakes.py::test_no_initialiser_raises_a_false_alarm")
+"""Minutes a run for what others mostly notice: what it alone would kill counts as survived."""
+OPERATORS = tuple(
+    f"core/{name}"
+    for name in (
+        *("ReplaceBinaryOperator_Add_Sub", "ReplaceBinaryOperator_Sub_Add", "ReplaceBinaryOperator_Mul_Div"),
+        *("ReplaceBinaryOperator_Div_Mul", "ReplaceBinaryOperator_Pow_Mul", "ReplaceBinaryOperator_FloorDiv_Mul"),
+        *("ReplaceComparisonOperator_Lt_GtE", "ReplaceComparisonOperator_Gt_LtE", "ReplaceComparisonOperator_Eq_NotEq"),
+        *("ReplaceComparisonOperator_LtE_Gt", "ReplaceComparisonOperator_GtE_Lt", "ReplaceComparisonOperator_NotEq_Eq"),
+        *("ReplaceComparisonOperator_Is_IsNot", "ReplaceComparisonOperator_IsNot_Is", "NumberReplacer"),
+        *("ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Not", "ReplaceAndWithOr"),
+        *("ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceContinueWithBreak"),
+        *("AddNot", "ZeroIterationForLoop"),
+    )
+)
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change, and what became of it."""
+
+    part: str
+    file: str
+    operator: str
+    occurrence: int
+    outcome: str = ""
+    change: str = ""
+    seconds: float = 0.0
+
+
+def mutants_of(part: str) -> Iterator[Mutant]:
+    """Yield every mutant the operators can make of a part."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator
+
+    for pattern in PARTS[part][0]:
+        for path in sorted(ROOT.glob(pattern)):
+            nodes = list(ast_nodes(get_ast(path.read_text())))
+            for name in OPERATORS:
+                operator = get_operator(name)()
+                count = sum(len(list(operator.mutation_positions(node))) for node in nodes)
+                for occurrence in range(count):
+                    yield Mutant(part, str(path.relative_to(ROOT)), name.removeprefix("core/"), occurrence)
+
+
+def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
+    """Return a seeded sample in random order: its beginnings are samples too."""
+    return random.Random(seed).sample(mutants, min(count, len(mutants)))  # no secret
+
+
+def run(mutant: Mutant, tree: Path) -> Mutant:
+    """Plant a mutant in a copy of the tree, run its tests, and take it out again."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    path = tree / mutant.file
+    before = path.read_text()
+    after = mutate_code(before, get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
+    assert after is not None
+    start = time.monotonic()
+    path.write_text(after)
+    try:
+        outcome = "killed" if _tests_fail(mutant.part, tree) else "survived"
+    except subprocess.TimeoutExpired:
+        outcome = "timeout"
+    finally:
+        path.write_text(before)
+    pairs = enumerate(zip(before.splitlines(), after.splitlines(), strict=False), 1)
+    change = next((f"{line}: {old.strip()} -> {new.strip()}" for line, (old, new) in pairs if old != new), "")
+    seconds = round(time.monotonic() - start, 1)
+    return Mutant(mutant.part, mutant.file, mutant.operator, mutant.occurrence, outcome, change, seconds)
+
+
+def _tests_fail(part: str, tree: Path) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *PARTS[part][1], *LEFT_OUT]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False)
+    return done.returncode != 0
+
+
+def main() -> None:
+    """Run the samples and write their scores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--mutants", type=int, default=50, help="how many to plant in each part")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="plant no more of a part after so many")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/mutation.json")
+    given = parser.parse_args()
+    results = json.loads(given.output.read_text()) if given.output.exists() else {"parts": {}}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        trees: Queue[Path] = Queue()
+        for job in range(given.jobs):
+            tree = Path(folder) / str(job)
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv"))
+            trees.put(tree)
+        for part in given.parts:
+            possible = list(mutants_of(part))
+            end = time.monotonic() + 60 * given.minutes
+            planted = list(pool.map(partial(_one, trees, end), sample(possible, given.mutants, given.seed)))
+            tree = trees.get()
+            # A survivor shows that the tests pass as they are; where there is none they are run once without a mutant.
+            if all(each is None or each.outcome != "survived" for each in planted) and _tests_fail(part, tree):
+                raise SystemExit(f"the tests of {part} fail without any mutant: {' '.join(PARTS[part][1])}")
+            trees.put(tree)
+            results["parts"][part] = _part([each for each in planted if each], len(possible), given.seed)
+            results = _totals(results)
+            write_text_atomic(given.output, json.dumps(results, indent=1) + "\n")
+    print(f"{results['score']:.1%} of {results['planted']} mutants killed")
+
+
+def _one(trees: Queue[Path], end: float, mutant: Mutant) -> Mutant | None:
+    if time.monotonic() > end:
+        return None
+    tree = trees.get()
+    try:
+        found = run(mutant, tree)
+    finally:
+        trees.put(tree)
+    print(f"{found.outcome:9} {found.file}:{found.change}", file=sys.stderr, flush=True)
+    return found
+
+
+def _part(planted: list[Mutant], possible: int, seed: int) -> dict[str, Any]:
+    counts = Counter(mutant.outcome for mutant in planted)
+    return {
+        **run_provenance(),
+        "command": " ".join(["python -m benchmarks.mutation", *sys.argv[1:]]),
+        "seed": seed,
+        "possible": possible,
+        "planted": len(planted),
+        **{outcome: counts[outcome] for outcome in ("killed", "timeout", "survived")},
+        "mutants": [asdict(mutant) for mutant in planted],
+    }
+
+
+def _totals(results: dict[str, Any]) -> dict[str, Any]:
+    planted, survived = (sum(part[name] for part in results["parts"].values()) for name in ("planted", "survived"))
+    killed = planted - survived
+    return {"score": killed / max(planted, 1), "planted": planted, "killed": killed, "parts": results["parts"]}
+
+
+if __name__ == "__main__":
+    main()
