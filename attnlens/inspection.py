@@ -178,6 +178,8 @@ def inspect(
     layers: Sequence[int] | None = None,
     layer_spectra: bool = False,
     include: Sequence[str] = (),
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -202,10 +204,10 @@ def inspect(
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
-    architecture, weights = named_and_weights(source, checkpoint, model)
-    access = Access(offline=offline, remote=remote)
+    architecture, held = named_and_weights(source, checkpoint, model)
+    access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     opened = open_model(
-        architecture, weights, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+        architecture, held, num_heads, access, filters=True, model_args=model_args, input_size=input_size
     )
     names = parse_folds(fold)
     wanted, unwanted = _by_kind(opened, include)

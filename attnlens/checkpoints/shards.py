@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from attnlens.checkpoints.base import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
-from attnlens.checkpoints.open import open_checkpoint
+from attnlens.checkpoints.open import open_stored
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import read_json, within
 
@@ -53,7 +53,7 @@ class ShardedFile(Checkpoint):
 
     def _shard(self, name: str) -> Checkpoint:
         if name not in self._opened:
-            self._opened[name] = open_checkpoint(self._paths[name])
+            self._opened[name] = open_stored(self._paths[name])
         return self._opened[name]
 
     def __getitem__(self, name: str) -> Any:
