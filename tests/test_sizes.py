@@ -58,7 +58,7 @@ def test_sizes_that_the_shapes_show_are_not_asked_for(name, prefix):
 
 def test_sizes_that_are_given_are_not_looked_for():
     model = network(depth=4, embed_dim=60, num_heads=5)
-    with pytest.raises(UsageError, match=r"is 60 wide, vit_tiny_patch16_224 192, .*--model-arg num_heads=N"):
+    with pytest.raises(CheckpointError, match=r"is 60 wide, vit_tiny_patch16_224 192, .*--model-arg num_heads=N"):
         open_model(NAME, model.state_dict())
     same(layers(NAME, model.state_dict(), model_args={"num_heads": 5}), layers(model))
     given = {"depth": 4, "embed_dim": 60, "num_heads": 5}

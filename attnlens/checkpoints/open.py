@@ -12,6 +12,7 @@ from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.files import NpzFile, SafetensorsFile
 from attnlens.checkpoints.formats import ACCEPTED, PACKED, kind_of, refuse_folder
 from attnlens.checkpoints.networks import choose_network
+from attnlens.checkpoints.shards import ShardedFile
 from attnlens.checkpoints.torch_files import TorchFile
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import read_json, within
@@ -47,9 +48,7 @@ def open_stored(path: Path) -> Checkpoint:
         if kind == "npz":
             return NpzFile(path)
         if kind == "index":
-            from attnlens.checkpoints.shards import ShardedFile
-
-            return ShardedFile(path)
+            return ShardedFile(path, open_stored)
         if kind == "torch":
             return TorchFile(path)
         raise CheckpointError(f"{path} is {PACKED[kind]}: unpack it and give the weight file in it")

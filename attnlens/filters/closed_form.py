@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attnlens.filters.spec import Kernel
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import Kernel
 
 SMALLEST, LARGEST = 1e-3, 10.0
 """Range of ``s / side^2``: below, only the middle of a filter is left; above, all of it is constant."""

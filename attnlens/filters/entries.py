@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from attnlens.errors import ParamsError
 from attnlens.filters.closed_form import LARGEST, SMALLEST
-from attnlens.filters.spec import Kernel
 from attnlens.filters.transfer import alike, interpolated, resampled
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import Trend, _Part
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _Share = Annotated[float, Field(ge=0, le=1 + 1e-9)]
 class FilterEntry(BaseModel):
     """The covariance of one layer's filters, with trace 1 and after shrinkage, and the closed form fitted to it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     source: int = Field(ge=0)
     layer: int = Field(ge=0, description="counted over layers of filters")

@@ -9,8 +9,8 @@ import numpy as np
 
 from attnlens.filters.closed_form import ROUNDING, by_sides, fit_closed_form, gains, inner_products
 from attnlens.filters.covariance import second_moment
-from attnlens.filters.spec import FilterSpec, Kernel
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import FilterSpec, Kernel
 from attnlens.statistics.table import Row, Value
 
 DRAWS = 199

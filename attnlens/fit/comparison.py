@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,33 +13,17 @@ from attnlens.circuits import Fold, Kind
 from attnlens.errors import UsageError
 from attnlens.heads import Array
 from attnlens.inspection import Inspection, inspect, need_attention
-from attnlens.statistics.depth import relative_depth
+from attnlens.statistics.depth import Profile, relative_depth
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.threads import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GRID = np.linspace(0.0, 1.0, 101)
 STATISTICS = ("alpha", "beta", "identity_share")
 PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 """What is compared: QK as the mean over a layer's heads, OV as the layer's sum."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One statistic of one circuit by relative depth, of one model.
-
-    ``depth`` is t = layer / (depth - 1) in [0, 1]; ``identity_share`` is the identity cosine divided by the largest one
-    a product of that rank can have, sqrt(k/d): between -1 and 1 whatever width and rank are.
-    """
-
-    model: str
-    circuit: Kind
-    statistic: str
-    depth: Array
-    values: Array
-
-    def at(self, depth: Array) -> Array:
-        """Interpolate linearly at relative depths."""
-        return np.interp(depth, self.depth, self.values)
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,12 @@ class Comparison:
         """Return one statistic's profile of every model."""
         return [p for p in self.profiles if (p.circuit, p.statistic) == (circuit, statistic)]
 
+    def figures(self) -> dict[str, Figure]:
+        """Draw ``comparison``: the profiles of all models side by side."""
+        from attnlens.fit.figures import draw_comparison
+
+        return {"comparison": draw_comparison(self.models, self.profiles, self.fold)}
+
 
 def compare(
     *models: Any,
@@ -65,7 +55,7 @@ def compare(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Comparison:
-    """Inspect several models and measure how their structure differs with depth.
+    """Return how the structure of several models, each inspected, differs with depth.
 
     Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
@@ -78,7 +68,13 @@ def compare(
     if checkpoints and len(checkpoints) != len(models):
         raise UsageError(f"{len(checkpoints)} checkpoints for {len(models)} models: give one for each, in their order")
     files = checkpoints or [None] * len(models)
-    how: dict[str, Any] = {"fold": fold, "model_args": model_args, "offline": offline, "remote": remote, "progress": progress}
+    how: dict[str, Any] = {
+        "fold": fold,
+        "model_args": model_args,
+        "offline": offline,
+        "remote": remote,
+        "progress": progress,
+    }
     found = [need_attention(inspect(model, file, **how), "compare") for model, file in zip(models, files, strict=True)]
     return compare_inspections(found, fold)
 
@@ -97,7 +93,7 @@ def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
         stats = inspection.stats.select(circuit=circuit, fold=fold)
         by_layer = {layer: _of_heads(stats.select(layer=layer), heads) for layer in inspection.layers}
         for statistic in STATISTICS:
-            values = {layer: _statistic(rows, statistic) for layer, rows in by_layer.items()}
+            values = {layer: rows.column(statistic) for layer, rows in by_layer.items()}
             means = {layer: v[np.isfinite(v)].mean() for layer, v in values.items() if np.isfinite(v).any()}
             if means:  # a layer without a number (a product that is zero, or not square) is interpolated over
                 depth = np.array([relative_depth(layer, inspection.depth) for layer in means])
@@ -110,12 +106,6 @@ def _of_heads(stats: StatsTable, heads: str) -> StatsTable:
         return stats.select(head=ALL_HEADS)
     place = stats.columns.index("head")
     return StatsTable(tuple(row for row in stats.rows if row[place] != ALL_HEADS), stats.columns)
-
-
-def _statistic(stats: StatsTable, name: str) -> Array:
-    if name == "identity_share":
-        return stats.column("identity_cosine") / stats.column("identity_cosine_bound")
-    return stats.column(name)
 
 
 def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[str, Any]]:

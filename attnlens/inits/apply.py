@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
-from attnlens.filters import FilterSpec, read_filters, write_filters
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.caveats import layer_notes, whole_layer_reason
 from attnlens.inits.folding import UnusableScaleError, folding_notes, gains, silent_roles, unfolded
@@ -22,6 +21,7 @@ from attnlens.inits.random import Streams
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import FilterReport, InitReport, ProductReport, Skipped, measure, measure_filters
 from attnlens.layouts import AttentionSpec, read_heads, write_heads
+from attnlens.layouts.depthwise import FilterSpec, read_filters, write_filters
 from attnlens.layouts.read_write import Tensors
 from attnlens.models.architecture import Architecture, suggest
 from attnlens.models.live import open_live
@@ -43,7 +43,7 @@ def init_(
     input_size: int | tuple[int, ...] | None = None,
     **options: Any,
 ) -> InitReport:
-    """Initialise the attention weights, or the depthwise filters, of a network in place and report what it has now.
+    """Initialise the attention, or the depthwise filters, of a network in place and return what it has now.
 
     Works on every layer whose layout can be written (a timm network, a model of transformers,
     `torch.nn.MultiheadAttention`, ...), whatever is wrapped around the network; ``input_size`` is what one forward pass
@@ -88,7 +88,7 @@ def init_(
 def create_model(
     name: str, init: str = "mimetic", seed: int = 0, *, init_options: dict[str, Any] | None = None, **timm_kwargs: Any
 ) -> nn.Module:
-    """Create a timm model and initialise its attention: `timm.create_model` followed by `init_`.
+    """Return a timm model with its attention initialised: `timm.create_model` followed by `init_`.
 
     The whole network is a function of ``seed``: timm's own draws are made under it as well, and torch's global
     generators are put back as they were. With ``init="default"`` the network is what timm made under that seed, so two

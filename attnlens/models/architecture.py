@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import write_text_atomic
 from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError, UsageError
-from attnlens.filters.spec import FilterSpec
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Refusal
 from attnlens.models.forward_inputs import check_input_size, forward_inputs
 from attnlens.models.undress import undress
@@ -104,7 +104,7 @@ def describe_skeleton(
     skeleton: nn.Module, name: str | None = None, input_size: int | tuple[int, ...] | None = None
 ) -> Architecture:
     """Describe a network on the meta device: see `describe_module`."""
-    from attnlens.filters.find import filter_modules
+    from attnlens.layouts.depthwise.find import filter_modules
     from attnlens.layouts.describe import attention_modules
 
     found = list(attention_modules(skeleton))
@@ -177,7 +177,7 @@ def _build(name: str, model_args: dict[str, Any]) -> Architecture:
         raise ModelNotFoundError(f"timm has no architecture named {name!r}{suggest(name, timm.list_models())}")
     name, _, tag = _current_name(name).partition(".")
     try:
-        with torch.device("meta"), _modules_counted(name):
+        with torch.device("meta"), modules_counted(name):
             model = timm.create_model(name, pretrained=False, **model_args)
         tags = pretrained_tags(name)
         first = {tag: tags[tag]} if tag in tags else {}
@@ -234,7 +234,7 @@ def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _modules_counted(name: str) -> Iterator[None]:
+def modules_counted(name: str) -> Iterator[None]:
     """Stop the building of a network that has more modules than any: its arguments come from a file."""
     from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -289,8 +289,7 @@ def rules_digest() -> str:
     """Hash the code that finds layers, so that a description made by other rules is never believed."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
-    filters = [package / "filters" / name for name in ("find.py", "spec.py")]
-    for path in (*sorted((package / "layouts").rglob("*.py")), *filters):
+    for path in sorted((package / "layouts").rglob("*.py")):
         digest.update(path.read_bytes())
     for name in ("architecture.py", "forward_inputs.py", "undress.py"):
         digest.update((package / "models" / name).read_bytes())

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from attnlens.checkpoints import Checkpoint
 from attnlens.checkpoints.networks import ChosenNetwork
-from attnlens.errors import CheckpointError
+from attnlens.errors import CheckpointError, UsageError
 from attnlens.models.architecture import Architecture, describe_architecture
 from attnlens.models.opened import OpenedModel
 
@@ -77,7 +77,10 @@ def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
     first: dict[str, list[int]] = {name: [] for name in list(opened.architecture.shapes)[:1]}
     for weights in (opened.checkpoint, below_prefix(opened.checkpoint, first), renamed):
         if weights is not None:
-            yield from _resized(opened, weights)
+            try:
+                yield from _resized(opened, weights)
+            except UsageError as error:
+                told.append(str(error))
 
 
 def _resized(opened: OpenedModel, weights: Checkpoint) -> Iterator[OpenedModel]:

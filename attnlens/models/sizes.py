@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnlens.errors import UsageError
-from attnlens.models.architecture import check_model_args
+from attnlens.models.architecture import check_model_args, modules_counted
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -43,7 +43,7 @@ def shown_arguments(name: str, given: dict[str, Any], stored: Shapes) -> dict[st
     if "embed_dim" in shown and not {"num_heads"} & {*shown, *given}:
         raise UsageError(
             f"the file is {shown['embed_dim']} wide, {name} {_embed_dim(own)}, and shapes do not say how many heads it "
-            "has: add --model-arg num_heads=N"
+            "has: add --model-arg num_heads=N, or num_heads to model_args"
         )
     if shown.get("class_token") is False and "global_pool" in accepted:
         shown["global_pool"] = "avg"
@@ -51,7 +51,7 @@ def shown_arguments(name: str, given: dict[str, Any], stored: Shapes) -> dict[st
     if not shown:
         return None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), modules_counted(name):
             sized = set(timm.create_model(name, pretrained=False, **arguments).state_dict())
     except Exception:  # noqa: BLE001  # sizes that the architecture's constructor does not take, in whatever way
         return None

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.entries import Entry
 from attnlens.fit.fit_params import fit_params
-from attnlens.fit.params import Entry
 from attnlens.inspection import Inspection, inspect, need_attention
 from attnlens.reports.matrices import CODES, corner_size, draw_data
-from attnlens.reports.templates import _asset, _hash, _scripts, environment
+from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
 from attnlens.statistics.table import KEYS
 from attnlens.statistics.verdicts import Verdict
+from attnlens.templates import environment
 from attnlens.threads import Progress
 
 if TYPE_CHECKING:
@@ -30,10 +32,11 @@ _JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low"
 _ABOUT = ("num_heads", "name", "leaves_out")
 
 
-def build_report(
+def report(
     model: str | os.PathLike[str] | nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
+    output: str | os.PathLike[str] | None = None,
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
     num_heads: int | None = None,
@@ -46,16 +49,18 @@ def build_report(
 ) -> str:
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
+    With ``output`` the page is also written to this file, whole or not at all.
     ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are what
-    `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
-    curves are shown.
+    `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder
+    of `attnlens train-compare` whose curves are shown.
     ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
     verdicts those of `attnlens.fit_params`; nothing is measured here.
 
     The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
     nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
 
-    Raises what `attnlens.inspect` raises, and `ResultsError` for a ``train`` folder that cannot be read.
+    Raises what `attnlens.inspect` raises, `ResultsError` for a ``train`` folder that cannot be read, and `OutputError`
+    for an ``output`` that cannot be written.
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
@@ -75,7 +80,7 @@ def build_report(
         "comparison": _comparison_data(comparison),
         "training": training and {"arms": training.arms, "points": [p.model_dump() for p in training.points]},
     }
-    return (
+    page = (
         environment()
         .get_template("report.html.j2")
         .render(
@@ -91,11 +96,14 @@ def build_report(
             provenance=list(_flat({**inspection.provenance, **({"command": command} if command else {})})),
             comparison=comparison,
             training=training,
-            scripts=_scripts(),
-            hashes=[_hash(script) for script in _scripts()],
-            style=Markup(_asset("report.css")),  # noqa: S704  # the package's own file
+            scripts=scripts(),
+            hashes=[script_hash(script) for script in scripts()],
+            style=Markup(asset("report.css")),  # noqa: S704  # the package's own file
         )
     )
+    if output is not None:
+        write_text_atomic(Path(output), page)
+    return page
 
 
 def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from attnlens.cli.tables import escape, plain_table
 
-from attnlens.cli.terminal import escape, plain_table
-from attnlens.filters.inspection import FilterInspection
-from attnlens.filters.statistics import DRAWS
-from attnlens.fit.params import InitParams
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from attnlens.filters.inspection import FilterInspection
+    from attnlens.fit.params import InitParams
 
 _STYLES = {"closed form": "bold blue", "structured": "blue", "isotropic": "dim", "zeros": "dim"}
 
 
 def filter_table(filters: FilterInspection, model: str) -> Table:
     """Build the table of one model: a row a layer, what chance gives in brackets."""
+    from attnlens.filters.statistics import DRAWS
+
     table = plain_table(
         f"[bold]{escape(model)}[/bold]: depthwise filters, S = FᵀF / n against (1 - w) C(s) + w I / p",
         "rank: effective, tr(S)² / tr(S²), with its p; mean: share of the mean filter; s/k²: C's width by squared\n"
