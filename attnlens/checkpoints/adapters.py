@@ -40,7 +40,9 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     both = _Beside(base, adapter)
     strangers = [name for name, home in both.homes.items() if not home]
     if strangers:
-        raise CheckpointError(f"{found} adapts {strangers[0]}, which its base does not have: give the base it was made for")
+        raise CheckpointError(
+            f"{found} adapts {strangers[0]}, which its base does not have: give the base it was made for"
+        )
     config = _config(folder)
     return as_applied(both, lambda: {"adapter": config})
 

@@ -28,18 +28,32 @@ _OTHERS = {
 OTHER_FORMATS = tuple(_OTHERS)
 """Suffixes of formats that are told from the ones that are read, and refused with what converts them."""
 _BEGINNINGS = (
-    (b"version https://git-lfs", "a pointer of Git LFS and not the weights: run `git lfs pull`, or download the file itself"),
-    (b"<!doctype", "an HTML page and not the weights: the download was refused or redirected, download the file itself"),
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS and not the weights: run `git lfs pull`, or download the file itself",
+    ),
+    (
+        b"<!doctype",
+        "an HTML page and not the weights: the download was refused or redirected, download the file itself",
+    ),
     (b"<html", "an HTML page and not the weights: the download was refused or redirected, download the file itself"),
     (b"<?xml", "an XML document and not the weights: the download was refused, download the file itself"),
     (b"gguf", _OTHERS[".gguf"]),
     (b"\x89hdf\r\n\x1a\n", _OTHERS[".h5"]),
 )
 _FOLDERS = (
-    ("*.distcp", "a distributed checkpoint", "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"),
+    (
+        "*.distcp",
+        "a distributed checkpoint",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
+    ),
     ("zero_to_fp32.py", "a DeepSpeed checkpoint", "python FOLDER/zero_to_fp32.py FOLDER FILE"),
     ("*/mp_rank_00_model_states.pt", "a DeepSpeed checkpoint", "python FOLDER/zero_to_fp32.py FOLDER FILE"),
-    ("mp_rank_00_model_states.pt", "a DeepSpeed checkpoint", "python zero_to_fp32.py FOLDER FILE, of the folder above it"),
+    (
+        "mp_rank_00_model_states.pt",
+        "a DeepSpeed checkpoint",
+        "python zero_to_fp32.py FOLDER FILE, of the folder above it",
+    ),
 )
 
 
@@ -71,9 +85,7 @@ def kind_of(path: Path) -> str:
         return "compressed"
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
-    raise CheckpointError(
-        f"{path} has suffix {suffix!r}, and does not begin as a format that is read: give {ACCEPTED}"
-    )
+    raise CheckpointError(f"{path} has suffix {suffix!r}, and does not begin as a format that is read: give {ACCEPTED}")
 
 
 PACKED = {"tar": "a tar archive", "zip": "a zip archive around other files", "compressed": "a compressed file"}

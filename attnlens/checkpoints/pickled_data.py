@@ -19,7 +19,9 @@ HOSTILE = frozenset(
     "_posixsubprocess torch.hub".split()
 )
 """Modules whose functions no checkpoint needs: a file that asks for one is refused, though nothing would be called."""
-_HOSTILE_BUILTINS = frozenset("eval exec compile __import__ open input breakpoint globals locals delattr setattr".split())
+_HOSTILE_BUILTINS = frozenset(
+    "eval exec compile __import__ open input breakpoint globals locals delattr setattr".split()
+)
 _HOSTILE_TORCH = frozenset(("torch load", "torch.storage _load_from_bytes", "torch.serialization load"))
 _LARGEST_KEY = 1 << 60
 """Integers beyond may be chosen to share a hash: they are no keys of a checkpoint."""

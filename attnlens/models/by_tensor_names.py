@@ -150,7 +150,11 @@ def describe_names(stored: Checkpoint, num_heads: int, where: str, order: str | 
     words = _words_of_order(groups, stored, num_heads, where, order)
     part = _words_of_part(groups, stored, where)
     specs = tuple(
-        spec.replace(label="; ".join([LABEL, *([words] if words and spec.q.tensor == spec.k.tensor == spec.v.tensor else []), *part]))
+        spec.replace(
+            label="; ".join(
+                [LABEL, *([words] if words and spec.q.tensor == spec.k.tensor == spec.v.tensor else []), *part]
+            )
+        )
         for spec in found
     )
     shapes = {name: list(stored.shape(name)) for spec in specs for name in spec.tensors()}

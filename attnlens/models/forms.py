@@ -33,8 +33,13 @@ def fitting(opened: OpenedModel) -> OpenedModel:
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise CheckpointError(
         f"the weights are not of {opened.architecture.name}: {'; '.join(problems[:3])}{more}. "
-        + ". ".join([*dict.fromkeys(told), f"The file holds {', '.join(list(opened.checkpoint)[:3])}, ...: name the "
-        "architecture they were made for as MODEL"])
+        + ". ".join(
+            [
+                *dict.fromkeys(told),
+                f"The file holds {', '.join(list(opened.checkpoint)[:3])}, ...: name the "
+                "architecture they were made for as MODEL",
+            ]
+        )
     )
 
 

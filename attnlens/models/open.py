@@ -99,7 +99,9 @@ def _check_beside(opened: OpenedModel) -> None:
     specs, filters = opened.architecture.specs, opened.architecture.filters
     projections = [name for spec in specs for slot in spec.slots().values() for name in slot.named(slot.tensor)]
     known = {name for layer in (*specs, *filters) for name in layer.tensors()}
-    beside = None if isinstance(opened.checkpoint, LiveWeights) else unread_beside(opened.checkpoint, projections, known)
+    beside = (
+        None if isinstance(opened.checkpoint, LiveWeights) else unread_beside(opened.checkpoint, projections, known)
+    )
     if beside is not None:
         raise CheckpointError(
             f"{beside}, and no rule for it is known: merge it into the weight, or take it out of the file if it does not"

@@ -102,7 +102,10 @@ def without_chunks(checkpoint: Checkpoint) -> RenamedWeights | None:
     homes = {(match["front"], match["block"]): match["chunk"] for match in chunked}
     if not chunked or any(homes[match["front"], match["block"]] != match["chunk"] for match in chunked):
         return None
-    names = {(f"{m['front']}blocks.{m['block']}.{m['rest']}" if m else name): (name, slice(None)) for name, m in found.items()}
+    names = {
+        (f"{m['front']}blocks.{m['block']}.{m['rest']}" if m else name): (name, slice(None))
+        for name, m in found.items()
+    }
     return RenamedWeights(checkpoint, names, "numbers of block chunks taken off")
 
 

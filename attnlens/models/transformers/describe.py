@@ -7,7 +7,7 @@ from functools import cache
 from operator import itemgetter
 
 from attnlens.checkpoints import Checkpoint
-from attnlens.checkpoints.applied import DEQUANTISED
+from attnlens.checkpoints.codes import DEQUANTISED
 from attnlens.errors import CheckpointError, ModelNotFoundError
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
 from attnlens.models.architecture import Architecture
