@@ -212,7 +212,8 @@ def inspect(
     names the architecture; ``inspect(weights, model=name)`` says the same. ``model_args`` are arguments of timm's
     architecture where the shapes do not show them; ``input_size`` (a side, or the shape of one input) serves to follow
     a live network that does not state it. ``num_heads`` reads what nothing names the architecture of, a file, a state
-    dict or a live network, by its tensors' names.
+    dict or a live network, by its tensors' names. ``weights`` names one of several networks in a file, by its prefix or
+    key; ``row_order`` the order of packed rows, from the outermost axis: ``qkv,head,dim``, ``head,dim,qkv``, ...
 
     Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
     heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``

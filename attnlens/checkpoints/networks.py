@@ -193,7 +193,11 @@ def networks_of(origin: Iterable[str], keys: Mapping[str, str]) -> tuple[Network
         rivals = tuple(f"{p}." for p in parents if p and p != parent and not own.startswith(f"{p}."))
         alone = list(fronts.values()).count(front) == 1
         first = next(stack.name for stack, _ in stacked.values() if stack.parent == parent)
-        label = front.rstrip(".") if front and alone else parent.removeprefix("module.") or first
+        label = (
+            front.rstrip(".")
+            if front and alone
+            else own.removeprefix(front).removeprefix("module.").rstrip(".") or first
+        )
         found.append(_network(label, names, front, rivals))
     return tuple(found)
 
