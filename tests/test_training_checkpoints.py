@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import attnlens
 from attnlens.checkpoints import open_checkpoint
+from attnlens.checkpoints.adapters import with_adapter
 from attnlens.errors import AttnlensError, CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 
 TINY = "vit_tiny_patch16_224"
@@ -329,24 +330,40 @@ def test_what_stands_inside_a_projection_and_is_not_known_is_refused_by_name(tmp
         attnlens.inspect(TINY, path) if named else alphas(path)
 
 
-def test_a_folder_of_peft_is_read_merged_with_its_base_at_hand(tmp_path):
+LLAMA = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2}
+ADAPTERS = [{}, {"use_dora": True}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("options", ADAPTERS, ids=str)
+def test_a_folder_of_peft_is_read_merged_with_its_base_at_hand(tmp_path, options):
     peft = pytest.importorskip("peft", reason="peft writes the folder: pip install it")
     transformers = pytest.importorskip("transformers", reason="transformers writes the folder: pip install it")
-    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 12}
-    model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **sizes))
-    model.save_pretrained(tmp_path / "base")
+    config = transformers.LlamaConfig(**LLAMA, intermediate_size=12, vocab_size=11)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(
-        transformers.ViTModel.from_pretrained(tmp_path / "base"),
-        peft.LoraConfig(target_modules=["query", "value", "dense"], r=4, lora_alpha=7, init_lora_weights=False),
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=4, lora_alpha=7, init_lora_weights=False, **options),
     )
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     raw = [
-        [row["alpha"] for row in attnlens.inspect(tmp_path / name, fold="raw").stats.records()]
+        np.array([row["alpha"] for row in attnlens.inspect(tmp_path / name, fold="raw").stats.records()])
         for name in ("adapter", "merged", "base")
     ]
     np.testing.assert_allclose(raw[0], raw[1], rtol=1e-5)
-    assert abs(raw[0][0] - raw[2][0]) > 1e-3
+    assert np.abs(raw[0] / raw[2] - 1).min() > 1e-3
+
+
+def test_an_adapter_of_another_base_is_refused_by_name(tmp_path):
+    save_file({"layers.0.attn.q.weight": torch.ones(3, 3)}, tmp_path / "base.safetensors")
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(CheckpointError, match=r"adapts other\.q\.lora_A\.weight, which its base does not have"):
+        save_file(
+            {"base_model.model.other.q.lora_A.weight": torch.ones(4, 3)}, tmp_path / "adapter/adapter_model.safetensors"
+        )
+        (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
+        with_adapter(open_checkpoint(tmp_path / "base.safetensors"), tmp_path / "adapter")
 
 
 def test_a_folder_of_peft_without_its_base_says_what_to_do(tmp_path):

@@ -41,7 +41,8 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     strangers = [name for name, home in both.homes.items() if not home]
     if strangers:
         raise CheckpointError(
-            f"{found} adapts {strangers[0]}, which its base does not have: give the base it was made for"
+            f"{found} adapts {strangers[0]}, which its base does not have by that name: merge it (peft's "
+            "merge_and_unload), save the result with save_pretrained, and give that folder"
         )
     config = _config(folder)
     return as_applied(both, lambda: {"adapter": config})
