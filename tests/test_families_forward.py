@@ -40,6 +40,7 @@ SPEECH = {**SIDES, "num_mel_bins": 5, "max_source_positions": 9, "max_target_pos
 WHISPER = {"d_model": 36} | {
     name: size for name, size in SPEECH.items() if name not in ("d_model", "max_position_embeddings")
 }
+GROUPED_MOE = {**SIZES, **TEXT, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 CROSS = {"causal", "cross", "qk_bias"}
 
 FAMILIES = {
@@ -100,6 +101,20 @@ FAMILIES = {
         {"rope", "causal"},
     ),
     "modernbert": Case("ModernBertModel", "ModernBertConfig", {**NEOX, "pad_token_id": 0}, {"rope"}),
+    "qwen2_moe": Case(
+        "Qwen2MoeModel",
+        "Qwen2MoeConfig",
+        {**GROUPED_MOE, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 5}
+        | {"shared_expert_intermediate_size": 5},
+        {"rope", "causal", "qk_bias"},
+    ),
+    "starcoder2": Case("Starcoder2Model", "Starcoder2Config", GROUPED_MOE, {"rope", "causal", "qk_bias"}),
+    "audio spectrogram": Case(
+        "ASTModel",
+        "ASTConfig",
+        {**SIZES, "patch_size": 4, "num_mel_bins": 8, "max_length": 8, "frequency_stride": 4, "time_stride": 4},
+        {"qk_bias"},
+    ),
     "opt": Case("OPTModel", "OPTConfig", {**SIZES, **TEXT, "ffn_dim": 17}, {"causal", "qk_bias"}),
     "opt, post-norm": Case(
         "OPTModel",
@@ -120,7 +135,7 @@ def inputs(model):
         "input_ids": lambda: numbers,
         "decoder_input_ids": lambda: torch.randint(3, 19, (2, 5)),
         "input_features": lambda: torch.randn(2, 5, 18, dtype=torch.float64),
-        "input_values": lambda: torch.randn(2, 50, dtype=torch.float64),
+        "input_values": lambda: torch.randn(*((2, 8, 8) if "AST" in type(model).__name__ else (2, 50))).double(),
         "pixel_values_videos": lambda: torch.randn(2, 2, 3, 8, 8, dtype=torch.float64),
         "position_ids": lambda: torch.zeros(2, 7, dtype=torch.long),  # no rotation: the map is that of the product
     }

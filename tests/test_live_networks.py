@@ -372,3 +372,38 @@ def test_a_live_model_of_an_unknown_kind_says_so():
         UnsupportedAttentionError, match=r"model_type 'funnel' is not among those that are read\..*num_heads"
     ):
         attnlens.inspect(transformers.FunnelModel(config))
+
+
+@pytest.mark.parametrize("num_heads", [0, -1, True, 1.5, "3"])
+@pytest.mark.parametrize("given", [nn.MultiheadAttention(33, 3), nn.MultiheadAttention(33, 3).state_dict()])
+def test_a_head_count_that_is_none_is_refused(num_heads, given):
+    with pytest.raises(UsageError, match="is not a number of heads: give 1 or more"):
+        attnlens.inspect(given, num_heads=num_heads)
+
+
+@pytest.mark.parametrize("args", [[1], {1: 2}, {"norm_layer": nn.LayerNorm}, {"depth": torch.tensor(3)}])
+def test_arguments_that_are_no_plain_data_are_refused(args):
+    with pytest.raises(attnlens.AttnlensError, match=r"^model_args of --model-arg "):
+        attnlens.inspect("vit_tiny_patch16_224", vit().state_dict(), model_args=args)
+
+
+def test_a_module_in_place_of_a_checkpoint_is_told_what_to_give():
+    with pytest.raises(UsageError, match=r"a Linear is no checkpoint: give a file or a state dict"):
+        attnlens.inspect("vit_tiny_patch16_224", nn.Linear(2, 2))
+
+
+def headless(attention):
+    attention.num_heads = 0
+
+
+def without_proj(attention):
+    del attention.proj
+
+
+@pytest.mark.parametrize("spoil", [headless, without_proj])
+def test_a_module_that_was_changed_after_it_was_built_is_refused_with_what_is_missing(spoil):
+    model = vit()
+    for block in model.blocks:
+        spoil(block.attn)
+    with pytest.raises(UnsupportedAttentionError, match=r"blocks.0.attn .* is not built as its class builds it \("):
+        attnlens.inspect(model)

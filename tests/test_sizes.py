@@ -173,3 +173,28 @@ def filled(model):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
+
+
+def test_every_command_that_takes_a_model_takes_its_arguments(run, tmp_path):
+    file = tmp_path / "own.pth"
+    torch.save(network(depth=2, embed_dim=60, num_heads=5, img_size=32, patch_size=4).state_dict(), file)
+    given = [NAME, "--checkpoint", str(file)]
+    code, _, said = run("inspect", *given)
+    assert code == 1
+    assert "add --model-arg num_heads=N" in said
+    commands = {
+        "inspect": ("-o", str(tmp_path / "figures")),
+        "fit-params": ("-o", str(tmp_path / "params.json"), "--figures", str(tmp_path / "figures")),
+        "compose": ("-o", str(tmp_path / "figures")),
+        "report": ("-o", str(tmp_path / "report.html")),
+    }
+    for command, output in commands.items():
+        code, _, said = run(command, *given, "--model-arg", "num_heads=5", *output)
+        assert code == 0, said
+        if command == "inspect":
+            assert "sizes shown by the shapes: depth=2, embed_dim=60, patch_size=4, img_size=32" in said
+    code, out, said = run("verify-init", *given, "--model-arg", "num_heads=5", "--init", "mimetic")
+    assert (code, "FAILED: 0 of" in out + said) == (1, True)  # read, and no mimetic network
+    code, _, said = run("inspect", *given, "--model-arg", "num_heads")
+    assert code == 2
+    assert "give name=value" in said

@@ -45,7 +45,7 @@ def describe_attention(module: nn.Module, path: str) -> AttentionSpec | Refusal 
                 slots = candidate.describe(module)
             except UnsupportedAttentionError as error:
                 return Refusal(path, own, candidate.family, str(error))
-            except (AttributeError, TypeError, ValueError, LookupError) as error:
+            except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
                 return Refusal(path, own, candidate.family, _changed(module, error))
             if slots is not None and candidate.refusal:
                 return Refusal(path, own, candidate.family, candidate.refusal)

@@ -216,20 +216,28 @@ def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
     """
     reserved = ("model_name", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "block_fn")
     if not isinstance(model_args, dict):
-        raise ModelNotFoundError(f"model_args of {where} is not an object: fix the file")
+        raise ModelNotFoundError(f"model_args of {where} is not an object: give names and values, as depth=6")
     for name in model_args:
+        if not isinstance(name, str):
+            raise ModelNotFoundError(f"model_args of {where} has a name {name!r}: give names and values, as depth=6")
         if name in reserved or name.startswith("pretrained"):
             raise ModelNotFoundError(f"model_args of {where} names {name}, which is no size of a network: take it out")
     level, count = [model_args], 0
     while level:
         value = level.pop()
-        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inner = (
+            [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        )
         count += 1 + len(inner)
         level.extend(inner)
         if isinstance(value, int | float) and not -LARGEST_ARGUMENT <= value <= LARGEST_ARGUMENT:
             raise ModelNotFoundError(f"model_args of {where} names {value!s:.30}: at most {LARGEST_ARGUMENT} is read")
         if count > MOST_ARGUMENTS:
             raise ModelNotFoundError(f"model_args of {where} names more than {MOST_ARGUMENTS} values: fix the file")
+        if not isinstance(value, str | int | float | list | tuple | dict | None):
+            raise ModelNotFoundError(
+                f"model_args of {where} holds a {type(value).__name__}: give numbers, text and lists, or a live network"
+            )
     return model_args
 
 

@@ -90,14 +90,13 @@ def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
 
 def _resized(opened: OpenedModel, weights: Checkpoint) -> Iterator[OpenedModel]:
     """Yield the model at the sizes that the shapes of the weights show."""
-    from attnlens.models.sizes import shown_arguments
+    from attnlens.models.sizes import in_words, shown_arguments
 
     name, given = opened.architecture.name, opened.timm_args or {}
     arguments = shown_arguments(name, given, {key: weights.shape(key) for key in weights})
     if arguments is not None:
         architecture = replace(describe_architecture(name, arguments), weights=opened.architecture.weights)
-        shown = ", ".join(f"{key}={value}" for key, value in arguments.items() if key not in given)
-        source = {**opened.source, "sizes": f"shown by the shapes: {shown}"}
+        source = {**opened.source, **in_words(arguments, given)}
         yield replace(opened, architecture=architecture, checkpoint=weights, source=source, timm_args=arguments)
 
 

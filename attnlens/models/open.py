@@ -63,6 +63,8 @@ def open_model(
     not state it.
     Raises `ModelNotFoundError`, `CheckpointError`, `UnsupportedAttentionError` or `UsageError`.
     """
+    if num_heads is not None and (not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1):
+        raise UsageError(f"--num-heads {num_heads!r} is not a number of heads: give 1 or more")
     if access.offline and access.remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     if not isinstance(model, str | os.PathLike | Mapping | None):
@@ -83,8 +85,9 @@ def open_model(
         )
     if not architecture.specs and not architecture.filters:
         first = (*architecture.refused, *architecture.refused_filters)[0]
+        advice = ". With num_heads=N it is read by its tensors' names" if first.family == "unknown" else ""
         raise UnsupportedAttentionError(
-            f"no layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}"
+            f"no layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}{advice}"
         )
     opened = fitting(opened)
     _check_beside(opened)
@@ -166,6 +169,10 @@ def _weights(given: Weights, access: Access) -> Checkpoint:
         from attnlens.checkpoints.memory import StateDict
 
         return as_read(StateDict(given), access.network)
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(
+            f"a {type(given).__name__} is no checkpoint: give a file or a state dict, as model.state_dict()"
+        )
     return open_checkpoint(given, access.network)
 
 
@@ -184,7 +191,10 @@ def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dic
         tags = ", ".join(known for known in architecture.weights if known) or "none"
         raise ModelNotFoundError(f"{base} has no pretrained tag {tag!r}: timm knows {tags}")
     if weights is not None:
-        return OpenedModel(base, architecture, weights, {"model": name}, timm_args=arguments)
+        from attnlens.models.sizes import in_words
+
+        source = {"model": name, **in_words(arguments, given)}
+        return OpenedModel(base, architecture, weights, source, timm_args=arguments)
     if not architecture.weights:
         raise ModelNotFoundError(f"timm has no pretrained weights for {base}: pass --checkpoint FILE")
     tag = tag or next(iter(architecture.weights))
@@ -334,8 +344,6 @@ def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: A
         weights = _weights(given, access)
         return _by_names(weights, num_heads, "state dict", {"model": "state dict"}, "the state dict", access.row_order)
     path = Path(given) if isinstance(given, str | os.PathLike) else None
-    if num_heads < 1:
-        raise UsageError(f"--num-heads {num_heads} is not a number of heads: give 1 or more")
     if path is None or (model is not None and checkpoint is not None) or not (path.is_dir() or _is_weight_name(path)):
         raise UsageError(
             "--num-heads goes with a weight file alone: a model that is named, a live module or the shipped ViT "

@@ -60,6 +60,12 @@ def shown_arguments(name: str, given: dict[str, Any], stored: Shapes) -> dict[st
     return None if strange else arguments
 
 
+def in_words(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, str]:
+    """Say, for the provenance, which arguments the shapes have shown."""
+    shown = ", ".join(f"{key}={value}" for key, value in arguments.items() if key not in given)
+    return {"sizes": f"shown by the shapes: {shown}"} if shown else {}
+
+
 def _embed_dim(shapes: Shapes) -> int | None:
     return _at(shapes, "patch_embed.proj.weight", 0)
 

@@ -158,9 +158,10 @@ def _gemma_scale(config: Config, _layer: int, _head_dim: int) -> float:
 LLAMA = (
     Family(
         name="llama",
-        model_types=("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+        model_types=("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
         stacks=(_DECODER,),
     ),
+    Family(name="starcoder2", model_types=("starcoder2",), stacks=(replace(_DECODER, norm_kind="layer"),)),
     Family(name="gemma", model_types=("gemma",), stacks=(_GEMMA,)),
     Family(
         name="gemma",

@@ -9,7 +9,7 @@ _VIT = "encoder.layer.{layer}."
 
 VIT = Family(
     name="vit",
-    model_types=("vit", "deit", "vit_mae", "vit_msn", "ijepa"),
+    model_types=("vit", "deit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer"),
     stacks=(
         Stack(
             path=_VIT + "attention",
