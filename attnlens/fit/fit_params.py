@@ -173,7 +173,9 @@ def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str
         *(f"{spec.path} {reason}" for _, spec, reason in reasons if reason),
     ]
     read = (
-        (layer, [FLAGS.get(flag, flag) for flag in spec.leaves_out]) for layer, spec, reason in reasons if not reason
+        (layer, [*(FLAGS.get(flag, flag) for flag in spec.leaves_out), *([spec.label] if spec.label else [])])
+        for layer, spec, reason in reasons
+        if not reason
     )
     return {"not_read": not_read, "left_out": layers_by_reason(read)}
 
