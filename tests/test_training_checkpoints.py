@@ -1,4 +1,4 @@
-"""What training leaves behind: several networks in a file, codes, adapters, wrappers, formats; each with its right value."""
+"""What training leaves behind, with its right values: several networks, codes, adapters, wrappers, formats."""
 
 import argparse
 import collections
@@ -152,7 +152,7 @@ def test_a_folder_that_says_it_is_quantised_is_read_by_names_only_with_scales(tm
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}')
     stored = {n: v.to(torch.float8_e4m3fn) if n in projections(state()) else v for n, v in state().items()}
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="says that the weights are quantised, and .* has no scales"):
+    with pytest.raises(CheckpointError, match=r"says that the weights are quantised, and .* has no scales"):
         alphas(tmp_path)
     scales = {n.replace("weight", "weight_scale"): torch.tensor(3.0) for n in projections(stored)}
     save_file(stored | scales, tmp_path / "model.safetensors")
@@ -358,12 +358,13 @@ def test_a_folder_of_peft_is_read_merged_with_its_base_at_hand(tmp_path, options
 def test_an_adapter_of_another_base_is_refused_by_name(tmp_path):
     save_file({"layers.0.attn.q.weight": torch.ones(3, 3)}, tmp_path / "base.safetensors")
     (tmp_path / "adapter").mkdir()
+    save_file(
+        {"base_model.model.other.q.lora_A.weight": torch.ones(4, 3)}, tmp_path / "adapter/adapter_model.safetensors"
+    )
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
+    base = open_checkpoint(tmp_path / "base.safetensors")
     with pytest.raises(CheckpointError, match=r"adapts other\.q\.lora_A\.weight, which its base does not have"):
-        save_file(
-            {"base_model.model.other.q.lora_A.weight": torch.ones(4, 3)}, tmp_path / "adapter/adapter_model.safetensors"
-        )
-        (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
-        with_adapter(open_checkpoint(tmp_path / "base.safetensors"), tmp_path / "adapter")
+        with_adapter(base, tmp_path / "adapter")
 
 
 def test_a_folder_of_peft_without_its_base_says_what_to_do(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,9 @@ class _Beside(Checkpoint):
         return len({*self.base, *self.own})
 
 
-def _prefixes(name: str, modules: Iterable[str]) -> Iterator[str]:
+def _prefixes(name: str, modules: set[str]) -> Iterator[str]:
     """Yield the modules of the base that a name stands below."""
     while "." in name:
         name = name.rpartition(".")[0]
-        if name in modules:  # type: ignore[operator]
+        if name in modules:
             yield name

@@ -13,7 +13,7 @@ from attnlens.checkpoints.computed import Plan, Values, widened_codes
 DEQUANTISED = "de-quantised by the scales beside the codes"
 
 _SCALES = {"SCB": 127.0, "weight_scale": 1.0, "weight_scale_inv": 1.0, "scale_weight": 1.0}
-"""Names of scales beside codes, and what the product is divided by: bitsandbytes' int8, compressed-tensors, DeepSeek."""
+"""Names of scales beside codes, with what the product is divided by: bitsandbytes, compressed-tensors, DeepSeek."""
 _PACKED = {
     "qweight": "is stored as packed codes (GPTQ or AWQ)",
     "weight_packed": "is stored as packed codes (compressed-tensors)",
@@ -60,8 +60,8 @@ def dequantised(stored: Checkpoint, about: Callable[[], Mapping[str, Any]]) -> C
         form = f"{module}weight_format"
         if leaf == "SCB" and (form not in stored or float(widened_codes(stored[form]).max(initial=-1.0)) != 0.0):
             plan.refused[codes] = (
-                "is stored as codes with SCB, and without the weight_format 0 beside it by which bitsandbytes says that its "
-                f"rows are divided by 127{_ORIGINAL}"
+                "is stored as codes with SCB, and without the weight_format 0 beside it by which bitsandbytes says "
+                f"that its rows are divided by 127{_ORIGINAL}"
             )
             continue
         if zero in stored:

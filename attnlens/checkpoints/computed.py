@@ -34,10 +34,12 @@ class Plan:
     hidden: set[str] = field(default_factory=set)
 
     def make(self, name: str, parts: tuple[str, ...], shape: tuple[int, ...], formula: Callable[..., Values]) -> None:
+        """Make a tensor from stored ones, which are hidden."""
         self.made[name] = Recipe(parts, shape, formula)
         self.hidden |= {*parts} - {name}
 
     def view(self, how: str) -> Checkpoint:
+        """Return the checkpoint as planned, or itself where nothing changes."""
         return AppliedWeights(self, how) if self.made or self.refused else self.stored
 
 

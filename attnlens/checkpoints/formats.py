@@ -13,15 +13,16 @@ SUFFIXES = {".safetensors": "safetensors", ".npz": "npz"} | dict.fromkeys(
     (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".th", ".jit", ".torchscript"), "torch"
 )
 _SAVE = "load it with the library that wrote it and save its state_dict() as safetensors"
+_DCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 _OTHERS = {
     ".onnx": f"an ONNX graph: {_SAVE}, or export the weights with the onnx package",
     ".gguf": "a GGUF file of llama.cpp: give the Hugging Face folder it was converted from",
     ".h5": f"an HDF5 file, of Keras or TensorFlow: {_SAVE}",
     ".hdf5": f"an HDF5 file, of Keras or TensorFlow: {_SAVE}",
     ".keras": f"a Keras archive: {_SAVE}",
-    ".msgpack": f"a Flax msgpack file: {_SAVE}, as transformers' from_pretrained(..., from_flax=True) and save_pretrained do",
+    ".msgpack": f"a Flax msgpack file: {_SAVE} (transformers: from_pretrained(..., from_flax=True))",
     ".tflite": f"a TensorFlow Lite graph: {_SAVE}",
-    ".distcp": "a shard of a distributed checkpoint: run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`",
+    ".distcp": f"a shard of a distributed checkpoint: run `{_DCP}`",
     ".engine": f"a TensorRT engine: {_SAVE}",
     ".mlmodel": f"a Core ML model: {_SAVE}",
 }
@@ -45,7 +46,7 @@ _FOLDERS = (
     (
         "*.distcp",
         "a distributed checkpoint",
-        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
+        _DCP,
     ),
     ("zero_to_fp32.py", "a DeepSpeed checkpoint", "python FOLDER/zero_to_fp32.py FOLDER FILE"),
     ("*/mp_rank_00_model_states.pt", "a DeepSpeed checkpoint", "python FOLDER/zero_to_fp32.py FOLDER FILE"),
@@ -58,7 +59,7 @@ _FOLDERS = (
 
 
 def kind_of(path: Path) -> str:
-    """Return ``safetensors``, ``torch``, ``npz``, ``index``, ``tar``, ``zip`` or ``compressed``: by the first bytes, else by the name.
+    """Return ``safetensors``, ``torch``, ``npz``, ``index`` or a key of `PACKED`: by the first bytes, else by the name.
 
     Raises `CheckpointError` for other formats, which says what the file is and what to do.
     """

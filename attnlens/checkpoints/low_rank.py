@@ -48,7 +48,7 @@ def adapted(stored: Checkpoint, about: Callable[[], Mapping[str, Any]]) -> Check
 
 
 def _low_rank(plan: Plan, found: re.Match[str], base: str, config: Mapping[str, Any]) -> None:
-    """weight = W + scale B A; with a magnitude (DoRA) its rows are rescaled to that length."""
+    """Add scale B A to W; with a magnitude (DoRA) rescale its rows to that length."""
     stored, stem, a = plan.stored, found["stem"], found[0]
     b = f"{stem}.{found['end'].replace('_A', '_B').replace('down', 'up')}{found['kind']}"
     target, layer = f"{stem}.weight", stem
@@ -62,8 +62,8 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, config: Mapping[str, 
     scale = _stated_scale(config, layer, rank)
     if alpha is None and scaling is None and scale is None:
         plan.refused[target] = (
-            f"has an adapter beside it ({a}, {b}) whose scale alpha / r is not in the file{_MERGE}; a PEFT folder with its "
-            "adapter_config.json states the scale"
+            f"has an adapter beside it ({a}, {b}) whose scale alpha / r is not in the file{_MERGE}; a PEFT folder with "
+            "its adapter_config.json states the scale"
         )
         return
     turned = bool(config.get("fan_in_fan_out"))
@@ -80,7 +80,7 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, config: Mapping[str, 
     by_rank = extra == alpha and extra is not None
 
     def merged(w: Values, a: Values, b: Values, *more: Values) -> Values:
-        factor = float(more[0].reshape(-1)[0]) / (rank if by_rank else 1) if extra else scale
+        factor = float(more[0].reshape(-1)[0]) / (rank if by_rank else 1) if extra else scale or 0.0
         change = factor * (b @ a)
         found = w + (change.T if turned else change)
         if not magnitude:

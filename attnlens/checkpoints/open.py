@@ -1,4 +1,4 @@
-"""From a path to the `Checkpoint` that reads it: by what the file is, the network in it, the weights that one applies."""
+"""From a path to the `Checkpoint` that reads it: what the file is, the network in it, the weights that one applies."""
 
 from __future__ import annotations
 

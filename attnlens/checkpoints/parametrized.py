@@ -31,7 +31,7 @@ def reparametrised(stored: Checkpoint) -> Checkpoint:
 
 
 def _weight_norm(plan: Plan, target: str, g: str, v: str) -> None:
-    """weight = g v / |v|, the norm taken over every axis along which g has one entry."""
+    """Apply weight = g v / |v|, the norm taken over every axis along which g has one entry."""
     shape = plan.stored.shape(v)
     axes = tuple(axis for axis, size in enumerate(plan.stored.shape(g)) if size == 1)
     if len(plan.stored.shape(g)) != len(shape):
@@ -49,13 +49,13 @@ def _parametrised(plan: Plan, name: str, listed: Mapping[str, set[str]]) -> None
         _spectral_norm(plan, target, name, f"{stem}.0._u", f"{stem}.0._v")
     else:
         plan.refused[target] = (
-            f"is computed from {', '.join(sorted(others))[:100]} by a parametrization that the file does not name: save "
-            "the network after torch.nn.utils.parametrize.remove_parametrizations"
+            f"is computed from {', '.join(sorted(others))[:100]} by a parametrization that the file does not name: "
+            "save the network after torch.nn.utils.parametrize.remove_parametrizations"
         )
 
 
 def _spectral_norm(plan: Plan, target: str, original: str, u: str, v: str) -> None:
-    """weight = W / (u^T W v), as in evaluation: u and v are stored."""
+    """Apply weight = W / (u^T W v), as in evaluation: u and v are stored."""
     shape = plan.stored.shape(original)
     if len(shape) < 2 or plan.stored.shape(u) != shape[:1]:
         plan.refused[target] = "is under spectral_norm of another axis than the first: remove it before saving"

@@ -14,13 +14,45 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 HOSTILE = frozenset(
-    "os posix nt ntpath sys subprocess shutil socket pty runpy importlib webbrowser ctypes code codeop pickle marshal "
-    "multiprocessing asyncio http urllib ftplib smtplib tempfile signal threading _thread timeit pdb profile cProfile "
-    "_posixsubprocess torch.hub".split()
+    [
+        "os",
+        "posix",
+        "nt",
+        "ntpath",
+        "sys",
+        "subprocess",
+        "shutil",
+        "socket",
+        "pty",
+        "runpy",
+        "importlib",
+        "webbrowser",
+        "ctypes",
+        "code",
+        "codeop",
+        "pickle",
+        "marshal",
+        "multiprocessing",
+        "asyncio",
+        "http",
+        "urllib",
+        "ftplib",
+        "smtplib",
+        "tempfile",
+        "signal",
+        "threading",
+        "_thread",
+        "timeit",
+        "pdb",
+        "profile",
+        "cProfile",
+        "_posixsubprocess",
+        "torch.hub",
+    ]
 )
 """Modules whose functions no checkpoint needs: a file that asks for one is refused, though nothing would be called."""
 _HOSTILE_BUILTINS = frozenset(
-    "eval exec compile __import__ open input breakpoint globals locals delattr setattr".split()
+    ["eval", "exec", "compile", "__import__", "open", "input", "breakpoint", "globals", "locals", "delattr", "setattr"]
 )
 _HOSTILE_TORCH = frozenset(("torch load", "torch.storage _load_from_bytes", "torch.serialization load"))
 _LARGEST_KEY = 1 << 60
@@ -215,8 +247,28 @@ class _Machine:
 
 
 _PUSHES = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES BINBYTES8 "
-    "SHORT_BINBYTES UNICODE BINUNICODE BINUNICODE8 SHORT_BINUNICODE BYTEARRAY8".split()
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "BINBYTES8",
+        "SHORT_BINBYTES",
+        "UNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "SHORT_BINUNICODE",
+        "BYTEARRAY8",
+    ]
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, Callable[[], Any]] = {

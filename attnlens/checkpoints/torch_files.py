@@ -46,9 +46,9 @@ _KINDS = {
 class TorchFile(_File):
     """A file of `torch.save`, or a TorchScript archive, of which only names and numbers are read: no code in it runs.
 
-    Dictionaries in dictionaries, pickled modules and the objects of TorchScript give dotted names. ``keys_in_front`` holds for
-    each name how much of it is keys of dictionaries in front of a state dict. ``metadata`` names the architecture where
-    a training script stored its name.
+    Dictionaries in dictionaries, pickled modules and the objects of TorchScript give dotted names. ``keys_in_front``
+    holds for each name how much of it is keys of dictionaries in front of a state dict. ``metadata`` names the architecture
+    where a training script stored its name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,11 +139,9 @@ class TorchFile(_File):
         with self._reading():
             whole = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self._status.st_size)
             empty = torch.empty(0, dtype=kind)
-            if begin % kind.itemsize:  # torch reads numbers only where their width divides their place
-                run = whole[begin : begin + length].clone()
-            else:
-                run = whole[begin : begin + length]
-            return empty.set_(run, ref.offset, ref.shape, ref.stride)
+            run = whole[begin : begin + length]
+            misplaced = begin % kind.itemsize  # torch reads numbers only where their width divides their place
+            return empty.set_(run.clone() if misplaced else run, ref.offset, ref.shape, ref.stride)
 
     def _ref(self, name: str) -> TensorRef:
         ref = self._tensors[name]
@@ -177,7 +175,7 @@ def _dtype(storage: StorageRef, dtype: str | None = None) -> torch.dtype:
     kind = dtype.partition(" ")[2] if dtype else _KINDS.get(storage.kind.rpartition(" ")[2], "")
     found = getattr(torch, kind, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"it holds numbers of type {dtype or storage.kind}")
+        raise TypeError(f"it holds numbers of type {dtype or storage.kind}")
     return found
 
 

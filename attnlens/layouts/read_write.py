@@ -234,8 +234,8 @@ def widened(stored: Any, name: str) -> Array:
     kind = str(stored.dtype).removeprefix("torch.")
     if not _WEIGHTS.fullmatch(kind):
         raise CheckpointError(
-            f"{name} is stored as {kind}: codes and no weights, and no scales that are known stand beside them. Give the "
-            "model it was quantised from"
+            f"{name} is stored as {kind}: codes and no weights, and no scales that are known stand beside them. Give "
+            "the model it was quantised from"
         )
     if not isinstance(stored, np.ndarray):
         stored = stored.detach().cpu().double().numpy()

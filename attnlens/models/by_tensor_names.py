@@ -61,7 +61,7 @@ _SCALES = ("ls1.gamma", "ls_1.gamma", "gamma_1", "layer_scale1.lambda1", "lambda
 _POST_NORM_SIGNS = ("logit_scale", "cpb_mlp", "meta_mlp")
 _TORCH_LAYER = ("linear1.weight", "linear2.weight")
 _EQUAL_HEADS = ("qkv.weight", "to_qkv.weight")
-"""Packed projections whose names come from vision, where heads of shared keys are rarer than keys of their own width."""
+"""Packed projections of vision's names, where keys of their own width are commoner than heads that share keys."""
 _DEEPEST = 64
 """Dots of a name that are looked at."""
 
@@ -289,11 +289,11 @@ def _slots(group: Group, stored: Checkpoint, heads: int) -> dict[str, Slot]:
     in_out = _is_in_out(group, stored)
     rows = [_shape(stored, name)[in_out] for name in (group.q, group.k, group.v)]
     inner = _shape(stored, group.o)[not in_out]
-    if group.is_packed and rows[0] != 3 * inner and group.q.endswith(_EQUAL_HEADS):
+    if group.is_packed and rows[0] != 3 * inner and group.q.removeprefix(group.head) in _EQUAL_HEADS:
         raise UnsupportedAttentionError(
-            f"{group.path or 'the attention'} has {rows[0]} packed rows and an output projection of {inner} columns: keys "
-            "of another width than values, or heads that share keys, which names do not tell apart. Name the architecture "
-            "as MODEL"
+            f"{group.path or 'the attention'} has {rows[0]} packed rows and an output projection of {inner} columns: "
+            "keys of another width than values, or heads that share keys, which names do not tell apart. Name the "
+            "architecture as MODEL"
         )
     if group.is_packed:
         rest = rows[0] - inner

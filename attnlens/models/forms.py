@@ -33,13 +33,9 @@ def fitting(opened: OpenedModel) -> OpenedModel:
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise CheckpointError(
         f"the weights are not of {opened.architecture.name}: {'; '.join(problems[:3])}{more}. "
-        + ". ".join(
-            [
-                *dict.fromkeys(told),
-                f"The file holds {', '.join(list(opened.checkpoint)[:3])}, ...: name the "
-                "architecture they were made for as MODEL",
-            ]
-        )
+        + "".join(f"{line}. " for line in dict.fromkeys(told))
+        + f"The file holds {', '.join(list(opened.checkpoint)[:3])}, ... "
+        "Name the architecture they were made for as MODEL"
     )
 
 

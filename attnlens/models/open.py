@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
 from attnlens.checkpoints.applied import unread_beside
-from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
-from attnlens.checkpoints.formats import OTHER_FORMATS, refuse_folder
+from attnlens.checkpoints.formats import refuse_folder
 from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
-from attnlens.checkpoints.open import as_read
-from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
+from attnlens.models.bare import of_lens, open_bare
 from attnlens.models.forms import fitting
 from attnlens.models.opened import ONLINE, Access, OpenedModel, StrPath, Weights
-from attnlens.strict_json import parse_json, within
+from attnlens.models.weights import is_weight_name, parse_object, weights_in, weights_of
+from attnlens.strict_json import within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +69,7 @@ def open_model(
     if not isinstance(model, str | os.PathLike | Mapping | None):
         opened = _open_live(model, checkpoint, num_heads, input_size, access)
     elif num_heads is not None:
-        opened = _open_bare(model, checkpoint, num_heads, access)
+        opened = open_bare(model, checkpoint, num_heads, access)
     else:
         opened = _open(model, checkpoint, access, model_args)
     if model_args and opened.timm_args is None:
@@ -99,15 +98,15 @@ def _check_beside(opened: OpenedModel) -> None:
     """Refuse weights beside which something stands that may change them and that nobody looks at."""
     from attnlens.models.undress import LiveWeights
 
-    specs, filters = opened.architecture.specs, opened.architecture.filters
+    if isinstance(opened.checkpoint, LiveWeights):
+        return
+    specs = opened.architecture.specs
     projections = [name for spec in specs for slot in spec.slots().values() for name in slot.named(slot.tensor)]
-    known = {name for layer in (*specs, *filters) for name in layer.tensors()}
-    beside = (
-        None if isinstance(opened.checkpoint, LiveWeights) else unread_beside(opened.checkpoint, projections, known)
-    )
+    beside = unread_beside(opened.checkpoint, projections, opened.architecture.shapes)
     if beside is not None:
         raise CheckpointError(
-            f"{beside}, and no rule for it is known: merge it into the weight, or take it out of the file if it does not"
+            f"{beside}, and no rule for it is known: merge it into the weight, or take it out of the file if it "
+            "changes nothing"
         )
 
 
@@ -119,7 +118,7 @@ def _open(
         return _open_folder(EMBEDDED, None, "embedded", given, ONLINE)
     state = checkpoint if model is None else model
     if isinstance(state, Mapping):
-        lens = _of_lens(_weights(state, access), "state dict", {"model": "state dict"})
+        lens = of_lens(weights_of(state, access), "state dict", {"model": "state dict"})
         if lens is not None:
             return lens
         raise UsageError(
@@ -137,7 +136,7 @@ def _open(
     path = Path(name)
     if path.is_dir():
         return _open_folder(path, checkpoint, f"local-dir:{name}", given, access)
-    if _is_weight_name(path) and (path.is_file() or os.sep in name or path.suffix != ".pt"):  # timm has tags named pt
+    if is_weight_name(path) and (path.is_file() or os.sep in name or path.suffix != ".pt"):  # timm has tags named pt
         if checkpoint is not None:
             raise UsageError(f"{name} and --checkpoint {checkpoint} are both files: MODEL must name the architecture")
         return _open_file(path, "MODEL", given, access)
@@ -154,37 +153,17 @@ def _open_live(
     from attnlens.models.live import open_live
 
     architecture, own = open_live(module, num_heads=num_heads, input_size=input_size)
-    weights = own if checkpoint is None else _weights(checkpoint, access)
+    weights = own if checkpoint is None else weights_of(checkpoint, access)
     source = {"model": architecture.name}
     if num_heads is not None:
         source["layout"] = f"guessed from tensor names, {num_heads} heads"
     return OpenedModel(architecture.name, architecture, weights, source)
 
 
-def _weights(given: Weights, access: Access) -> Checkpoint:
-    """Open what a caller gave as weights: a state dict in memory or a file; of several networks the one asked for."""
-    if isinstance(given, Checkpoint):
-        return rechosen(given, access.network)
-    if isinstance(given, Mapping):
-        from attnlens.checkpoints.memory import StateDict
-
-        return as_read(StateDict(given), access.network)
-    if not isinstance(given, str | os.PathLike):
-        raise UsageError(
-            f"a {type(given).__name__} is no checkpoint: give a file or a state dict, as model.state_dict()"
-        )
-    return open_checkpoint(given, access.network)
-
-
-def _is_weight_name(path: Path) -> bool:
-    suffixes = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS)
-    return path.name.lower().endswith(suffixes)
-
-
 def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dict[str, Any]) -> OpenedModel:
     pinned, _, revision = name.partition("@")
     base, _, tag = pinned.removeprefix("timm/").partition(".")
-    weights = None if checkpoint is None else _weights(checkpoint, access)
+    weights = None if checkpoint is None else weights_of(checkpoint, access)
     architecture, arguments = _of_timm(base, given, weights)
     base = architecture.name  # timm's own, where it was renamed
     if tag and tag not in architecture.weights:
@@ -223,8 +202,6 @@ def _pretrained(
     """Open the weights timm's registry names, on the hub or at a plain URL, and say where they are."""
     repo, url = entry["hf_hub_id"], entry["url"]
     if repo:
-        from attnlens.checkpoints.hub import open_weights
-
         repo, _, own = repo.partition("@")
         pin = revision or own or None
         name_in_repo = entry["hf_hub_filename"]
@@ -240,14 +217,14 @@ def _pretrained(
 
 
 def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, given: dict[str, Any]) -> OpenedModel:
-    from attnlens.checkpoints.hub import fetch, open_weights
+    from attnlens.checkpoints.hub import fetch
 
     repo, _, revision = repo.partition("@")
     config = fetch(repo, "config.json", revision or None, offline=access.offline)
     if config is None:
         raise ModelNotFoundError(f"{repo} has no config.json: pass its architecture as MODEL and --checkpoint FILE")
     if checkpoint is not None:
-        return _configured(config, repo, _weights(checkpoint, access), {"model": name, "hub": repo}, given)
+        return _configured(config, repo, weights_of(checkpoint, access), {"model": name, "hub": repo}, given)
     weights, source = open_weights(repo, None, revision or None, offline=access.offline, remote=access.remote)
     return _configured(config, repo, rechosen(weights, access.network), {"model": name, **source}, given)
 
@@ -267,7 +244,7 @@ def _open_folder(
         raise ModelNotFoundError(
             f"{folder} has no config.json: give a timm or transformers model folder, or MODEL with --checkpoint FILE"
         )
-    weights = _weights(checkpoint if checkpoint is not None else _weights_in(folder), access)
+    weights = weights_of(checkpoint if checkpoint is not None else weights_in(folder), access)
     title = name if name == "embedded" else folder.resolve().name
     return _configured(config, title, weights, {"model": name}, given)
 
@@ -289,31 +266,19 @@ def _open_adapter(
     return replace(opened, name=folder.resolve().name, checkpoint=merged, source={"model": name, "base": base})
 
 
-def _weights_in(folder: Path) -> Path:
-    """Return the weight file, or the index of its shards, of a model folder."""
-    from attnlens.checkpoints.hub import WEIGHT_FILES
-    from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
-
-    names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
-        raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
-    return within(folder, found, CheckpointError)
-
-
 def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access) -> OpenedModel:
     """Open a file that must itself say, in its metadata or a config.json beside it, what architecture it is for."""
     checkpoint = open_checkpoint(path, access.network)
     named = checkpoint.metadata.get("architecture")
     if named:
-        model_args = {**_parse_json(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
+        model_args = {**parse_object(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
         return OpenedModel(path.stem, architecture, checkpoint, {"model": path.name}, timm_args=model_args)
     config = path.parent / "config.json"
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
         return _configured(config, path.stem, checkpoint, {"model": path.name}, given)
-    lens = _of_lens(checkpoint, path.stem, {"model": path.name})
+    lens = of_lens(checkpoint, path.stem, {"model": path.name})
     if lens is not None:
         return lens
     stated = checkpoint.metadata.get("named_architecture")
@@ -337,89 +302,12 @@ def _outline(checkpoint: Checkpoint) -> str:
     return f"{told}{len(names)} tensors, {', '.join(names[:2])}, ..."
 
 
-def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Access) -> OpenedModel:
-    """Open a file, or the weights of a folder, by the names of its tensors alone."""
-    given = checkpoint if model is None else model
-    if isinstance(given, Mapping) and (model is None or checkpoint is None):
-        weights = _weights(given, access)
-        return _by_names(weights, num_heads, "state dict", {"model": "state dict"}, "the state dict", access.row_order)
-    path = Path(given) if isinstance(given, str | os.PathLike) else None
-    if path is None or (model is not None and checkpoint is not None) or not (path.is_dir() or _is_weight_name(path)):
-        raise UsageError(
-            "--num-heads goes with a weight file alone: a model that is named, a live module or the shipped ViT "
-            "says itself how many heads it has"
-        )
-    weights = open_checkpoint(_weights_in(path) if path.is_dir() else path, access.network)
-    order, quantised = _config_beside(path if path.is_dir() else path.parent)
-    order = access.row_order or order
-    opened = _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path), order)
-    codes = [name for spec in opened.architecture.specs for name in spec.tensors() if _is_one_byte(opened, name)]
-    if quantised and codes:
-        raise CheckpointError(
-            f"the config.json beside {path} says that the weights are quantised, and {codes[0]} has no scales: give the "
-            "model it was quantised from"
-        )
-    return opened
-
-
-def _is_one_byte(opened: OpenedModel, name: str) -> bool:
-    return getattr(opened.checkpoint[name].dtype, "itemsize", 0) == 1
-
-
-def _config_beside(folder: Path) -> tuple[str | None, bool]:
-    """Return the order of packed rows that a config.json's model_type has, and whether it says weights are quantised."""
-    from attnlens.models.row_order import CONFIGURED
-
-    config = folder / "config.json"
-    if not config.is_file():
-        return None, False
-    try:
-        data = _parse_json(within(folder, config, CheckpointError).read_bytes(), config)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
-    return CONFIGURED.get(str(data.get("model_type"))), bool(data.get("quantization_config"))
-
-
-def _by_names(
-    weights: Checkpoint, num_heads: int, title: str, source: dict[str, str], where: str, order: str | None = None
-) -> OpenedModel:
-    """Open weights by their names: those of a network that is known, or names that attention usually has."""
-    from attnlens.models.by_tensor_names import describe_names, in_order
-    from attnlens.models.named import describe_named
-
-    lens = _of_lens(weights, title, source, num_heads)
-    if lens is not None:
-        return lens
-    if order is not None:
-        weights = in_order(weights, num_heads, order)
-    named = describe_named(weights, num_heads)
-    told = f"of {named.name}, told by tensor names" if named else "guessed from tensor names"
-    architecture = named or describe_names(weights, num_heads, where, order)
-    return OpenedModel(title, architecture, weights, {**source, "layout": f"{told}, {num_heads} heads"})
-
-
-def _of_lens(
-    weights: Checkpoint, title: str, source: dict[str, str], num_heads: int | None = None
-) -> OpenedModel | None:
-    """Open weights of TransformerLens, which hold a matrix for each head; None for any others."""
-    from attnlens.models.named import HeadsOf, describe_lens, lens_layers
-
-    paths = lens_layers(weights)
-    if not paths:
-        return None
-    architecture = describe_lens(weights, paths)
-    heads = architecture.specs[0].q.heads
-    if num_heads not in (None, heads):
-        raise UsageError(f"{title} stores {heads} heads in each layer, not {num_heads}: leave out --num-heads")
-    return OpenedModel(title, architecture, HeadsOf(weights), {**source, "layout": "TransformerLens"})
-
-
 def _configured(
     config: Path, title: str, weights: Checkpoint, source: dict[str, str], given: dict[str, Any]
 ) -> OpenedModel:
     """Open weights of the architecture a ``config.json`` names: timm's with its ``model_args``, or transformers'."""
     try:
-        data = _parse_json(config.read_bytes(), config)
+        data = parse_object(config.read_bytes(), config)
     except OSError as error:
         raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
     name = data.get("architecture")
@@ -444,13 +332,3 @@ def _configured(
         f"{config} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "
         "--checkpoint"
     )
-
-
-def _parse_json(text: bytes, where: Path) -> dict[str, Any]:
-    try:
-        data = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where} holds broken JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(data).__name__} where an object is expected")
-    return data

@@ -27,8 +27,8 @@ Weights = StrPath | Mapping[str, Any]
 class Access:
     """How weights are reached, and which of a file's are read.
 
-    ``offline`` from the local cache alone, ``remote`` only the tensors needed. ``network`` names one of several networks
-    in a file; ``row_order`` says how the rows of packed projections are ordered where only tensor names are known.
+    ``offline`` from the local cache alone, ``remote`` only the tensors needed. ``network`` names one of several
+    networks in a file; ``row_order`` says how the rows of packed projections are ordered where only names are known.
     """
 
     offline: bool = False

@@ -62,8 +62,8 @@ class Verdict:
         """Return the verdict in words."""
         if self.correlation >= FITS and self.correlation > self.other_correlation:
             return (
-                f"rows ordered {self.order}, which the weights bear out (correlation {self.correlation:.2f} of row norms of "
-                f"V with column norms of O, {self.other_correlation:.2f} in the next best order)"
+                f"rows ordered {self.order}, which the weights bear out (correlation {self.correlation:.2f} of row "
+                f"norms of V with column norms of O, {self.other_correlation:.2f} in the next best order)"
             )
         return (
             f"rows ordered {self.order}, which the weights neither bear out nor contradict (correlation "
@@ -136,8 +136,8 @@ def check(verdict: Verdict, units: int, where: str) -> None:
     if verdict.other_correlation >= needed and verdict.other_correlation - max(verdict.correlation, 0.0) >= needed / 2:
         raise UsageError(
             f"the packed rows of {where} are not in the order {verdict.order}: norms of V's rows and of O's columns "
-            f"correlate by {verdict.correlation:.2f} in it, and by {verdict.other_correlation:.2f} in {verdict.other}. Add "
-            f"--row-order {verdict.other}, or --row-order {verdict.order} to read it so all the same"
+            f"correlate by {verdict.correlation:.2f} in it, and by {verdict.other_correlation:.2f} in {verdict.other}. "
+            f"Add --row-order {verdict.other}, or --row-order {verdict.order} to read it so all the same"
         )
 
 
@@ -150,7 +150,7 @@ def _norms(stored: Checkpoint, layer: Packed) -> tuple[Vector, Vector]:
     if layer.transposed:
         packed, out = packed.T, out.T
     tiny = np.finfo(np.float64).tiny
-    return tuple(np.log(np.linalg.norm(values, axis=axis) + tiny) for values, axis in ((packed, 1), (out, 0)))  # type: ignore[return-value]
+    return np.log(np.linalg.norm(packed, axis=1) + tiny), np.log(np.linalg.norm(out, axis=0) + tiny)
 
 
 def _correlation(one: Vector, other: Vector) -> float:

@@ -52,9 +52,9 @@ def report(
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
     With ``output`` the page is also written to this file, whole or not at all.
-    ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline`` and
-    ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder
-    of `attnlens train-compare` whose curves are shown.
+    ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline``
+    and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it,
+    ``train`` an output folder of `attnlens train-compare` whose curves are shown.
     ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
     verdicts those of `attnlens.fit_params`; nothing is measured here.
 

@@ -135,7 +135,7 @@ def made(state):
                 f"{module}lora_A": torch.ones(2, 8),
                 f"{module}lora_B": torch.ones(8, 2),
                 f"{module}alpha": torch.tensor(2.0),
-            },  # noqa: E501
+            },
         )[number % 4]
     return found
 
@@ -305,7 +305,7 @@ def valid() -> list[Case]:
         Case("pth", "training checkpoint", {"last.pth.tar": pth(training(hf))}, "last.pth.tar"),
         Case("pth", "TorchScript", {"scripted.pt": scripted()}, "scripted.pt"),
         Case("pth", "codes and adapters", {"model.pth": pth(made(hf))}, "model.pth"),
-        Case("safetensors", "two networks", {"two.safetensors": safetensors({f"{side}.{n}": v for side in "ab" for n, v in hf.items()})}, "two.safetensors"),  # noqa: E501
+        Case("safetensors", "two networks", {"two.safetensors": safetensors({f"{side}.{n}": v.clone() for side in "ab" for n, v in hf.items()})}, "two.safetensors"),  # noqa: E501
         Case("legacy pickle", "training checkpoint", {"model.pth": pth(training(hf), legacy=True)}, "model.pth"),
         Case("legacy pickle", "state dict", {"model.pth": pth(hf, legacy=True)}, "model.pth"),
         Case("npz", "stored", {"model.npz": npz(hf)}, "model.npz"),
