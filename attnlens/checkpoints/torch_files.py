@@ -47,8 +47,8 @@ class TorchFile(_File):
     """A file of `torch.save`, or a TorchScript archive, of which only names and numbers are read: no code in it runs.
 
     Dictionaries in dictionaries, pickled modules and the objects of TorchScript give dotted names. ``keys_in_front``
-    holds for each name how much of it is keys of dictionaries in front of a state dict. ``metadata`` names the architecture
-    where a training script stored its name.
+    holds for each name how much of it is keys of dictionaries in front of a state dict. ``metadata`` names the
+    architecture where a training script stored its name.
     """
 
     def __init__(self, path: Path) -> None:

@@ -202,6 +202,8 @@ def _pretrained(
     """Open the weights timm's registry names, on the hub or at a plain URL, and say where they are."""
     repo, url = entry["hf_hub_id"], entry["url"]
     if repo:
+        from attnlens.checkpoints.hub import open_weights
+
         repo, _, own = repo.partition("@")
         pin = revision or own or None
         name_in_repo = entry["hf_hub_filename"]
@@ -217,7 +219,7 @@ def _pretrained(
 
 
 def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, given: dict[str, Any]) -> OpenedModel:
-    from attnlens.checkpoints.hub import fetch
+    from attnlens.checkpoints.hub import fetch, open_weights
 
     repo, _, revision = repo.partition("@")
     config = fetch(repo, "config.json", revision or None, offline=access.offline)
