@@ -175,6 +175,8 @@ def compose(
     input_size: int | tuple[int, ...] | None = None,
     fold: str = "effective",
     layers: Sequence[int] | None = None,
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -202,7 +204,7 @@ def compose(
             "fold 'balanced' divides gains of its own out of each product, so that no two compose: use raw, effective "
             "or centred"
         )
-    access = Access(offline=offline, remote=remote)
+    access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
     specs = opened.choose(layers, chosen[0])
     scores: dict[Pair, Array] = {}

@@ -209,6 +209,8 @@ def inspect(
     layers: Sequence[int] | None = None,
     layer_spectra: bool = False,
     include: Sequence[str] = (),
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -220,7 +222,8 @@ def inspect(
     names the architecture; ``inspect(weights, model=name)`` says the same. ``model_args`` are arguments of timm's
     architecture where the shapes do not show them; ``input_size`` (a side, or the shape of one input) serves to follow
     a live network that does not state it. ``num_heads`` reads what nothing names the architecture of, a file, a state
-    dict or a live network, by its tensors' names.
+    dict or a live network, by its tensors' names. ``weights`` names one of several networks in a file, by its prefix or
+    key; ``row_order`` the order of packed rows, from the outermost axis: ``qkv,head,dim``, ``head,dim,qkv``, ...
 
     Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
     heads; see `DiagonalFit` and `GainStatistics`. ``fold`` is raw, effective, centred, balanced, both (raw and
@@ -234,10 +237,10 @@ def inspect(
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
-    architecture, weights = named_and_weights(source, checkpoint, model)
-    access = Access(offline=offline, remote=remote)
+    architecture, held = named_and_weights(source, checkpoint, model)
+    access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     opened = open_model(
-        architecture, weights, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+        architecture, held, num_heads, access, filters=True, model_args=model_args, input_size=input_size
     )
     names = parse_folds(fold)
     unwanted = opened.not_asked_for(include)

@@ -23,6 +23,12 @@ class Checkpoint(Mapping[str, Any]):
     """Stored tensors by name; a value is read only when it is asked for."""
 
     metadata: Mapping[str, str] = {}
+    title: str = ""
+    """Which network of a file this is, where the file holds several or one was asked for."""
+    computed: tuple[str, ...] = ()
+    """How tensors are made of stored ones, where they are not stored themselves."""
+    keys_in_front: Mapping[str, str] = {}
+    """By name, the keys of dictionaries that stand in front of a name in its state dict, each with a dot behind it."""
 
     def provenance(self) -> dict[str, Any]:
         """Return where the weights came from, JSON-ready; for a file its name, size and sha256."""

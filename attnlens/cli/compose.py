@@ -25,6 +25,8 @@ def compose(
     output: options.ModelFolder = None,
     num_heads: options.NumHeads = None,
     model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
+    row_order: options.RowOrder = None,
     fold: Annotated[
         Literal["raw", "effective", "centred"],
         typer.Option(help="Compose raw products, effective ones, or centred ones, as inspect has them."),
@@ -47,6 +49,8 @@ def compose(
         checkpoint,
         num_heads=num_heads,
         model_args=options.parse_model_args(model_args),
+        weights=weights,
+        row_order=row_order,
         fold=fold,
         layers=options.parse_layers(layers),
         offline=offline,

@@ -48,6 +48,8 @@ def fit_params(
     seed: Annotated[int, typer.Option(help="Use this seed for the statistics that are sampled.")] = 0,
     num_heads: options.NumHeads = None,
     model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
+    row_order: options.RowOrder = None,
     shrinkage: Annotated[
         Literal["ledoit-wolf", "oas", "none"],
         typer.Option(help="Shrink covariances of depthwise filters towards equal variances by this estimator."),
@@ -72,6 +74,8 @@ def fit_params(
         seed=seed,
         num_heads=num_heads,
         model_args=options.parse_model_args(model_args),
+        weights=weights,
+        row_order=row_order,
         shrinkage=shrinkage,
         offline=offline,
         remote=remote,

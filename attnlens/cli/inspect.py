@@ -23,6 +23,8 @@ def inspect(
     output: options.ModelFolder = None,
     num_heads: options.NumHeads = None,
     model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
+    row_order: options.RowOrder = None,
     fold: options.Folds = "both",
     layers: options.Layers = None,
     layer_spectra: Annotated[
@@ -58,6 +60,8 @@ def inspect(
         checkpoint,
         num_heads=num_heads,
         model_args=options.parse_model_args(model_args),
+        weights=weights,
+        row_order=row_order,
         fold=fold,
         layers=options.parse_layers(layers),
         layer_spectra=layer_spectra,

@@ -51,6 +51,23 @@ ModelArgs = Annotated[
         "show need not be given.",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME",
+        help="Read this one of several networks in a file, by its key or prefix, e.g. ema. Default: an average of "
+        "weights where the file keeps one, else the first.",
+    ),
+]
+RowOrder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXES",
+        help="Say how the rows of packed projections are ordered, from the outermost axis, e.g. head,dim,qkv. Goes "
+        "with --num-heads. Default: qkv,head,dim, unless the weights contradict it.",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(help="Read only these layers, of attention and of filters, e.g. 0-3,11. Default: all layers."),

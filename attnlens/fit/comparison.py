@@ -51,6 +51,7 @@ def compare(
     fold: Fold = "effective",
     checkpoints: Sequence[Any] = (),
     model_args: dict[str, Any] | None = None,
+    weights: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -60,8 +61,8 @@ def compare(
     Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
     Beside it ``log_alpha``: the same of log10(alpha), the difference in noise scale. ``checkpoints`` are files, one a
-    model; ``model_args`` go to every architecture of timm; ``offline`` and ``remote`` are those of `inspect`. Raises
-    what `inspect` raises.
+    model; ``model_args`` go to every architecture of timm, ``weights`` names the network of each file;
+    ``offline`` and ``remote`` are those of `inspect`. Raises what `inspect` raises.
     """
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
@@ -71,6 +72,7 @@ def compare(
     how: dict[str, Any] = {
         "fold": fold,
         "model_args": model_args,
+        "weights": weights,
         "offline": offline,
         "remote": remote,
         "progress": progress,

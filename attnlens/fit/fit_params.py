@@ -51,6 +51,8 @@ def fit_params(
     shrinkage: Estimator = "ledoit-wolf",
     model_args: dict[str, Any] | None = None,
     input_size: int | tuple[int, ...] | None = None,
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -63,7 +65,8 @@ def fit_params(
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
-    ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are those of `attnlens.inspect`.
+    ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline`` and ``remote`` are those of
+    `attnlens.inspect`.
 
     Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
     """
@@ -71,7 +74,7 @@ def fit_params(
         raise UsageError(f"shrinkage = {shrinkage!r} is not known: choose {', '.join(get_args(Estimator))}")
     if checkpoint is not None and len(models) > 1:
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
-    access = Access(offline=offline, remote=remote)
+    access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     everything: list[Entry] = []
     filters: list[FilterEntry] = []
     sources: list[Source] = []
@@ -183,7 +186,9 @@ def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str
         *(f"{spec.path} {reason}" for _, spec, reason in reasons if reason),
     ]
     read = (
-        (layer, [FLAGS.get(flag, flag) for flag in spec.leaves_out]) for layer, spec, reason in reasons if not reason
+        (layer, [*(FLAGS.get(flag, flag) for flag in spec.leaves_out), *([spec.label] if spec.label else [])])
+        for layer, spec, reason in reasons
+        if not reason
     )
     return {"not_read": not_read, "left_out": layers_by_reason(read)}
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from attnlens.checkpoints import Checkpoint
+from attnlens.checkpoints.networks import ChosenNetwork
 from attnlens.errors import CheckpointError, UsageError
 from attnlens.models.architecture import Architecture, describe_architecture
 from attnlens.models.opened import OpenedModel
@@ -19,20 +20,38 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 def fitting(opened: OpenedModel) -> OpenedModel:
     """Return the model with weights that fit: as they are, or in one of `_forms`. Refuse others by name.
 
-    Raises `CheckpointError` naming the first tensors that are missing or of another shape.
+    Of several networks in a file the default is tried first, then the others, then all together. Raises
+    `CheckpointError` naming the first tensors that are missing or of another shape.
     """
-    problems = _misfits(opened)
-    if not problems:
-        return opened
     told: list[str] = []
-    for form in _forms(opened, told):
-        if not _misfits(form):
-            return form
+    problems: list[str] = []
+    for candidate in _candidates(opened):
+        found = _misfits(candidate)
+        problems = problems or found
+        fits = candidate if not found else next((form for form in _forms(candidate, told) if not _misfits(form)), None)
+        if fits is not None:
+            title = candidate.checkpoint.title
+            return replace(fits, name=f"{fits.name} [{title}]") if title else fits
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise CheckpointError(
         f"the weights are not of {opened.architecture.name}: {'; '.join(problems[:3])}{more}. "
-        + ". ".join([*dict.fromkeys(told), "Name the architecture they were made for as MODEL"])
+        + "".join(f"{line}. " for line in dict.fromkeys(told))
+        + f"The file holds {', '.join(list(opened.checkpoint)[:3])}, ... "
+        "Name the architecture they were made for as MODEL"
     )
+
+
+def _candidates(opened: OpenedModel) -> Iterator[OpenedModel]:
+    """Yield the model with each network of its file, and each without numbers of chunks in front of those of blocks."""
+    from attnlens.models.renamed import without_chunks
+
+    weights = opened.checkpoint
+    several = [*weights.others(), weights.whole()] if isinstance(weights, ChosenNetwork) else []
+    for one in (weights, *several):
+        yield replace(opened, checkpoint=one)
+        whole = without_chunks(one) if opened.timm_args is not None else None
+        if whole is not None:
+            yield replace(opened, checkpoint=whole)
 
 
 def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:

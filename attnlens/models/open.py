@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,19 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
-from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
-from attnlens.checkpoints.shards import TRANSFORMERS_FILES
+from attnlens.checkpoints.applied import unread_beside
+from attnlens.checkpoints.formats import refuse_folder
+from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
-from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
+from attnlens.models.bare import of_lens, open_bare
 from attnlens.models.diffusers import describe_diffusers
 from attnlens.models.forms import fitting
 from attnlens.models.live import open_live
-from attnlens.models.named import HeadsOf, describe_lens, describe_named, lens_layers
 from attnlens.models.opened import ONLINE, Access, OpenedModel, StrPath, Weights
 from attnlens.models.sizes import in_words, shown_arguments
-from attnlens.models.transformers import describe_names, describe_transformers, told_model_type
-from attnlens.strict_json import parse_json, within
+from attnlens.models.transformers import describe_transformers, told_model_type
+from attnlens.models.undress import LiveWeights
+from attnlens.models.weights import is_weight_name, parse_object, weights_in, weights_of
+from attnlens.strict_json import within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,9 +72,9 @@ def open_model(
     if access.offline and access.remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     if not isinstance(model, str | os.PathLike | Mapping | None):
-        opened = _open_live(model, checkpoint, num_heads, input_size)
+        opened = _open_live(model, checkpoint, num_heads, input_size, access)
     elif num_heads is not None:
-        opened = _open_bare(model, checkpoint, num_heads)
+        opened = open_bare(model, checkpoint, num_heads, access)
     else:
         opened = _open(model, checkpoint, access, model_args)
     if model_args and opened.timm_args is None:
@@ -91,8 +94,23 @@ def open_model(
             f"no layer of {opened.name} can be read. {first.path} ({first.module_class}) {first.reason}{advice}"
         )
     opened = fitting(opened)
+    _check_beside(opened)
     opened.checkpoint.expect(opened.architecture.shapes)
     return opened
+
+
+def _check_beside(opened: OpenedModel) -> None:
+    """Refuse weights beside which something stands that may change them and that nobody looks at."""
+    if isinstance(opened.checkpoint, LiveWeights):
+        return
+    specs = opened.architecture.specs
+    projections = [name for spec in specs for slot in spec.slots().values() for name in slot.named(slot.tensor)]
+    beside = unread_beside(opened.checkpoint, projections, opened.architecture.shapes)
+    if beside is not None:
+        raise CheckpointError(
+            f"{beside}, and no rule for it is known: merge it into the weight, or take it out of the file if it "
+            "changes nothing"
+        )
 
 
 def _open(
@@ -100,10 +118,10 @@ def _open(
 ) -> OpenedModel:
     given = check_model_args(model_args or {}, "--model-arg")
     if model is None and checkpoint is None:
-        return _open_folder(EMBEDDED, None, "embedded", given)
+        return _open_folder(EMBEDDED, None, "embedded", given, ONLINE)
     state = checkpoint if model is None else model
     if isinstance(state, Mapping):
-        lens = _of_lens(_weights(state), "state dict", {"model": "state dict"})
+        lens = of_lens(weights_of(state, access), "state dict", {"model": "state dict"})
         if lens is not None:
             return lens
         raise UsageError(
@@ -111,56 +129,43 @@ def _open(
             "model='vit_base_patch16_224'), or give num_heads to read it by its tensors' names"
         )
     if model is None:
-        return _open_file(Path(os.fspath(checkpoint)), "--checkpoint", given)  # type: ignore[arg-type]
+        return _open_file(Path(os.fspath(checkpoint)), "--checkpoint", given, access)  # type: ignore[arg-type]
     name = os.fspath(model)
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
-        return _open_folder(Path(rest), checkpoint, name, given)
+        return _open_folder(Path(rest), checkpoint, name, given, access)
     if scheme in ("hf-hub", "hf_hub"):
         return _open_hub(rest, checkpoint, name, access, given)
     path = Path(name)
     if path.is_dir():
-        return _open_folder(path, checkpoint, f"local-dir:{name}", given)
-    if _is_weight_name(path) and (path.is_file() or os.sep in name or path.suffix != ".pt"):  # timm has tags named pt
+        return _open_folder(path, checkpoint, f"local-dir:{name}", given, access)
+    if is_weight_name(path) and (path.is_file() or os.sep in name or path.suffix != ".pt"):  # timm has tags named pt
         if checkpoint is not None:
             raise UsageError(f"{name} and --checkpoint {checkpoint} are both files: MODEL must name the architecture")
-        return _open_file(path, "MODEL", given)
+        return _open_file(path, "MODEL", given, access)
     return _open_timm(name, checkpoint, access, given)
 
 
 def _open_live(
-    module: Any, checkpoint: Weights | None, num_heads: int | None, input_size: int | tuple[int, ...] | None
+    module: Any,
+    checkpoint: Weights | None,
+    num_heads: int | None,
+    input_size: int | tuple[int, ...] | None,
+    access: Access,
 ) -> OpenedModel:
+
     architecture, own = open_live(module, num_heads=num_heads, input_size=input_size)
-    weights = own if checkpoint is None else _weights(checkpoint)
+    weights = own if checkpoint is None else weights_of(checkpoint, access)
     source = {"model": architecture.name}
     if num_heads is not None:
         source["layout"] = f"guessed from tensor names, {num_heads} heads"
     return OpenedModel(architecture.name, architecture, weights, source)
 
 
-def _weights(given: Weights) -> Checkpoint:
-    """Open what a caller gave as weights: a state dict in memory or a file."""
-    if isinstance(given, Mapping):
-        from attnlens.checkpoints.memory import StateDict
-
-        return given if isinstance(given, Checkpoint) else StateDict(given)
-    if not isinstance(given, str | os.PathLike):
-        raise UsageError(
-            f"a {type(given).__name__} is no checkpoint: give a file or a state dict, as model.state_dict()"
-        )
-    return open_checkpoint(given)
-
-
-def _is_weight_name(path: Path) -> bool:
-    suffixes = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX)
-    return path.name.lower().endswith(suffixes)
-
-
 def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dict[str, Any]) -> OpenedModel:
     pinned, _, revision = name.partition("@")
     base, _, tag = pinned.removeprefix("timm/").partition(".")
-    weights = None if checkpoint is None else _weights(checkpoint)
+    weights = None if checkpoint is None else weights_of(checkpoint, access)
     architecture, arguments = _of_timm(base, given, weights)
     base = architecture.name  # timm's own, where it was renamed
     if tag and tag not in architecture.weights:
@@ -199,14 +204,16 @@ def _pretrained(
 
         repo, _, own = repo.partition("@")
         pin = revision or own or None
-        return open_weights(repo, entry["hf_hub_filename"], pin, offline=access.offline, remote=access.remote)
+        name_in_repo = entry["hf_hub_filename"]
+        found, source = open_weights(repo, name_in_repo, pin, offline=access.offline, remote=access.remote)
+        return rechosen(found, access.network), source
     if not url:
         raise ModelNotFoundError(f"timm says nowhere where the weights of {name} are: pass --checkpoint FILE")
     if revision:
         raise UsageError(f"{name} is not on a hub but at {url}, which has no revisions: leave out @{revision}")
     from attnlens.checkpoints.download import fetch_url
 
-    return open_checkpoint(fetch_url(url, offline=access.offline)), {"url": url}
+    return open_checkpoint(fetch_url(url, offline=access.offline), access.network), {"url": url}
 
 
 def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, given: dict[str, Any]) -> OpenedModel:
@@ -217,14 +224,19 @@ def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, 
     if config is None:
         raise ModelNotFoundError(f"{repo} has no config.json: pass its architecture as MODEL and --checkpoint FILE")
     if checkpoint is not None:
-        return _configured(config, repo, _weights(checkpoint), {"model": name, "hub": repo}, given)
+        return _configured(config, repo, weights_of(checkpoint, access), {"model": name, "hub": repo}, given)
     weights, source = open_weights(repo, None, revision or None, offline=access.offline, remote=access.remote)
-    return _configured(config, repo, weights, {"model": name, **source}, given)
+    return _configured(config, repo, rechosen(weights, access.network), {"model": name, **source}, given)
 
 
-def _open_folder(folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any]) -> OpenedModel:
+def _open_folder(
+    folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any], access: Access
+) -> OpenedModel:
     config = within(folder, folder / "config.json", CheckpointError)
     if not config.is_file():
+        refuse_folder(folder)
+        if (folder / "adapter_config.json").is_file():
+            return _open_adapter(folder, checkpoint, name, given, access)
         if (folder / "model_index.json").is_file():
             raise ModelNotFoundError(
                 f"{folder} is a pipeline of diffusers: give one of its parts, as {folder / 'unet'}"
@@ -232,81 +244,62 @@ def _open_folder(folder: Path, checkpoint: Weights | None, name: str, given: dic
         raise ModelNotFoundError(
             f"{folder} has no config.json: give a timm or transformers model folder, or MODEL with --checkpoint FILE"
         )
-    weights = _weights(checkpoint if checkpoint is not None else _weights_in(folder))
+    weights = weights_of(checkpoint if checkpoint is not None else weights_in(folder), access)
     title = name if name == "embedded" else folder.resolve().name
     return _configured(config, title, weights, {"model": name}, given)
 
 
-def _weights_in(folder: Path) -> Path:
-    """Return the weight file, or the index of its shards, of a model folder."""
-    from attnlens.checkpoints.hub import WEIGHT_FILES
+def _open_adapter(
+    folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any], access: Access
+) -> OpenedModel:
+    """Open a folder of PEFT: the base model its configuration names, where it is at hand, with the adapter merged."""
+    from attnlens.checkpoints.adapters import base_of, with_adapter
 
-    names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
-        raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
-    return within(folder, found, CheckpointError)
+    base = base_of(folder)
+    if checkpoint is not None or not base or not Path(base).exists():
+        raise ModelNotFoundError(
+            f"{folder} is a PEFT adapter of {base or 'a base that it does not name'}, which is no folder or file here: "
+            "merge it (peft's merge_and_unload), save the result with save_pretrained, and give that folder"
+        )
+    opened = _open(base, None, access, given)
+    merged = with_adapter(opened.checkpoint, folder)
+    return replace(opened, name=folder.resolve().name, checkpoint=merged, source={"model": name, "base": base})
 
 
-def _open_file(path: Path, given_as: str, given: dict[str, Any]) -> OpenedModel:
+def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access) -> OpenedModel:
     """Open a file that must itself say, in its metadata or a config.json beside it, what architecture it is for."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, access.network)
     named = checkpoint.metadata.get("architecture")
     if named:
-        model_args = {**_parse_json(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
+        model_args = {**parse_object(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
         return OpenedModel(path.stem, architecture, checkpoint, {"model": path.name}, timm_args=model_args)
     config = path.parent / "config.json"
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
         return _configured(config, path.stem, checkpoint, {"model": path.name}, given)
-    lens = _of_lens(checkpoint, path.stem, {"model": path.name})
+    lens = of_lens(checkpoint, path.stem, {"model": path.name})
     if lens is not None:
         return lens
+    stated = checkpoint.metadata.get("named_architecture")
+    with contextlib.suppress(ModelNotFoundError):  # a training script's own name, and none of timm's
+        if stated:
+            architecture, arguments = _of_timm(stated, given, checkpoint)
+            source = {"model": path.name, "named_by": "the arguments that the file's training script stored"}
+            return OpenedModel(path.stem, architecture, checkpoint, source, timm_args=arguments)
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
-        f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file)"
+        f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file; it holds "
+        f"{_outline(checkpoint)})"
     )
 
 
-def _open_bare(model: Any, checkpoint: Weights | None, num_heads: int) -> OpenedModel:
-    """Open a file, or the weights of a folder, by the names of its tensors alone."""
-    given = checkpoint if model is None else model
-    if isinstance(given, Mapping) and (model is None or checkpoint is None):
-        return _by_names(_weights(given), num_heads, "state dict", {"model": "state dict"}, "the state dict")
-    path = Path(given) if isinstance(given, str | os.PathLike) else None
-    if path is None or (model is not None and checkpoint is not None) or not (path.is_dir() or _is_weight_name(path)):
-        raise UsageError(
-            "--num-heads goes with a weight file alone: a model that is named, a live module or the shipped ViT "
-            "says itself how many heads it has"
-        )
-    weights = open_checkpoint(_weights_in(path) if path.is_dir() else path)
-    return _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path))
-
-
-def _by_names(weights: Checkpoint, num_heads: int, title: str, source: dict[str, str], where: str) -> OpenedModel:
-    """Open weights by their names: those of a network that is known, or names that attention usually has."""
-    lens = _of_lens(weights, title, source, num_heads)
-    if lens is not None:
-        return lens
-    named = describe_named(weights, num_heads)
-    told = f"of {named.name}, told by tensor names" if named else "guessed from tensor names"
-    architecture = named or describe_names(weights, num_heads, where)
-    return OpenedModel(title, architecture, weights, {**source, "layout": f"{told}, {num_heads} heads"})
-
-
-def _of_lens(
-    weights: Checkpoint, title: str, source: dict[str, str], num_heads: int | None = None
-) -> OpenedModel | None:
-    """Open weights of TransformerLens, which hold a matrix for each head; None for any others."""
-    paths = lens_layers(weights)
-    if not paths:
-        return None
-    architecture = describe_lens(weights, paths)
-    heads = architecture.specs[0].q.heads
-    if num_heads not in (None, heads):
-        raise UsageError(f"{title} stores {heads} heads in each layer, not {num_heads}: leave out --num-heads")
-    return OpenedModel(title, architecture, HeadsOf(weights), {**source, "layout": "TransformerLens"})
+def _outline(checkpoint: Checkpoint) -> str:
+    """Say what a file holds: its networks, where there are several, and the first names."""
+    names = list(checkpoint)
+    several = checkpoint.networks if isinstance(checkpoint, ChosenNetwork) else ()
+    told = f"the networks {names_of(several)}, and " if len(several) > 1 else ""
+    return f"{told}{len(names)} tensors, {', '.join(names[:2])}, ..."
 
 
 def _configured(
@@ -314,7 +307,7 @@ def _configured(
 ) -> OpenedModel:
     """Open weights of the architecture a ``config.json`` names: timm's with its ``model_args``, or transformers'."""
     try:
-        data = _parse_json(config.read_bytes(), config)
+        data = parse_object(config.read_bytes(), config)
     except OSError as error:
         raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
     name = data.get("architecture")
@@ -324,23 +317,15 @@ def _configured(
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
     if isinstance(data.get("_class_name"), str):
         return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, str(config)), weights, source)
+
     if "model_type" not in data:
         told = told_model_type(data, weights)
         data = {**data, "model_type": told}
         source = {**source, "layout": f"model_type {told}, told by the tensors' names"} if told else source
     if isinstance(data["model_type"], str):
+        weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights
         return OpenedModel(title, describe_transformers(data, weights, str(config)), weights, source)
     raise ModelNotFoundError(
         f"{config} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "
         "--checkpoint"
     )
-
-
-def _parse_json(text: bytes, where: Path) -> dict[str, Any]:
-    try:
-        data = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where} holds broken JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(data).__name__} where an object is expected")
-    return data

@@ -25,10 +25,16 @@ Weights = StrPath | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Access:
-    """How weights on a hub are reached: ``offline`` from the local cache alone, ``remote`` only the tensors needed."""
+    """How weights are reached, and which of a file's are read.
+
+    ``offline`` from the local cache alone, ``remote`` only the tensors needed. ``network`` names one of several
+    networks in a file; ``row_order`` says how the rows of packed projections are ordered where only names are known.
+    """
 
     offline: bool = False
     remote: bool = False
+    network: str | None = None
+    row_order: str | None = None
 
 
 ONLINE = Access()

@@ -1,4 +1,4 @@
-"""torchvision's transformers under timm's names: the same networks with other names."""
+"""Files under other names than timm's for the same network: torchvision's, and DINOv2's with its chunks of blocks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RenamedWeights(Checkpoint):
         self._origin = origin
         self._names = names
         self._how = how
-        self.metadata = origin.metadata
+        self.metadata, self.title = origin.metadata, origin.title
 
     def provenance(self) -> dict[str, Any]:
         """Return the origin's provenance, and how its tensors were renamed."""
@@ -87,6 +87,26 @@ def as_timm_names(checkpoint: Checkpoint) -> RenamedWeights | None:
             names[name.replace("qkv.bias", "q_bias")] = (old, slice(0, third))
             names[name.replace("qkv.bias", "v_bias")] = (old, slice(2 * third, 3 * third))
     return RenamedWeights(checkpoint, names, "from torchvision's names to timm's")
+
+
+_CHUNKED = re.compile(r"^(?P<front>(?:.*\.)?)blocks\.(?P<chunk>\d{1,6})\.(?P<block>\d{1,6})\.(?P<rest>.*)$")
+
+
+def without_chunks(checkpoint: Checkpoint) -> RenamedWeights | None:
+    """Return a file of DINOv2's training, ``blocks.CHUNK.BLOCK...``, with ``blocks.BLOCK...``; None for any other.
+
+    Blocks are counted through the chunks there, where stages begin at 0 each.
+    """
+    found = {name: _CHUNKED.match(name) for name in checkpoint}
+    chunked = [match for match in found.values() if match]
+    homes = {(match["front"], match["block"]): match["chunk"] for match in chunked}
+    if not chunked or any(homes[match["front"], match["block"]] != match["chunk"] for match in chunked):
+        return None
+    names = {
+        (f"{m['front']}blocks.{m['block']}.{m['rest']}" if m else name): (name, slice(None))
+        for name, m in found.items()
+    }
+    return RenamedWeights(checkpoint, names, "numbers of block chunks taken off")
 
 
 def _renamed(name: str, swin: bool) -> str:

@@ -43,6 +43,8 @@ def report(
     num_heads: int | None = None,
     model_args: dict[str, Any] | None = None,
     input_size: int | tuple[int, ...] | None = None,
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -51,9 +53,9 @@ def report(
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
     With ``output`` the page is also written to this file, whole or not at all.
-    ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are what
-    `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder
-    of `attnlens train-compare` whose curves are shown.
+    ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline``
+    and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it,
+    ``train`` an output folder of `attnlens train-compare` whose curves are shown.
     ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold``, the verdicts
     those of `attnlens.fit_params` under each of its folds; nothing is measured here.
 
@@ -66,6 +68,7 @@ def report(
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
     own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
+    own |= {"weights": weights, "row_order": row_order}
     inspection = need_attention(inspect(model, checkpoint, fold=fold, **own, **reach), "the report")
     entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **own, **reach)
     others = [need_attention(inspect(other, fold=fold, **reach), "the report") for other in compare]

@@ -23,6 +23,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_RARE = (
+    *("attnlens.checkpoints.converted", "attnlens.checkpoints.adapters", "attnlens.models.renamed"),
+    *("attnlens.models.sizes", "attnlens.models.diffusers", "attnlens.models.undress", "ml_dtypes"),
+)
+"""Modules that are imported where a file calls for them."""
 AT_ONCE = 100
 """Mutations that are drawn, and kept, at once."""
 SHARES = {
@@ -99,7 +104,7 @@ class Workshop:
         from attnlens import provenance
         from benchmarks.trust.guard import write_files
 
-        for name in ("attnlens.checkpoints.converted", "ml_dtypes"):  # no valid file needs them
+        for name in _RARE:  # no valid file needs them
             import_module(name)
         provenance.version = cache(version)  # parsing the same metadata for every input would be half of the time
         said, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115, PTH123

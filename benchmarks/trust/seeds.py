@@ -108,6 +108,56 @@ def pth(state, *, legacy: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def training(state):
+    """Return what a training script saves: two networks, and objects of which only the names are read."""
+    import argparse
+    import collections
+    from pathlib import PurePosixPath
+
+    extra = {"args": argparse.Namespace(lr=0.1, out=PurePosixPath("runs")), "best": np.float64(70.1)}
+    moments = {"state": {0: {"exp_avg": next(iter(state.values()))}}}
+    return {"model": state, "model_ema": dict(state), "seen": collections.Counter("ab"), "optimizer": moments, **extra}
+
+
+def made(state):
+    """Return weights stored as codes with scales, as g and v, under a mask, and beside an adapter with its scale."""
+    import torch
+
+    found = dict(state)
+    for number, name in enumerate(n for n in state if n.endswith("weight") and state[n].ndim == 2):
+        weight, module = found.pop(name), name.removesuffix("weight")
+        found |= (
+            {name: (20 * weight).to(torch.int8), f"{module}weight_scale": torch.full((8, 1), 0.05)},
+            {f"{name}_g": torch.ones(8, 1), f"{name}_v": weight},
+            {f"{name}_orig": weight, f"{name}_mask": torch.ones(8, 8)},
+            {
+                name: weight,
+                f"{module}lora_A": torch.ones(2, 8),
+                f"{module}lora_B": torch.ones(8, 2),
+                f"{module}alpha": torch.tensor(2.0),
+            },
+        )[number % 4]
+    return found
+
+
+@cache
+def scripted() -> bytes:
+    """Return a TorchScript archive of a module with attention's names, scripted from its source."""
+    import warnings
+
+    import torch
+
+    holder = torch.nn.Module()
+    holder.attn = torch.nn.Module()
+    for role in ("q", "k", "v", "o"):
+        setattr(holder.attn, role, torch.nn.Linear(8, 8))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to replace TorchScript; people's files stay
+        torch.jit.save(torch.jit.script(holder), buffer)
+    return buffer.getvalue()
+
+
 def npz(state, *, compressed: bool = False) -> bytes:
     """Return a numpy archive."""
     buffer = io.BytesIO()
@@ -252,6 +302,11 @@ def valid() -> list[Case]:
         Case("safetensors", "bare", {"bare.safetensors": safetensors(hf)}, "bare.safetensors"),
         Case("pth", "state dict", {"model.pth": pth(hf)}, "model.pth"),
         Case("pth", "nested", {"model.bin": pth({"state_dict": hf, "epoch": 3})}, "model.bin"),
+        Case("pth", "training checkpoint", {"last.pth.tar": pth(training(hf))}, "last.pth.tar"),
+        Case("pth", "TorchScript", {"scripted.pt": scripted()}, "scripted.pt"),
+        Case("pth", "codes and adapters", {"model.pth": pth(made(hf))}, "model.pth"),
+        Case("safetensors", "two networks", {"two.safetensors": safetensors({f"{side}.{n}": v.clone() for side in "ab" for n, v in hf.items()})}, "two.safetensors"),  # noqa: E501
+        Case("legacy pickle", "training checkpoint", {"model.pth": pth(training(hf), legacy=True)}, "model.pth"),
         Case("legacy pickle", "state dict", {"model.pth": pth(hf, legacy=True)}, "model.pth"),
         Case("npz", "stored", {"model.npz": npz(hf)}, "model.npz"),
         Case("npz", "compressed", {"model.npz": npz(hf, compressed=True)}, "model.npz"),

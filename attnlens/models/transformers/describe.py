@@ -7,6 +7,7 @@ from functools import cache
 from operator import itemgetter
 
 from attnlens.checkpoints import Checkpoint
+from attnlens.checkpoints.codes import DEQUANTISED
 from attnlens.errors import CheckpointError, ModelNotFoundError
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
 from attnlens.models.architecture import Architecture
@@ -72,7 +73,7 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
             f"{where} has model_type {model_type!r}, which is not known: give the weight file and --num-heads, to read "
             f"it by its tensors' names. Known are {', '.join(sorted(families()))}"
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and DEQUANTISED not in stored.computed:
         raise CheckpointError(
             f"{where} says that the weights are quantised: what is stored is not what the network applies. Give the "
             "model it was made from"
