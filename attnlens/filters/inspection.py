@@ -26,7 +26,7 @@ IndexedFilters = tuple[tuple[int, FilterSpec], ...]
 
 @dataclass(frozen=True)
 class FilterInspection:
-    """What was found in a model's depthwise filters: ``stats`` has a row a layer, under `measuring.COLUMNS`."""
+    """What was found in a model's depthwise filters: ``stats`` has a row a layer, under `statistics.COLUMNS`."""
 
     stats: StatsTable
     specs: IndexedFilters
@@ -83,7 +83,7 @@ def inspect_filters(
         layer, spec = indexed
         with reading:  # a checkpoint serves one reader at a time
             filters = read_filters(spec, opened.checkpoint)
-        fit, values = fit_filters(filters, seed=layer)
+        fit, values = fit_filters(filters, spec.stride, seed=layer)
         return filter_row(layer, spec, fit), values
 
     results = over_threads(measure, specs, progress) if specs else []

@@ -12,7 +12,7 @@ import numpy as np
 from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
-from attnlens.filters.fit import filter_trend, fit_filter_entries
+from attnlens.filters.fit import filter_medians, fit_filter_entries
 from attnlens.fit.params import Entry, InitParams, LayerSummary, Per, Pooled, Source, Summary
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, read_heads
@@ -94,7 +94,7 @@ def fit_params(
     groups = [(circuit, heads) for circuit, heads in _GROUPS if _group(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
-        schema_version=2,
+        schema_version=3,
         fold=fold,
         per=per,
         level=level,
@@ -104,7 +104,7 @@ def fit_params(
         layers=list(_layer_summaries(entries)),
         pooled=[_pool(circuit, heads, _group(entries, circuit, heads)) for circuit, heads in groups],
         filters=filters,
-        filter_trend=filter_trend(filters),
+        filter_medians=filter_medians(filters),
     )
 
 

@@ -45,7 +45,7 @@ class Params(Protocol):
         """Return one `LayerRequest` for each readable layer of an architecture."""
         ...
 
-    def filter_covariance(self, depth: float, kernel: Kernel, form: Form, /) -> Array | None:
+    def filter_covariance(self, depth: float, kernel: Kernel, form: Form, strided: bool, /) -> Array | None:
         """Return the covariance to draw a layer's depthwise filters with; None where there is none."""
         ...
 
