@@ -25,8 +25,8 @@ class Relative(NamedTuple):
 STRIDE_1 = Relative(0.06, 0.13, 0.13, 0.34)
 STRIDED = Relative(0.08, 0.66, 0.15, 0.02)
 """Medians, to two digits, over four networks of each one's median layer: EfficientNet-Lite0 (16 layers) and MobileNetV2
-(17), trained on ImageNet, and the detector and the recogniser of PP-OCRv4 (PP-LCNet, 14 layers each). In all four, layers
-of stride above 1 smooth, and the others hold a centre against its surround; docs/filters.md has the numbers."""
+(17), trained on ImageNet, and the detector and the recogniser of PP-OCRv4 (PP-LCNet, 14 layers each). In all four,
+layers of stride above 1 smooth, and the others hold a centre against its surround; docs/filters.md has the numbers."""
 
 
 def trained_shape(strided: bool) -> Relative:

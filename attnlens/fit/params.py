@@ -40,12 +40,6 @@ Per = Literal["head", "layer", "model"]
 LARGEST_LOG = 700.0
 """Of the logarithm of alpha: beyond it float64 ends."""
 
-# Version -> function that turns a file of that version into the next one.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda data: {**data, "filters": [], "filter_trend": None, "schema_version": 2},
-    2: lambda data: _refitted(data),
-}
-
 
 # A product that is zero has no shares.
 Share = Annotated[float | None, Field(ge=0, le=1 + 1e-9)]
@@ -330,6 +324,13 @@ def _refitted(data: dict[str, Any]) -> dict[str, Any]:
         "filter_medians": [m.model_dump() for m in filter_medians(found)],
     }
     return {**kept, **dumped, "schema_version": 3}
+
+
+# Version -> function that turns a file of that version into the next one.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda data: {**data, "filters": [], "filter_trend": None, "schema_version": 2},
+    2: _refitted,
+}
 
 
 def _migrated(data: dict[str, Any], where: str) -> dict[str, Any]:
