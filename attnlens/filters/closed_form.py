@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ OFF_CENTRE = 1.0
 ROUNDING = 1e-12
 """Share of ||S||^2 below which nothing lies beyond isotropy but rounding."""
 PARTS = ("blur", "slope", "contrast")
+Bound = Literal["", "lower", "upper"]
+"""End of its range that a width lies at; "" where it lies inside."""
 _WIDTHS, _CENTRES = 49, 9
 _AT_BOUND = 1e-3
 
@@ -45,6 +47,12 @@ class Shape(NamedTuple):
     slope: float
     contrast: float
     centre: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def of(cls, s: float, shares: Array, centre: tuple[float, float] = (0.0, 0.0)) -> Shape:
+        """Take the shares of `PARTS` from an array."""
+        blur, slope, contrast = (float(share) for share in shares)
+        return cls(s, blur, slope, contrast, centre)
 
     @property
     def shares(self) -> Array:
@@ -78,7 +86,7 @@ def within_range(s: float, kernel: Kernel) -> float:
     return min(max(s, low), high)
 
 
-def width_bound(s: float, kernel: Kernel) -> str:
+def width_bound(s: float, kernel: Kernel) -> Bound:
     """Say whether a fitted width lies at an end of its range, which is then no width: "lower", "upper" or ""."""
     low, high = width_range(kernel)
     return "lower" if s <= low * (1 + _AT_BOUND) else "upper" if s >= high * (1 - _AT_BOUND) else ""
@@ -163,7 +171,7 @@ def fit_closed_form(covariance: Array, kernel: Kernel, stride: tuple[int, int] =
     chosen = at(found.x)
     taken, shares = chosen.best_shares(unit)
     width, centre = chosen.places[0]
-    shape = Shape(width, *(float(share) for share in shares[0]), centre=centre)
+    shape = Shape.of(width, shares[0], centre)
     return ClosedFormFit(shape, *explained(unit, closed_form(kernel, shape), float(taken[0])))
 
 
@@ -259,12 +267,12 @@ def _stationary(gram: Array, held: NDArray[np.bool_]) -> tuple[Array, Array]:
     for chosen in (list(parts) for number in (1, 2, 3) for parts in combinations(range(3), number)):
         usable = held[:, chosen].all(1)
         inverse = np.zeros((places, len(chosen), len(chosen)))
-        inverse[usable] = np.linalg.pinv(gram[np.ix_(usable, chosen, chosen)], hermitian=True)
+        inverse[usable] = np.linalg.pinv(gram[usable][:, chosen][:, :, chosen], hermitian=True)
         sums, total = inverse.sum(2), inverse.sum((1, 2))
         share = np.divide(sums, total[:, None], out=np.zeros_like(sums), where=total[:, None] > 0)
         for matrix, offset in ((inverse, np.zeros_like(share)), (inverse - share[:, :, None] * sums[:, None], share)):
             whole, constant = np.zeros((places, 3, 3)), np.zeros((places, 3))
-            whole[np.ix_(range(places), chosen, chosen)] = matrix
+            whole[:, np.array(chosen)[:, None], chosen] = matrix
             constant[:, chosen] = offset
             maps.append(whole)
             offsets.append(constant)

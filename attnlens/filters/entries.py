@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from attnlens.filters.closed_form import ROUNDING, Shape, fit_closed_form, width_bound
+from attnlens.filters.closed_form import ROUNDING, Bound, Shape, fit_closed_form
 from attnlens.filters.spec import Kernel
 from attnlens.filters.statistics import described, measured_shape
 from attnlens.filters.trained import Relative
@@ -70,7 +70,7 @@ class FilterEntry(_Measured):
     stride: Annotated[tuple[int, int], Field(description="along height and width; 1, 1 where a file does not say")]
     s: float = Field(gt=0, description="squared width of the closed form, in square pixels")
     relative_s: float = Field(gt=0, description="s / (longer side)^2")
-    s_bound: Literal["", "lower", "upper"] = Field(description="end of its range that s lies at: no width was found")
+    s_bound: Bound = Field(description="end of its range that s lies at: no width was found")
     blur_share: _Share
     slope_share: _Share
     contrast_share: _Share
@@ -116,7 +116,6 @@ class FilterEntryOfVersion2(_Measured):
             **self.model_dump(include=own),
             **measured_shape(fit, self.kernel),
             stride=(1, 1),
-            s_bound=width_bound(fit.shape.s, self.kernel),
             explained_null=None,
             verdict="isotropic" if self.verdict == "isotropic" else described(fit),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -110,7 +110,6 @@ def fit_filters(filters: Array, stride: tuple[int, int] = (1, 1), seed: int = 0)
         effective_rank_null=float(null.effective_rank.mean()),
         p_value=p_value,
         **measured_shape(fit, (height, width)),
-        s_bound=width_bound(fit.shape.s, (height, width)),
         explained_null=float(null.explained.mean()),
         explained_covariances_null=float(null.explained_covariances.mean()),
         noise_share=min(1.0, (trace**2 + square) / count / beyond) if beyond > ROUNDING * square else 1.0,
@@ -128,12 +127,13 @@ def described(fit: ClosedFormFit) -> Literal["closed form", "structured"]:
     return "closed form" if both >= EXPLAINED else "structured"
 
 
-def measured_shape(fit: ClosedFormFit, kernel: Kernel) -> dict[str, float]:
+def measured_shape(fit: ClosedFormFit, kernel: Kernel) -> dict[str, Any]:
     """Return what was fitted under the names that tables and parameter files have for it."""
     shape = fit.shape
     return {
         "s": shape.s,
         "relative_s": shape.s / side(kernel) ** 2,
+        "s_bound": width_bound(shape.s, kernel),
         **{f"{part}_share": float(share) for part, share in zip(PARTS, shape.shares, strict=True)},
         "isotropic_share": shape.isotropic,
         "centre_row": shape.centre[0],
@@ -171,7 +171,7 @@ def isotropic_null(norms: Array, kernel: Kernel, stride: tuple[int, int], seed: 
         taken, shares = places.best_shares(unit)
         best = int(np.argmax(taken))
         width, centre = places.places[best]
-        form = closed_form(kernel, Shape(width, *(float(share) for share in shares[best]), centre=centre))
+        form = closed_form(kernel, Shape.of(width, shares[best], centre))
         whole, _, covariances = explained(unit, form)
         found[:, draw] = _mean_share(flat), 1 / float((unit**2).sum()), whole, covariances
     return Null(*found)

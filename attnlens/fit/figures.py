@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from attnlens.circuits import Fold, Kind
 from attnlens.figures import style
-from attnlens.filters.closed_form import mixture
+from attnlens.filters.closed_form import closed_form
 from attnlens.filters.figures import Covariance, draw_mosaics
 from attnlens.fit.comparison import Comparison
 from attnlens.fit.params import Entry, InitParams
@@ -32,9 +32,9 @@ def draw_filter_fits(params: InitParams) -> dict[str, Figure]:
         }
         form = {
             entry.layer: Covariance(
-                mixture(entry.kernel, entry.s, entry.isotropic_share),
+                closed_form(entry.kernel, entry.shape),
                 entry.kernel,
-                f"s = {entry.s:.3g}, w = {entry.isotropic_share:.2f}",
+                f"s = {entry.s:.3g}, explains {entry.explained_covariances:.2f}",
             )
             for entry in own
         }

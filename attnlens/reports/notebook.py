@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from attnlens.figures import style
 from attnlens.figures.profiles import draw_profile
+from attnlens.filters.closed_form import PARTS
 from attnlens.filters.figures import draw_filter_profile
 from attnlens.fit.figures import draw_filter_fits, draw_fits
 from attnlens.fit.params import Entry, InitParams
@@ -32,9 +33,9 @@ _FILTER_HEAD = {
     "effective_rank": "effective rank",
     "effective_rank_null": "of chance",
     "relative_s": "s ÷ side²",
-    "isotropic_share": "isotropic share",
-    "cosine": "cosine",
+    **{f"{part}_share": part for part in (*PARTS, "isotropic")},
     "explained": "explained",
+    "explained_covariances": "of covariances",
     "verdict": "verdict",
 }
 
@@ -62,7 +63,7 @@ def _filters_html(inspection: Inspection) -> str:
         picture = _png(draw_filter_profile(filters.stats, model=inspection.model))
     return _fragment(
         title=f"{inspection.model}: covariance of depthwise filters, {len(filters.specs)} of {filters.depth} layers",
-        note="chance: filters of the same norms in random directions; explained: share beyond isotropy",
+        note="chance: filters of the same norms in random directions; explained: share beyond isotropy, and of covariances",
         head=["layer", "filters", "kernel", *_FILTER_HEAD.values()],
         rows=[
             [str(row["layer"]), str(row["filters"]), f"{row['height']} × {row['width']}"]
@@ -107,13 +108,13 @@ def params_html(params: InitParams) -> str:
 
 def _filter_params_html(params: InitParams) -> str:
     """Return a fragment: per model and layer the closed form's fit and the shrinkage, and the first model's figure."""
-    taken = ("relative_s", "isotropic_share", "cosine", "explained")
-    names = {"shrinkage": "shrinkage", **{_FILTER_HEAD[name]: name for name in taken}}
+    fitted = {title: name for name, title in _FILTER_HEAD.items() if not name.startswith(("effective", "verdict"))}
+    names = {"shrinkage": "shrinkage", **fitted}
     with style.look():
         picture = _png(next(iter(draw_filter_fits(params).values())))
     return _fragment(
         title=f"{' and '.join(source.model for source in params.sources)}: covariance of depthwise filters",
-        note="shrinkage: of the covariance towards equal variances; explained: share beyond isotropy",
+        note="shrinkage: towards equal variances; explained: share beyond isotropy, and of covariances",
         head=["model", "layer", "filters", "kernel", *names, "verdict"],
         rows=[
             [
