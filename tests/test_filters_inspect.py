@@ -14,7 +14,7 @@ import attnlens
 from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import CheckpointError, UnsupportedAttentionError, UsageError
 from attnlens.filters import FilterSpec, filter_modules, filter_parameters, read_filters, write_filters
-from attnlens.filters.closed_form import mixture
+from attnlens.filters.closed_form import Shape, closed_form
 from attnlens.filters.covariance import second_moment
 from attnlens.filters.figures import Covariance, colour_limit, draw_mosaics, mosaic
 from attnlens.filters.statistics import COLUMNS, fit_filters
@@ -140,11 +140,12 @@ def test_filters_that_are_all_alike_are_their_mean():
 
 
 def test_filters_of_the_closed_form_are_named_so_and_others_structured():
-    covariance = mixture((5, 5), 1.5, 0.3)
+    covariance = closed_form((5, 5), Shape(1.5, 0.2, 0.3, 0.2))
     fit, _ = fit_filters(drawn(covariance, 400, (5, 5)))
     assert fit.verdict == "closed form"
     assert fit.s == pytest.approx(1.5, rel=0.1)
     assert fit.isotropic_share == pytest.approx(0.3, abs=0.06)
+    assert fit.explained_covariances > 0.8
     assert 1 - 2 * fit.noise_share < fit.explained < 1
     edges = np.diag([1.0, *[0.02] * 23, 1.0])  # all in two corners
     fit, _ = fit_filters(drawn(edges, 400, (5, 5)))
@@ -152,14 +153,25 @@ def test_filters_of_the_closed_form_are_named_so_and_others_structured():
     assert fit.explained < 0.2
 
 
+def test_what_is_explained_of_variances_alone_is_no_closed_form():
+    """Variances that fall off from the centre as smoothing has them, and covariances of another kind."""
+    window = np.diag(closed_form((5, 5), Shape(1.0, 0.7, 0.0, 0.3)))
+    signs = np.random.default_rng(0).choice([-1, 1], 25)
+    common = np.outer(signs, signs) * np.sqrt(np.outer(window, window))
+    fit, _ = fit_filters(drawn(0.8 * np.diag(window) + 0.2 * common, 900, (5, 5)))
+    assert fit.explained > 0.5
+    assert fit.explained_covariances < 0.2
+    assert fit.verdict == "structured"
+
+
 def test_what_chance_gives_is_what_isotropic_filters_have():
     """Of 40 layers without structure, few have p at or below .05, and means agree with the null's."""
     rng = np.random.default_rng(1)
-    fits = [fit_filters(rng.normal(size=(60, 3, 3)), seed)[0] for seed in range(40)]
+    fits = [fit_filters(rng.normal(size=(60, 3, 3)), seed=seed)[0] for seed in range(40)]
     assert sum(fit.p_value <= 0.05 for fit in fits) <= 7  # binomial(40, .05): 8 or more once in 2,000
     assert 0.2 < np.mean([fit.p_value for fit in fits]) < 0.8
     assert sum(fit.verdict == "isotropic" for fit in fits) >= 38
-    for name in ("effective_rank", "cosine", "mean_share"):
+    for name in ("effective_rank", "explained", "mean_share"):
         found, null = (np.array([getattr(fit, column) for fit in fits]) for column in (name, f"{name}_null"))
         assert found.mean() == pytest.approx(null.mean(), rel=4 * found.std() / found.mean() / math.sqrt(40)), name
 
@@ -210,7 +222,7 @@ def test_zeros_are_called_zeros():
     nn.init.zeros_(model.blocks[1][0].fn[0].weight)
     inspection = attnlens.inspect(model)
     assert [row["verdict"] == "zeros" for row in inspection.filters.stats.records()] == [False, True, False, False]
-    assert inspection.to_json()["filters"]["stats"][1]["cosine"] is None
+    assert inspection.to_json()["filters"]["stats"][1]["explained"] is None
     inspection.figures()
 
 

@@ -21,10 +21,10 @@ def filter_table(filters: FilterInspection, model: str) -> Table:
     """Build the table of one model: a row a layer, what chance gives in brackets."""
     table = plain_table(
         f"[bold]{escape(model)}[/bold]: depthwise filters, S = FᵀF / n against its closed form",
-        "rank: effective, tr(S)² / tr(S²), with its p; s/k²: width by squared side, in brackets at an end of its range;\n"
-        "blur, slope, contrast: shares of the trace, the rest is isotropic; explained: share beyond isotropy, and of\n"
-        "covariances alone; noise: share that sampling makes; other (brackets): chance, filters of the same norms in\n"
-        f"random directions, {DRAWS} draws",
+        "rank: effective, tr(S)² / tr(S²), with its p; s/k²: width by squared side, (in brackets) where it lies at an\n"
+        "end of its range; blur, slope, contrast: shares of the trace, the rest is isotropic; explained: share beyond\n"
+        "isotropy, and of covariances alone; noise: share that sampling makes; other (brackets): chance, filters of\n"
+        f"the same norms in random directions, {DRAWS} draws",
     )
     for name in _MEASURED:
         table.add_column(name, justify="right", no_wrap=True)
@@ -43,7 +43,7 @@ def fit_filter_table(params: InitParams, source: int) -> Table:
     table = plain_table(
         f"[bold]{escape(params.sources[source].model)}[/bold]: filter covariances "
         f"({entries[0].estimator}), and their closed form",
-        "full: the covariance, shrunk by c towards equal variances; parametric: s/k² and the shares of blur, slope and\n"
+        "full: the covariance, shrunk by c towards equal variances; parametric: s/k² and shares of blur, slope and\n"
         "contrast, of which medians over layers of stride 1 and of stride above 1, all models, carry over; explained:\n"
         "share beyond isotropy, and of covariances alone",
     )

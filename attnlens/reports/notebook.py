@@ -63,7 +63,7 @@ def _filters_html(inspection: Inspection) -> str:
         picture = _png(draw_filter_profile(filters.stats, model=inspection.model))
     return _fragment(
         title=f"{inspection.model}: covariance of depthwise filters, {len(filters.specs)} of {filters.depth} layers",
-        note="chance: filters of the same norms in random directions; explained: share beyond isotropy, and of covariances",
+        note="chance: filters of the same norms in random directions; explained: beyond isotropy, and of covariances",
         head=["layer", "filters", "kernel", *_FILTER_HEAD.values()],
         rows=[
             [str(row["layer"]), str(row["filters"]), f"{row['height']} × {row['width']}"]
@@ -114,7 +114,7 @@ def _filter_params_html(params: InitParams) -> str:
         picture = _png(next(iter(draw_filter_fits(params).values())))
     return _fragment(
         title=f"{' and '.join(source.model for source in params.sources)}: covariance of depthwise filters",
-        note="shrinkage: towards equal variances; explained: share beyond isotropy, and of covariances",
+        note="shrinkage: towards equal variances; explained: beyond isotropy, and of covariances",
         head=["model", "layer", "filters", "kernel", *names, "verdict"],
         rows=[
             [
