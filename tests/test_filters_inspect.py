@@ -83,6 +83,48 @@ def test_filters_written_are_filters_read():
         read_filters(mix, {"mix.weight": np.zeros((2, 2))})
 
 
+def test_a_bare_file_is_read_by_the_shapes_of_its_tensors(run, tmp_path):
+    """The same layers, in the same order and with the same statistics, as the network that wrote the file."""
+    from safetensors.torch import save_file
+
+    model = convmixer(depth=11, in_chans=3)
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    found, wanted = attnlens.inspect(tmp_path / "bare.safetensors").filters, attnlens.inspect(model).filters
+    place = COLUMNS.index("leaves_out")
+    assert [row[:place] for row in found.stats.rows] == [row[:place] for row in wanted.stats.rows]
+    assert [spec.bias for _, spec in found.specs] == [f"blocks.{layer}.0.fn.0.bias" for layer in range(11)]
+    assert all("stride is not known" in label for label in found.left_out())
+    assert run("inspect", "bare.safetensors", "-o", "out").out.count("5×5") == 11
+
+
+def test_filters_of_one_input_channel_cannot_be_told_apart_in_a_bare_file_and_the_label_says_so(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(convmixer().state_dict(), tmp_path / "bare.safetensors")
+    filters = attnlens.inspect(tmp_path / "bare.safetensors").filters
+    assert [spec.path for _, spec in filters.specs][-1] == "stem.0"
+    assert all("single input channel look the same" in spec.label for _, spec in filters.specs)
+
+
+def test_a_bare_file_with_attention_needs_a_head_count_and_has_both_then(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(both().state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(UsageError, match="give --num-heads"):
+        attnlens.inspect(tmp_path / "bare.safetensors")
+    inspection = attnlens.inspect(tmp_path / "bare.safetensors", num_heads=3)
+    assert [spec.path for _, spec in inspection.filters.specs] == ["mix", "widen"]
+    assert inspection.layers == (0,)
+
+
+def test_a_bare_file_without_either_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(nn.Conv2d(4, 4, 3).state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(UsageError, match="does not say which architecture"):
+        attnlens.inspect(tmp_path / "bare.safetensors")
+
+
 # What is said of a layer.
 
 

@@ -16,7 +16,6 @@ from attnlens.figures.heatmaps import Shape, draw_heatmap
 from attnlens.figures.profiles import draw_profile
 from attnlens.figures.saving import save_figures
 from attnlens.figures.spectra import draw_spectra
-from attnlens.filters.figures import draw_filters
 from attnlens.heads import Array
 from attnlens.statistics.table import ALL_HEADS
 
@@ -34,6 +33,8 @@ def draw_all(inspection: Inspection, fold: Fold, size: int = 64) -> dict[str, Fi
     too, and the profile compares all folds that were measured. Raises `UsageError` for a fold that was not measured or
     a size below 1.
     """
+    from attnlens.filters.figures import draw_filters  # which draws with this package's style
+
     if fold not in inspection.folds:
         raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(inspection.folds)}")
     if size < 1:

@@ -1,7 +1,8 @@
-"""Attention told by tensor names alone: a state dict nobody named the architecture of, and a head count.
+"""Layers told by tensor names and shapes alone: a state dict nobody named the architecture of, and a head count.
 
-Names say what is q, k, v and output, shapes say how many key/value heads share a head's width. Everything read so
-carries the label ``layout guessed``: the order of packed rows, rotary positions and masks are not in a file.
+Names say what is q, k, v and output, shapes say how many key/value heads share a head's width, and which tensors are
+depthwise filters. Attention read so carries the label ``layout guessed``: the order of packed rows, rotary positions
+and masks are not in a file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from attnlens.checkpoints import Checkpoint
 from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.filters.by_shape import filters_by_shape
 from attnlens.layouts.flags import ATTRIBUTE_FLAGS
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Slot
 from attnlens.models.architecture import Architecture
@@ -99,7 +101,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def describe_names(stored: Checkpoint, num_heads: int, where: str) -> Architecture:
-    """Describe a file by its tensors' names, every layer with ``num_heads`` heads.
+    """Describe a file by its tensors' names, every layer with ``num_heads`` heads, and its depthwise filters.
 
     The number of key/value heads follows from the shapes. Raises `UnsupportedAttentionError` when no names are known,
     `UsageError` when the layers differ in width or ``num_heads`` does not divide it.
@@ -123,8 +125,22 @@ def describe_names(stored: Checkpoint, num_heads: int, where: str) -> Architectu
     specs = tuple(
         _spec(group, stored, num_heads, alone=crowd[group.parent] == 1, inside=inside[group.head]) for group in groups
     )
-    shapes = {name: list(stored.shape(name)) for spec in specs for name in spec.tensors()}
-    return Architecture("guessed", specs, (), tuple(spec.path for spec in specs), shapes, {})
+    return _guessed(stored, specs)
+
+
+def describe_filters(stored: Checkpoint) -> Architecture | None:
+    """Describe a file that holds depthwise filters and no attention that names tell of; None for any other."""
+    if find_groups(stored):
+        return None
+    found = _guessed(stored, ())
+    return found if found.filters else None
+
+
+def _guessed(stored: Checkpoint, specs: tuple[AttentionSpec, ...]) -> Architecture:
+    filters = filters_by_shape(stored, sorted(stored, key=_natural))
+    tensors = [name for layers in (specs, filters) for layer in layers for name in layer.tensors()]
+    shapes = {name: list(stored.shape(name)) for name in tensors}
+    return Architecture("guessed", specs, (), tuple(spec.path for spec in specs), shapes, {}, filters)
 
 
 def _shape(stored: Checkpoint, name: str) -> tuple[int, int]:

@@ -186,7 +186,10 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _open_file(path: Path, given_as: str) -> OpenedModel:
-    """Open a file that must itself say, in its metadata or a config.json beside it, what architecture it is for."""
+    """Open a file that says itself, in its metadata or a config.json beside it, what architecture it is for.
+
+    A file that says nothing and holds depthwise filters, and no attention, is read by its tensors' shapes.
+    """
     checkpoint = open_checkpoint(path)
     named = checkpoint.metadata.get("architecture")
     if named:
@@ -197,6 +200,12 @@ def _open_file(path: Path, given_as: str) -> OpenedModel:
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
         return _configured(config, path.stem, checkpoint, {"model": path.name})
+    from attnlens.models.by_tensor_names import describe_filters
+
+    filters = describe_filters(checkpoint)
+    if filters is not None:
+        source = {"model": path.name, "layout": "depthwise filters guessed from tensor shapes"}
+        return OpenedModel(path.stem, filters, checkpoint, source)
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
         f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file)"
