@@ -268,15 +268,6 @@ def test_zeros_are_called_zeros():
     inspection.figures()
 
 
-def test_compare_and_report_say_that_they_are_of_attention():
-    from attnlens.reports import build_report
-
-    with pytest.raises(UnsupportedAttentionError, match="the report is of attention"):
-        build_report(convmixer())
-    with pytest.raises(UnsupportedAttentionError, match="compare is of attention"):
-        attnlens.compare(convmixer(), convmixer(1))
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"

@@ -12,6 +12,7 @@ from attnlens.cli.terminal import escape, plain_table
 from attnlens.filters.closed_form import PARTS
 from attnlens.filters.inspection import FilterInspection
 from attnlens.filters.statistics import DRAWS
+from attnlens.fit.comparison import Comparison
 from attnlens.fit.params import InitParams
 
 _STYLES = {"closed form": "bold blue", "structured": "blue", "isotropic": "dim", "zeros": "dim"}
@@ -60,6 +61,21 @@ def fit_filter_table(params: InitParams, source: int) -> Table:
         shares = (f"{share:.2f}" for share in (medians.blur, medians.slope, medians.contrast))
         kind = "above 1" if medians.strided else "1"
         table.add_row("median", "", kind, f"{medians.layers}", "", "", f"{medians.relative_s:.3g}", *shares, "", "", "")
+    return table
+
+
+def filter_distance_table(comparison: Comparison) -> Table:
+    """Build the table of distances between the filters of each pair of models."""
+    table = plain_table(
+        "Distance between depthwise filters",
+        "shares: rms over depth of the distance between blur, slope, contrast and isotropic share, 0 to 1.41\n"
+        "rank: the same of the difference in effective rank / positions, 0 to 1",
+    )
+    for name in ("first", "second", "shares", "rank"):
+        table.add_column(name, justify="right" if name in ("shares", "rank") else "left")
+    for row in comparison.filter_distances:
+        names = (escape(row[name]) for name in ("first", "second"))
+        table.add_row(*names, f"{row['shares']:.3f}", f"{row['effective_rank']:.3f}")
     return table
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from attnlens.atomic import FileSet
 from attnlens.circuits import Fold, Kind
 from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.cli.filters import fit_filter_table
+from attnlens.cli.filters import filter_distance_table, fit_filter_table
 from attnlens.cli.inspecting import figure_folder, format_layers
 from attnlens.cli.terminal import escape, number, plain_table, print_wide
 from attnlens.filters.entries import Estimator
@@ -167,16 +167,28 @@ def run_compare(
         import json
 
         write_stdout(
-            json.dumps({"fold": fold, "models": comparison.models, "distances": comparison.distances}, indent=1)
+            json.dumps(
+                {
+                    "fold": fold,
+                    "models": comparison.models,
+                    "distances": comparison.distances,
+                    "filter_distances": comparison.filter_distances,
+                },
+                indent=1,
+            )
         )
     else:
-        print_wide(distance_table(comparison))
+        if comparison.distances:
+            print_wide(distance_table(comparison))
+        if comparison.filter_distances:
+            print_wide(filter_distance_table(comparison))
     from attnlens.figures import save_figures
-    from attnlens.fit.figures import draw_comparison
+    from attnlens.fit.figures import draw_comparisons
 
     folder = figure_folder(figures, "+".join(comparison.models))
-    save_figures({"comparison": draw_comparison(comparison)}, folder, format_, dpi)
-    note(f"wrote comparison.{format_} to {folder}")
+    drawn = draw_comparisons(comparison)
+    save_figures(drawn, folder, format_, dpi)
+    note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 
 
 def distance_table(comparison: Comparison) -> Table:

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from attnlens.circuits import Fold, Kind
 from attnlens.figures import style
 from attnlens.filters.closed_form import closed_form
+from attnlens.filters.comparison import SHARES, FilterProfile
 from attnlens.filters.figures import Covariance, draw_mosaics
-from attnlens.fit.comparison import Comparison
+from attnlens.fit.comparison import Comparison, Profile
 from attnlens.fit.params import Entry, InitParams
 from attnlens.heads import Array
 
@@ -113,6 +114,44 @@ def draw_fits(params: InitParams) -> dict[str, Figure]:
         }
 
 
+def draw_comparisons(comparison: Comparison) -> dict[str, Figure]:
+    """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters, of what was compared."""
+    found = {"comparison": draw_comparison(comparison)} if comparison.profiles else {}
+    return found | ({"filter_comparison": draw_filter_comparison(comparison)} if comparison.filter_profiles else {})
+
+
+def draw_filter_comparison(comparison: Comparison) -> Figure:
+    """Draw the shares and the effective rank of several models' filters side by side, against relative depth."""
+    titles = {
+        "effective_rank": "effective rank ÷ positions",
+        **{share: share.replace("_share", ": share of the trace") for share in SHARES},
+    }
+    models = list(dict.fromkeys(profile.model for profile in comparison.filter_profiles))
+    with style.look():
+        names = [(name, _model_look(comparison.models.index(name))) for name in models]
+        subject = "Covariance of depthwise filters, by its closed form, against relative depth"
+        places = list(titles.items())
+        figure, cells = _canvas(" and ".join(models), subject, [""] * math.ceil(len(places) / 2), names)
+        for place, axes in enumerate(axes for row in cells for axes in row):
+            if place >= len(places):
+                axes.set_axis_off()
+                continue
+            statistic, title = places[place]
+            for profile in comparison.filter_profiles:
+                if profile.statistic == statistic:
+                    _profile_line(axes, comparison, profile)
+            style.linear_y_axis(axes, 0.0, 1.0)
+            axes.set_xlim(-0.03, 1.03)
+            axes.set_title(title, loc="left", pad=5)
+            axes.set_xlabel("relative depth")
+    return figure
+
+
+def _profile_line(axes: Axes, comparison: Comparison, profile: Profile | FilterProfile) -> None:
+    colour, line = _model_look(comparison.models.index(profile.model))
+    axes.plot(profile.depth, profile.values, line, marker="o", markersize=2.5, color=colour, linewidth=1.2)
+
+
 def draw_comparison(comparison: Comparison) -> Figure:
     """Draw the profiles of several models side by side, against relative depth."""
     rows = {"alpha": "alpha (log scale)", "beta": "beta", "identity_share": "identity cosine ÷ bound"}
@@ -125,10 +164,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
                 axes = cells[j][i]
                 found = comparison.select(circuit, statistic)
                 for profile in found:
-                    colour, line = _model_look(comparison.models.index(profile.model))
-                    axes.plot(
-                        profile.depth, profile.values, line, marker="o", markersize=2.5, color=colour, linewidth=1.2
-                    )
+                    _profile_line(axes, comparison, profile)
                 _value_axis(axes, statistic, np.concatenate([p.values for p in found] or [np.zeros(1)]))
                 axes.set_xlim(-0.03, 1.03)
                 axes.set_title(title.replace("every head", "mean over heads"), loc="left", pad=5)

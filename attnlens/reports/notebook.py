@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from attnlens.figures import style
 from attnlens.figures.profiles import draw_profile
@@ -19,10 +16,10 @@ from attnlens.filters.figures import draw_filter_profile
 from attnlens.fit.figures import draw_filter_fits, draw_fits
 from attnlens.fit.params import Entry, InitParams
 from attnlens.inspection import Inspection
+from attnlens.reports.filters import png
 from attnlens.reports.templates import environment, shown
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 
-_DPI = 100
 _PARAM_HEAD = (
     *("model", "layer", "QK α", "QK β", "QK verdicts"),
     *("OV α", "OV β", "OV β interval", "OV verdict", "OV request"),
@@ -60,7 +57,7 @@ def _filters_html(inspection: Inspection) -> str:
     """Return a fragment with a row of statistics a layer of filters, and their profiles."""
     filters = inspection.filters
     with style.look():
-        picture = _png(draw_filter_profile(filters.stats, model=inspection.model))
+        picture = png(draw_filter_profile(filters.stats, model=inspection.model))
     return _fragment(
         title=f"{inspection.model}: covariance of depthwise filters, {len(filters.specs)} of {filters.depth} layers",
         note="chance: filters of the same norms in random directions; explained: beyond isotropy, and of covariances",
@@ -89,7 +86,7 @@ def _attention_html(inspection: Inspection) -> str:
     ]
     with style.look():
         figure = draw_profile(inspection.stats, inspection.folds, model=inspection.model)
-        picture = _png(figure)
+        picture = png(figure)
     return _fragment(
         title=f"{inspection.model}: M ≈ α Z + β I, {len(inspection.layers)} of {inspection.depth} layers",
         note="QK: mean over heads; OV: sum over heads; prom = mean(diag) / sd(off-diag)",
@@ -111,7 +108,7 @@ def _filter_params_html(params: InitParams) -> str:
     fitted = {title: name for name, title in _FILTER_HEAD.items() if not name.startswith(("effective", "verdict"))}
     names = {"shrinkage": "shrinkage", **fitted}
     with style.look():
-        picture = _png(next(iter(draw_filter_fits(params).values())))
+        picture = png(next(iter(draw_filter_fits(params).values())))
     return _fragment(
         title=f"{' and '.join(source.model for source in params.sources)}: covariance of depthwise filters",
         note="shrinkage: towards equal variances; explained: beyond isotropy, and of covariances",
@@ -133,7 +130,7 @@ def _filter_params_html(params: InitParams) -> str:
 def _attention_params_html(params: InitParams) -> str:
     """Return a fragment: per model and layer the fit, its verdicts and the request, and the fits by depth."""
     with style.look():
-        picture = _png(draw_fits(params)["fit_profile"])
+        picture = png(draw_fits(params)["fit_profile"])
     return _fragment(
         title=f"{' and '.join(source.model for source in params.sources)}: {params.fold} products, M ≈ α Z + β I",
         note=f"QK: means and verdicts of heads; OV: sum over heads with the {params.level:.0%} interval of β",
@@ -182,12 +179,6 @@ def _mean(stats: StatsTable, column: _Column) -> str:
     chosen = stats.select(circuit=column.circuit, fold=column.fold)
     values = (chosen.select(head=ALL_HEADS) if column.total else chosen).column(column.name)
     return shown(float(values.mean())) if len(values) and np.isfinite(values).all() else ""
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _fragment(**content: Any) -> str:

@@ -14,9 +14,12 @@ from markupsafe import Markup
 from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
 from attnlens.fit.params import Entry
-from attnlens.inspection import Inspection, inspect, need_attention
+from attnlens.inspection import Inspection, inspect
+from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
+from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, corner_size, draw_data
 from attnlens.reports.templates import _asset, _hash, _scripts, environment
 from attnlens.reports.training import read_training
@@ -44,6 +47,8 @@ def build_report(
 ) -> str:
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
+    Of depthwise filters every layer's statistics and verdict, covariances, spectra and profiles.
+
     ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
     names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
     curves are shown.
@@ -57,10 +62,12 @@ def build_report(
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    inspection = need_attention(inspect(model, checkpoint, num_heads=num_heads, **reach), "the report")
+    inspection = inspect(model, checkpoint, num_heads=num_heads, **reach)
     fold = _common_fold(inspection)
-    entries, unjudged = _judgements(model, checkpoint=checkpoint, num_heads=num_heads, fold=fold, **reach)
-    others = [need_attention(inspect(other, **reach), "the report") for other in compare]
+    entries, unjudged = list[Entry](), ""
+    if inspection.specs:
+        entries, unjudged = _judgements(model, checkpoint=checkpoint, num_heads=num_heads, fold=fold, **reach)
+    others = [inspect(other, **reach) for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
     data = {
@@ -87,6 +94,9 @@ def build_report(
             notes=inspection.left_out(),
             provenance=list(_flat({**inspection.provenance, **({"command": command} if command else {})})),
             comparison=comparison,
+            filters=filter_section(inspection.filters, inspection.model),
+            filter_columns=FILTER_COLUMNS,
+            filter_comparison=_filter_comparison(comparison),
             training=training,
             scripts=_scripts(),
             hashes=[_hash(script) for script in _scripts()],
@@ -140,6 +150,13 @@ def _counts(entries: Sequence[Entry]) -> list[tuple[str, str, list[tuple[str, in
         (what, fold, [(verdict.value, count[verdict.value]) for verdict in Verdict])
         for (what, fold), count in groups.items()
     ]
+
+
+def _filter_comparison(comparison: Comparison | None) -> Picture | None:
+    if comparison is None or not comparison.filter_distances:
+        return None
+    caption = "Shares and effective rank of each model's filters, against relative depth."
+    return picture("filter_comparison", draw_filter_comparison(comparison), caption)
 
 
 def _comparison_data(comparison: Comparison | None) -> dict[str, Any] | None:

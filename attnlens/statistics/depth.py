@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from attnlens.heads import Array
 
-if TYPE_CHECKING:
-    pass
 _TREND_DEGREE = 2
+GRID = np.linspace(0.0, 1.0, 101)
+"""Relative depths at which profiles of different models are held against each other."""
 
 
 class _Part(BaseModel):
@@ -41,3 +40,8 @@ class Trend(_Part):
 def relative_depth(layer: int, depth: int) -> float:
     """Return t = layer / (depth - 1), 1/2 for a network of one layer."""
     return layer / (depth - 1) if depth > 1 else 0.5
+
+
+def rms_over_depth(values: Array) -> float:
+    """Return the root mean square over [0, 1] of values on `GRID`, by the trapezoid rule."""
+    return float(np.sqrt(np.trapezoid(values**2, GRID)))
