@@ -44,8 +44,6 @@ figures: $(VENV)/installed  ## Make the figures of README and docs again
 	$(BIN)/python docs/example.py docs/gallery > docs/gallery/example.txt
 	$(BIN)/python docs/filters.py > docs/gallery/filters/filters.txt
 	$(BIN)/python docs/rewire.py > docs/gallery/signal/rewire.txt
-	$(BIN)/attnlens inspect
-	cp figures/embedded/depth_profile.png figures/readme/
 
 tables: $(VENV)/installed  ## Write the tables of README and docs that follow from the registries
 	$(BIN)/python scripts/registry_tables.py

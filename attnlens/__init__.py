@@ -5,58 +5,59 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from attnlens.composition import Composition, compose
-    from attnlens.errors import AttnlensError
-    from attnlens.fit.comparison import compare
-    from attnlens.fit.fit_params import fit_params
-    from attnlens.fit.params import InitParams
-    from attnlens.inits import create_model, init_, initialisers, verify_init
-    from attnlens.inspection import Inspection, inspect
-    from attnlens.scans import Scan, scan
+if TYPE_CHECKING:  # for type checkers; a test holds these names to `_PUBLIC`
+    from attnlens.composition import Composition as Composition
+    from attnlens.composition import compose as compose
+    from attnlens.errors import AttnlensError as AttnlensError
+    from attnlens.fit.comparison import Comparison as Comparison
+    from attnlens.fit.comparison import compare as compare
+    from attnlens.fit.fit_params import fit_params as fit_params
+    from attnlens.fit.params import InitParams as InitParams
+    from attnlens.inits import InitReport as InitReport
+    from attnlens.inits import VerifyReport as VerifyReport
+    from attnlens.inits import create_model as create_model
+    from attnlens.inits import init_ as init_
+    from attnlens.inits import initialisers as initialisers
+    from attnlens.inits import verify_init as verify_init
+    from attnlens.inspection import Inspection as Inspection
+    from attnlens.inspection import inspect as inspect
+    from attnlens.reports import report as report
+    from attnlens.scans import Scan as Scan
+    from attnlens.scans import scan as scan
+    from attnlens.signal import RewireReport as RewireReport
+    from attnlens.signal import rewire_ as rewire_
+    from attnlens.signal.propagation import Propagation as Propagation
+    from attnlens.signal.propagation import propagate as propagate
+    from attnlens.statistics.table import StatsTable as StatsTable
+    from attnlens.training import TrainComparison as TrainComparison
+    from attnlens.training import train_compare as train_compare
 
 __version__ = "0.1.0"
 
-# Public name -> the module it lives in: imported at first use, so that `import attnlens` costs nothing.
+# The module that public names live in: imported at first use, so that `import attnlens` costs nothing.
 _PUBLIC = {
-    "AttnlensError": "errors",
-    "Composition": "composition",
-    "InitParams": "fit.params",
-    "Inspection": "inspection",
-    "Scan": "scans",
-    "compare": "fit.comparison",
-    "compose": "composition",
-    "create_model": "inits",
-    "fit_params": "fit.fit_params",
-    "init_": "inits",
-    "initialisers": "inits",
-    "inspect": "inspection",
-    "scan": "scans",
-    "verify_init": "inits",
+    "composition": ("Composition", "compose"),
+    "errors": ("AttnlensError",),
+    "fit.comparison": ("Comparison", "compare"),
+    "fit.fit_params": ("fit_params",),
+    "fit.params": ("InitParams",),
+    "inits": ("InitReport", "VerifyReport", "create_model", "init_", "initialisers", "verify_init"),
+    "inspection": ("Inspection", "inspect"),
+    "reports": ("report",),
+    "scans": ("Scan", "scan"),
+    "signal": ("RewireReport", "rewire_"),
+    "signal.propagation": ("Propagation", "propagate"),
+    "statistics.table": ("StatsTable",),
+    "training": ("TrainComparison", "train_compare"),
 }
-__all__ = [
-    "AttnlensError",
-    "Composition",
-    "InitParams",
-    "Inspection",
-    "Scan",
-    "__version__",
-    "compare",
-    "compose",
-    "create_model",
-    "fit_params",
-    "init_",
-    "initialisers",
-    "inspect",
-    "scan",
-    "verify_init",
-]
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604  # each is text
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _HOME:
         raise AttributeError(f"module 'attnlens' has no attribute {name!r}")
-    return getattr(import_module(f"attnlens.{_PUBLIC[name]}"), name)
+    return getattr(import_module(f"attnlens.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -218,18 +218,16 @@ def fold_qk(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> Facto
     """Fold into a raw QK product what stands in front of the layer, as `qk_circuit` says."""
     if fold == "raw":
         return product
-    asking, asked = weights.input_norm("q"), weights.input_norm("k")
-    product = product.scaled(asking.gain, asked.gain)
-    return product.centred(asking.centres, asked.centres) if fold == "centred" else product
+    product = product.scaled(weights.gain("q"), weights.gain("k"))
+    return product.centred(*(weights.input_norm(role).centres for role in ("q", "k"))) if fold == "centred" else product
 
 
 def fold_ov(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> FactoredProduct:
     """Fold into a raw OV product, of a head or summed, what stands around the layer, as `ov_circuit` says."""
     if fold == "raw":
         return product
-    norm = weights.input_norm("v")
-    product = product.scaled(norm.gain, weights.layer_scale)
-    return product.centred(norm.centres, False) if fold == "centred" else product
+    product = product.scaled(weights.gain("v"), weights.gain("o"))
+    return product.centred(weights.input_norm("v").centres, False) if fold == "centred" else product
 
 
 def qk_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
@@ -265,12 +263,13 @@ def layer_ov(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
     """
     heads = ov_circuit(weights)
     inner = heads.A.shape[0] * heads.A.shape[2]
-    A, B = _side_by_side(heads.A), _side_by_side(heads.B)
+    A, B = side_by_side(heads.A), side_by_side(heads.B)
     narrow = inner < min(A.shape[0], B.shape[0])
     return fold_ov(FactoredProduct(A, B) if narrow else WholeProduct.of(A @ B.T, inner), weights, fold)
 
 
-def _side_by_side(factors: Array) -> Array:
+def side_by_side(factors: Array) -> Array:
+    """Return ``[rows, head * rank]`` from ``[head, rows, rank]``: two such factors make the sum over heads."""
     heads, rows, rank = factors.shape
     return np.ascontiguousarray(np.swapaxes(factors, 0, 1)).reshape(rows, heads * rank)
 

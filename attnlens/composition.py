@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,13 +19,14 @@ import numpy as np
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.heads import Array, HeadWeights
-from attnlens.layouts import AttentionSpec, read_heads
+from attnlens.heads import Array
+from attnlens.layouts import AttentionSpec
 from attnlens.layouts.spec import Slot
 from attnlens.models.open import Access, OpenedModel, open_model
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import Row, StatsTable
-from attnlens.threads import over_threads
+from attnlens.strict_json import finite_or_none
+from attnlens.threads import Progress, over_threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,6 @@ READERS_HELD = 1 << 28
 """Bytes of readers held at once; earlier layers are read again for each such block of later ones."""
 
 Pair = tuple[Composed, int, int]
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 IndexedSpec = tuple[int, AttentionSpec]
 
 
@@ -153,7 +152,17 @@ class Composition:
         """Draw ``q_composition``, ``k_composition`` and ``v_composition``."""
         from attnlens.figures.composition import draw_composition
 
-        return {f"{kind}_composition": draw_composition(self, kind) for kind in KINDS}
+        about = {"model": self.model, "fold": self.fold}
+        return {f"{kind}_composition": draw_composition(self.logs(kind), self.heads, kind, **about) for kind in KINDS}
+
+    def logs(self, kind: Composed) -> dict[tuple[int, int], Array]:
+        """Return log2(score / baseline), ``[earlier head, later head]`` by earlier and later layer."""
+        with np.errstate(divide="ignore"):
+            return {
+                (first, second): np.log2(scores / self.baseline(second))
+                for (of, first, second), scores in self.scores.items()
+                if of == kind
+            }
 
 
 def compose(
@@ -167,7 +176,7 @@ def compose(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Composition:
-    """Score how every head composes with every head of an earlier layer, exactly and without a d x d product.
+    """Return how strongly every head composes with every head of an earlier layer, without a d x d product.
 
     With row vectors, for head 1 in an earlier layer and head 2 in a later one (see `composition_scores`):
 
@@ -186,7 +195,7 @@ def compose(
     if len(chosen) != 1:
         raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
     opened = open_model(model, checkpoint, num_heads, access=Access(offline=offline, remote=remote))
-    specs = _chosen(opened, layers, chosen[0])
+    specs = opened.choose(layers, chosen[0])
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
     work = _Work(opened, chosen[0])
@@ -236,18 +245,18 @@ class _Work:
     """Reads layers of one model and reduces them."""
 
     def __init__(self, opened: OpenedModel, fold: Fold) -> None:
-        self._opened, self._fold, self._reading = opened, fold, Lock()
+        self._opened, self._fold = opened, fold
 
     def map(
         self, function: Callable[[IndexedSpec], Any], specs: Sequence[IndexedSpec], progress: Progress = iter
     ) -> list[Any]:
         """Apply a function that reads layers, in as many threads as memory has room for."""
-        largest = max((self._size(spec) for _, spec in specs), default=0)
+        largest = max((self._opened.bytes_of(spec) for _, spec in specs), default=0)
         return over_threads(function, specs, progress, largest=largest)
 
     def blocks(self, specs: Sequence[IndexedSpec]) -> Iterator[list[IndexedSpec]]:
-        """Part the layers into runs whose readers fit into `READERS_HELD`, at least one layer each."""
-        held = np.cumsum([self._size(spec) for _, spec in specs]) // READERS_HELD
+        """Part the layers into runs whose readers, smaller than their weights, fit into `READERS_HELD`."""
+        held = np.cumsum([self._opened.bytes_of(spec) for _, spec in specs]) // READERS_HELD
         for _, run in groupby(zip(specs, held, strict=True), key=lambda item: item[1]):
             yield [spec for spec, _ in run]
 
@@ -271,24 +280,16 @@ class _Work:
 
     def writer(self, spec: IndexedSpec) -> Half:
         """Return what the heads of a layer write."""
-        return Half.of(ov_circuit(self._read(spec), self._fold))
+        return Half.of(ov_circuit(self._opened.heads(spec[0]), self._fold))
 
     def readers(self, spec: IndexedSpec) -> dict[Composed, Half]:
         """Return what the heads of a layer read: each product transposed, as the later side of a composition."""
-        weights = self._read(spec)
+        weights = self._opened.heads(spec[0])
         qk = qk_circuit(weights, self._fold)
         found: dict[Composed, Half] = {"q": Half.of(qk.T), "k": Half.of(qk)}
         if "latent_query" in weights.leaves_out:
             del found["q"]
         return found if weights.W_O is None else {**found, "v": Half.of(ov_circuit(weights, self._fold).T)}
-
-    def _read(self, indexed: IndexedSpec) -> HeadWeights:
-        with self._reading:  # a checkpoint serves one reader at a time
-            return read_heads(indexed[1], self._opened.checkpoint, indexed[0])
-
-    def _size(self, spec: AttentionSpec) -> int:
-        """Return the bytes of a layer's tensors in float64, which its readers are smaller than."""
-        return 8 * sum(math.prod(self._opened.architecture.shapes[name]) for name in spec.tensors())
 
 
 def _stream(path: str) -> str:
@@ -297,17 +298,5 @@ def _stream(path: str) -> str:
     return ".".join(parts[: next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))])
 
 
-def _chosen(opened: OpenedModel, layers: Sequence[int] | None, fold: Fold) -> list[IndexedSpec]:
-    specs = [pair for pair in opened.architecture.indexed() if pair[1].opt_in_refusal() is None]
-    known = [pair for pair in specs if fold == "raw" or "norm_unknown" not in pair[1].leaves_out]
-    if specs and not known:
-        raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
-    readable = [layer for layer, _ in known]
-    wrong = [layer for layer in layers or () if layer not in readable]
-    if wrong:
-        raise UsageError(f"layer {wrong[0]} of {opened.name} cannot be read: choose from {readable}")
-    return [pair for pair in known if layers is None or pair[0] in layers]
-
-
 def _plain(values: Array) -> list[list[float | None]]:
-    return [[float(value) if np.isfinite(value) else None for value in row] for row in values]
+    return [[finite_or_none(value) for value in row] for row in values.tolist()]

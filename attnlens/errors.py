@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from attnlens.printable import one_line
-
-if TYPE_CHECKING:
-    pass
 
 
 class AttnlensError(Exception):
@@ -40,3 +35,9 @@ class OutputError(AttnlensError, OSError):
 
 class ParamsError(AttnlensError, ValueError):
     """A parameter file is not valid; the text names the file and the field."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that says something, else its class."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

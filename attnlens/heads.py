@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Role = Literal["q", "k", "v", "o"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,15 @@ class HeadWeights:
     def input_norm(self, role: Literal["q", "k", "v"]) -> InputNorm:
         """Return the norm whose output the projection of ``role`` reads."""
         return self.own_norms.get(role, InputNorm(self.norm_gain, self.norm_centres))
+
+    def gain(self, role: Role) -> Array | None:
+        """Return what multiplies a weight along its input (q, k, v: the norm's gain) or output (o: LayerScale) axis."""
+        return self.layer_scale if role == "o" else self.input_norm(role).gain
+
+    def by_role(self) -> dict[Role, Array]:
+        """Return the weight of each role, without o where there is none."""
+        found: dict[Role, Array] = {"q": self.W_Q, "k": self.W_K, "v": self.W_V}
+        return found if self.W_O is None else {**found, "o": self.W_O}
 
     def replace(self, **changes: Any) -> HeadWeights:
         """Return a copy with some fields exchanged."""

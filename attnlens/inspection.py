@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import methodcaller
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,29 +28,25 @@ from attnlens.circuits import (
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.inspection import FilterInspection, inspect_filters
 from attnlens.heads import Array, HeadWeights
-from attnlens.layouts import AttentionSpec, Refusal, read_heads
-from attnlens.layouts.flags import FLAGS
+from attnlens.layouts import AttentionSpec, Refusal
+from attnlens.layouts.flags import FLAGS, in_words, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.models.open import Access, IndexedSpecs, OpenedModel, open_model, unknown_norms
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
 from attnlens.threads import Progress, over_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.figure import Figure
     from torch import nn
 
-    from attnlens.checkpoints import Checkpoint
 
 UNSAID = frozenset({"qk_bias"})
 """Flags too common to be said of every model; the table holds them all the same."""
 
 CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
 SpectrumKey = tuple[int, Kind, Fold]
-IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Inspection:
     specs: IndexedSpecs
     refused: tuple[Refusal, ...]
     provenance: dict[str, Any]
-    checkpoint: Checkpoint = field(repr=False)
+    opened: OpenedModel = field(repr=False)
     spectra: dict[SpectrumKey, Array] = field(repr=False)
     """Singular values of every head's product, ``[head, rank]``, by (layer, circuit, fold)."""
     filters: FilterInspection
@@ -82,10 +76,9 @@ class Inspection:
 
     def heads(self, layer: int) -> HeadWeights:
         """Read one layer's weights again."""
-        for index, spec in self.specs:
-            if index == layer:
-                return read_heads(spec, self.checkpoint, layer)
-        raise UsageError(f"layer {layer} was not read: choose from {list(self.layers)}")
+        if layer not in self.layers:
+            raise UsageError(f"layer {layer} was not read: choose from {list(self.layers)}")
+        return self.opened.heads(layer)
 
     def circuits(
         self, layer: int, head: int | str | None = None, *, circuit: Kind = "qk", fold: Fold = "raw"
@@ -103,39 +96,67 @@ class Inspection:
             raise UsageError(f"head {head!r} of layer {layer} does not exist: choose 0 to {product.shape[0] - 1}")
         return product.head(head)
 
-    def corners(self, circuit: Kind, fold: Fold, size: int | None = 64) -> dict[int, dict[int | str, Array]]:
-        """Return the top-left ``size x size`` corner of every product, by layer and head (``all`` for summed OV)."""
-        found: dict[int, dict[int | str, Array]] = {}
+    def figures(self, fold: Fold | None = None, size: int = 64) -> dict[str, Figure]:
+        """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
+
+        Where depthwise filters were, ``filter_covariance``, ``filter_profile`` and ``filter_spectra``.
+        The heatmaps show the top-left ``size x size`` corner of every product under ``fold`` (effective where it was
+        measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured. Raises
+        `UsageError` for a fold that was not measured or a size below 1.
+        """
+        from attnlens.figures import heatmaps, profiles, spectra, style
+
+        fold = fold or ("effective" if "effective" in self.folds else self.folds[0])
+        if fold not in self.folds:
+            raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(self.folds)}")
+        if size < 1:
+            raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
+        filters = self.filters.figures(self.model) if self.filters.specs else {}
+        if not self.specs:
+            return filters
+        words = in_words(self.left_out(), len(self.layers))
+        about: dict[str, Any] = {"model": self.model, "notes": f"Note: {words}." if words else ""}
+        with style.look():
+            return {
+                "qk_heatmap": heatmaps.draw_heatmap(*self.corners("qk", fold, size), circuit="qk", fold=fold, **about),
+                "ov_heatmap": heatmaps.draw_heatmap(*self.corners("ov", fold, size), circuit="ov", fold=fold, **about),
+                "depth_profile": profiles.draw_profile(self.stats, self.folds, **about),
+                "spectra": spectra.draw_spectra(self.spectra, fold, **about),
+                **filters,
+            }
+
+    def corners(
+        self, circuit: Kind, fold: Fold, size: int
+    ) -> tuple[dict[int, dict[int | str, Array]], dict[int, tuple[int, int]]]:
+        """Return the corner of every product by layer and head (``all``: summed OV), and the whole products' shapes."""
+        corners: dict[int, dict[int | str, Array]] = {}
+        shapes: dict[int, tuple[int, int]] = {}
         for layer in self.layers:
-            weights = self.heads(layer)
-            stack = CIRCUITS[circuit](weights, fold).dense(size)
-            found[layer] = dict(enumerate(stack))
-            if circuit == "ov":
-                found[layer][ALL_HEADS] = stack.sum(0)
-        return found
-
-    def figures(self, fold: Fold | None = None, size: int = 64) -> Mapping[str, Figure]:
-        """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra``, and what there is of filters."""
-        from attnlens.figures import draw_all
-
-        return draw_all(self, fold or ("effective" if "effective" in self.folds else self.folds[0]), size)
+            if (layer, circuit, fold) not in self.spectra:  # no W_O, or a norm that is not known
+                continue
+            products = self.circuits(layer, circuit=circuit, fold=fold)
+            stack = products.dense(size)
+            corners[layer] = dict(enumerate(stack)) | ({ALL_HEADS: stack.sum(0)} if circuit == "ov" else {})
+            shapes[layer] = (products.shape[-2], products.shape[-1])
+        return corners, shapes
 
     def left_out(self) -> dict[str, list[int]]:
         """Say what the products leave out of the network, in words, with the layers it is true of."""
-        found: dict[str, list[int]] = {}
-        for layer, spec in self.specs:
-            reasons = [FLAGS.get(flag, flag) for flag in spec.leaves_out if flag not in UNSAID]
-            if spec.kind in OPT_IN:
-                reasons.append(": ".join(OPT_IN[spec.kind]))
-            for reason in (*reasons, *([spec.label] if spec.label else [])):
-                found.setdefault(reason, []).append(layer)
-        return found
+        return layers_by_reason((layer, _caveats(spec)) for layer, spec in self.specs)
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
-        from attnlens.reports.notebook import inspection_html
+        """Return what a notebook shows: attention, depthwise filters, or one after the other."""
+        about: dict[str, Any] = {"model": self.model, "provenance": self.provenance}
+        parts = []
+        if self.specs:
+            from attnlens.figures.notebook import profile_html
 
-        return inspection_html(self)
+            parts.append(profile_html(self.stats, self.folds, self.layers, self.depth, **about))
+        if self.filters.specs:
+            from attnlens.filters.notebook import filters_html
+
+            parts.append(filters_html(self.filters.stats, self.filters.depth, **about))
+        return "\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights as JSON-ready data (the content of ``stats.json``)."""
@@ -169,7 +190,7 @@ def inspect(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Inspection:
-    """Read a model's attention weights and depthwise filters; fit every QK and OV circuit and every covariance.
+    """Return the fit of every QK and OV circuit, and of every covariance of depthwise filters, of a model.
 
     ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
     None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the
@@ -188,30 +209,31 @@ def inspect(
     """
     opened = open_model(model, checkpoint, num_heads, Access(offline=offline, remote=remote), filters=True)
     names = parse_folds(fold)
-    wanted, unwanted = _by_kind(opened, include)
-    specs = _chosen(opened, wanted, layers)
-    filters = inspect_filters(opened, layers, progress)
-    reading = Lock()
+    unwanted = opened.not_asked_for(include)
+    if len(unwanted) == len(opened.architecture.specs) and unwanted and not opened.architecture.filters:
+        first = next(iter(unwanted.values()))
+        raise UnsupportedAttentionError(f"{first.path} {first.reason}")
+    specs = opened.choose(layers, include=include, or_filters=True)
+    filters = inspect_filters(opened.architecture, opened.filters, layers, progress)
 
     def measure(indexed: tuple[int, AttentionSpec]) -> tuple[list[Row], dict[SpectrumKey, Array]]:
-        with reading:  # a checkpoint serves one reader at a time
-            weights = read_heads(indexed[1], opened.checkpoint, indexed[0])
-        return measure_layer(weights, names, layer_spectra=layer_spectra)
+        return measure_layer(opened.heads(indexed[0]), names, layer_spectra=layer_spectra)
 
-    results = over_threads(measure, specs, progress, largest=_largest(opened, specs)) if specs else []
+    largest = max((opened.bytes_of(spec) for _, spec in specs), default=0)
+    results = over_threads(measure, specs, progress, largest=largest) if specs else []
     spectra = {key: values for _, found in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
-        raise UsageError(f"the norms in front of the layers of {opened.name} are not known: use --fold raw")
+        raise UsageError(unknown_norms(opened.name))
     return Inspection(
         model=opened.name,
         stats=StatsTable(tuple(row for rows, _ in results for row in rows)),
         folds=measured,
         depth=len(opened.architecture.order),
         specs=specs,
-        refused=(*opened.architecture.refused, *unwanted),
+        refused=(*opened.architecture.refused, *unwanted.values()),
         provenance={**opened.provenance(), **run_provenance()},
-        checkpoint=opened.checkpoint,
+        opened=opened,
         spectra=spectra,
         filters=filters,
     )
@@ -272,32 +294,10 @@ def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold:
     ]
 
 
-def _largest(opened: OpenedModel, specs: IndexedSpecs) -> int:
-    """Return the bytes the tensors of the largest layer take in float64."""
-    shapes = opened.architecture.shapes
-    return max(8 * sum(math.prod(shapes[name]) for name in spec.tensors()) for _, spec in specs)
-
-
-def _by_kind(opened: OpenedModel, include: Sequence[str]) -> tuple[IndexedSpecs, tuple[Refusal, ...]]:
-    """Part the layers that are read from those of a kind that is read only on request."""
-    indexed = opened.architecture.indexed()
-    refusals = {layer: spec.opt_in_refusal() for layer, spec in indexed if spec.kind not in include}
-    unwanted = {layer: refusal for layer, refusal in refusals.items() if refusal is not None}
-    wanted = tuple((layer, spec) for layer, spec in indexed if layer not in unwanted)
-    if not wanted and unwanted and not opened.architecture.filters:
-        first = next(iter(unwanted.values()))
-        raise UnsupportedAttentionError(f"{first.path} {first.reason}")
-    return wanted, tuple(unwanted.values())
-
-
-def _chosen(opened: OpenedModel, specs: IndexedSpecs, layers: Sequence[int] | None) -> IndexedSpecs:
-    if layers is None:
-        return specs
-    readable = sorted({layer for layer, _ in specs} | set(range(len(opened.architecture.filters))))
-    wrong = [layer for layer in layers if layer not in readable]
-    if wrong:
-        raise UsageError(f"layer {wrong[0]} of {opened.name} cannot be read: choose from {readable}")
-    return tuple((layer, spec) for layer, spec in specs if layer in layers)
+def _caveats(spec: AttentionSpec) -> list[str]:
+    """Say in words what a layer's product leaves out and what else a reader must know."""
+    flags = [FLAGS.get(flag, flag) for flag in spec.leaves_out if flag not in UNSAID]
+    return [*flags, *([": ".join(OPT_IN[spec.kind])] if spec.kind in OPT_IN else []), spec.label]
 
 
 def need_attention(inspection: Inspection, what: str) -> Inspection:

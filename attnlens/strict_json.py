@@ -52,6 +52,11 @@ def within(folder: Path, path: Path, refusal: type[AttnlensError]) -> Path:
     return path
 
 
+def finite_or_none(value: Any) -> Any:
+    """Return a value that strict JSON can hold: a float that is NaN or infinite becomes None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -4,7 +4,7 @@
 
 Every rung trains ViT-Ti (width 192, depth 12, 3 heads) on random 32 px images in float32 or bfloat16 and reports
 images/s, the share of the device's bfloat16 peak (MFU, where the peak is known) and of the byte bound (copy bandwidth
-measured here over `Shape.training_bytes`, derived and not measured). A rung that has been measured stays in the file:
+measured here over `ViT.training_bytes`, derived and not measured). A rung that has been measured stays in the file:
 run again after --time-budget and the rest follows.
 """
 
@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from attnlens.atomic import write_text_atomic
 from attnlens.provenance import run_provenance
 from attnlens.training.comparison import describe_device
-from attnlens.training.config import Config, Recipe, Shape
+from attnlens.training.config import Config, Recipe
 from attnlens.training.data.augment import augmented, draw_epoch
 from attnlens.training.engine import Stack
-from attnlens.training.network import ARCHITECTURE, build_network, model_args
+from attnlens.training.networks.vit import ARCHITECTURE, ViT
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second by a word in the device's name, from the makers' data sheets."""
@@ -68,17 +68,17 @@ class Pictures(Dataset[Any]):
         return self.transform(Image.fromarray(self.pixels[index])), index % 10
 
 
-def config_of(shape: Shape, batch: int, device: torch.device, *, half: bool, compiled: bool) -> Config:
+def config_of(shape: ViT, batch: int, device: torch.device, *, half: bool, compiled: bool) -> Config:
     return Config(
         dataset="random",
         data_sha256="",
-        train_images=batch,
-        test_images=1,
+        train_items=batch,
+        test_items=1,
         mean=[0.5] * 3,
         std=[0.25] * 3,
         source={},
         params_sha256="",
-        shape=shape,
+        network=shape,
         recipe=Recipe(epochs=1, batch_size=batch, lr=1e-3),
         arms=["default"],
         contrasts=[],
@@ -104,7 +104,7 @@ def wait(device: torch.device) -> None:
 class Ladder:
     """The rungs, in order, by name."""
 
-    def __init__(self, shape: Shape, batch: int, steps: int, workers: int, device: torch.device) -> None:
+    def __init__(self, shape: ViT, batch: int, steps: int, workers: int, device: torch.device) -> None:
         self.shape, self.batch, self.steps, self.workers, self.device = shape, batch, steps, workers, device
 
     def rungs(self) -> Iterator[tuple[str, Rung]]:
@@ -146,7 +146,7 @@ class Ladder:
         """Return images/s of the engine's step, over all models of the stack."""
         settings = config_of(self.shape, self.batch, self.device, half=half, compiled=compiled)
         stack = Stack(settings, models, self.device, mode=mode)
-        state = dict(build_network(self.shape, 0).state_dict())
+        state = dict(self.shape.build(0).state_dict())
         stack.load([state] * models, [1e-3] * models, 10 * self.steps)
         if not fused:
             stack.optimizer = torch.optim.AdamW(stack.optimizer.param_groups, fused=False, foreach=True)
@@ -173,7 +173,7 @@ class Ladder:
 
     def baseline(self, *, half: bool) -> float:
         """Return images/s of timm's module, AdamW as torch chooses it, and a DataLoader that augments on the CPU."""
-        model = timm.create_model(ARCHITECTURE, **model_args(self.shape)).to(self.device).train()
+        model = timm.create_model(ARCHITECTURE, **self.shape.model_args()).to(self.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         warm = 2
         loader = DataLoader(
@@ -239,7 +239,7 @@ def main(
 ) -> None:
     """Measure the ladder."""
     began, place = time.monotonic(), torch.device(device)
-    shape = Shape(
+    shape = ViT(
         image_size=32, patch_size=patch_size, channels=3, classes=10, embed_dim=embed_dim, depth=depth,
         num_heads=num_heads, mlp_ratio=4.0,
     )  # fmt: skip

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import attnlens
+from attnlens import reports
 from attnlens.figures import save_figures
-from attnlens.fit.figures import draw_fits
-from attnlens.reports import build_report
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery")
 
@@ -27,7 +26,7 @@ drawn = save_figures(inspection.figures("effective"), folder)
 params = attnlens.fit_params()
 for entry in params.select("ov", "all"):
     print(f"  layer {entry.layer}: beta in [{entry.beta_low:.3f}, {entry.beta_high:.3f}], {entry.verdict}")
-drawn += save_figures(draw_fits(params), folder)
+drawn += save_figures(params.figures(), folder)
 
 # 3. Start a new network there, of another width and depth, and check that it has the parameters asked for.
 network = {"num_classes": 10, "img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
@@ -37,5 +36,5 @@ for layer, (request, beta) in enumerate(zip(params.for_model(model), sums.column
     print(f"  new layer {layer}: OV beta asked for {request.ov[1]:.3f}, drawn {beta:.3f}")
 
 # 4. Share it: one HTML file that opens anywhere.
-(folder / "report.html").write_text(build_report(command="python docs/example.py"), encoding="utf-8")
+reports.report(output=folder / "report.html", command="python docs/example.py")
 print("wrote report.html,", ", ".join(sorted(path.stem for path in drawn)))

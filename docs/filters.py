@@ -15,7 +15,6 @@ from timm.models.convmixer import ConvMixer
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.fit.figures import draw_fits
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery/filters")
 epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 30
@@ -62,7 +61,7 @@ drawn = save_figures(attnlens.inspect(model).figures(), folder)
 
 # 3. Fit, and start a deeper, wider network with larger kernels from it, and one from the closed form alone.
 params = attnlens.fit_params(model)
-drawn += save_figures(draw_fits(params), folder)
+drawn += save_figures(params.figures(), folder)
 for form in ("full", "parametric"):
     larger = network(96, 9, 7)
     report = attnlens.init_(larger, "conv-covariance", params=params, form=form, seed=0)

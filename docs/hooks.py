@@ -14,8 +14,7 @@ def on_page_markdown(markdown, page, **_):
     if page.file.src_uri != "cli.md":
         return markdown
     assert MARKER in markdown
-    # named by a module that registers commands: typer loads the one it is given a second time, under another name
-    command = [sys.executable, "-m", "typer", "attnlens.cli.looking", "utils", "docs", "--name", "attnlens"]
+    command = [sys.executable, "-m", "typer", "attnlens.cli.app", "utils", "docs", "--name", "attnlens"]
     plain = {**os.environ, "TERMINAL_WIDTH": "200", "NO_COLOR": "1"}
     found = subprocess.run(command, check=True, capture_output=True, text=True, env=plain).stdout
     commands = found[found.index("\n## ") :]
@@ -24,7 +23,6 @@ def on_page_markdown(markdown, page, **_):
 
 def on_post_build(config, **_):
     """Write the report that the gallery links to."""
-    from attnlens.reports import build_report
+    from attnlens import reports
 
-    page = build_report(command="attnlens report")
-    (Path(config.site_dir) / "gallery" / "report.html").write_text(page, encoding="utf-8")
+    reports.report(output=Path(config.site_dir) / "gallery" / "report.html", command="attnlens report")

@@ -17,10 +17,7 @@ import numpy as np
 
 import attnlens
 from attnlens.figures import save_figures
-from attnlens.fit.figures import draw_fits
-from attnlens.training import train_compare
 from attnlens.training.figures import draw_curves
-from attnlens.training.options import Options
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("folder", nargs="?", type=Path, default=Path("docs/gallery/language"))
@@ -51,13 +48,13 @@ for layer in sorted({entry.layer for entry in params.entries}):
     beta = np.mean([entry.beta for entry in heads])
     interval = f"{total.beta:+.4f} ({total.beta_low:+.4f} to {total.beta_high:+.4f})"
     print(f"| {layer} | {beta:+.4f} | {signs} | {interval} | {total.verdict} |")
-save_figures(draw_fits(params), told.folder)
+save_figures(params.figures(), told.folder)
 
 # 2. What a start is worth on text: the same small transformer from five starts, and in four wirings without skips or
 # norms, paired by seed.
 starts = ("default", "mimetic", "mimetic-positive", "qk-only", "norm-matched")
 wirings = ("value-skipinit", "e-spa-no-norms", "e-spa-no-skips-no-norms", "no-skips-no-norms")
-options = Options(
+comparison = attnlens.train_compare(
     dataset=f"text:{told.text}",
     model="gpt-tiny",
     arms=(*starts, *wirings),
@@ -68,9 +65,9 @@ options = Options(
     train_images=320,
     test_images=100,
     device="cpu",
-)
-comparison = train_compare(
-    options, told.training, resume=(told.training / "config.json").exists(), command="python docs/language.py"
+    output=told.training,
+    resume=(told.training / "config.json").exists(),
+    command="python docs/language.py",
 )
 print(comparison.report)
-save_figures({"curves": draw_curves(comparison.summary)}, told.folder)
+save_figures({"curves": draw_curves(comparison.findings)}, told.folder)

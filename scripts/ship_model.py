@@ -23,7 +23,7 @@ import typer
 from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.training.config import AUGMENTATIONS, Config, Run
 from attnlens.training.data.images import Images, load_dataset
-from attnlens.training.network import ARCHITECTURE, model_args
+from attnlens.training.networks.vit import ARCHITECTURE
 from attnlens.training.store import Store, stored_config
 
 CARD = """\
@@ -74,13 +74,13 @@ def write_model(folder: Path, weights: Path, config: Config, classes: tuple[str,
     tensors = {name: value.half().contiguous() for name, value in safetensors.torch.load_file(weights).items()}
     content = safetensors.torch.save(tensors, {"format": "pt", **facts})
     write_atomic(folder / "model.safetensors", lambda file: file.write(content))
-    size, mean, std = config.shape.image_size, config.mean, config.std
-    pretrained: dict[str, Any] = {"input_size": [config.shape.channels, size, size], "fixed_input_size": True}
+    size, mean, std = config.network.image_size, config.mean, config.std
+    pretrained: dict[str, Any] = {"input_size": [config.network.channels, size, size], "fixed_input_size": True}
     pretrained |= {"crop_pct": 1.0, "interpolation": "bicubic", "mean": mean, "std": std}
     pretrained |= {"num_classes": len(classes), "label_names": classes, "license": "apache-2.0"}
     pretrained |= {"first_conv": "patch_embed.proj", "classifier": "head"}
-    arguments = {name: value for name, value in model_args(config.shape).items() if name != "num_classes"}
-    described = {"architecture": ARCHITECTURE, "num_classes": len(classes), "num_features": config.shape.embed_dim}
+    arguments = {name: value for name, value in config.network.model_args().items() if name != "num_classes"}
+    described = {"architecture": ARCHITECTURE, "num_classes": len(classes), "num_features": config.network.embed_dim}
     described |= {"global_pool": arguments["global_pool"], "model_args": arguments, "pretrained_cfg": pretrained}
     write_text_atomic(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
@@ -102,13 +102,13 @@ def main(
     weights = results / "weights" / f"{run.name}.safetensors"
     write_model(results / "float16", weights, config, images.classes, {})
     share = accuracy(results / "float16", images, config.mean, config.std)
-    shape, recipe, made = config.shape, config.recipe, last["provenance"]
-    arguments = {name: value for name, value in model_args(shape).items() if name != "num_classes"}
+    shape, recipe, made = config.network, config.recipe, last["provenance"]
+    arguments = {name: value for name, value in shape.model_args().items() if name != "num_classes"}
     facts = {
         "architecture": f"{ARCHITECTURE} with {json.dumps(arguments)}",
         "parameters": f"{sum(value.numel() for value in safetensors.torch.load_file(weights).values()):,}",
         "test accuracy": f"{100 * share:.2f}% of n = {len(images.test):,} test images",
-        "data": f"{config.dataset}, {config.train_images:,} training images",
+        "data": f"{config.dataset}, {config.train_items:,} training images",
         "sha256 of the decoded data set": config.data_sha256,
         "command": made["command"].replace(" --resume", ""),
         "recipe": f"AdamW, peak rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}, {recipe.epochs} epochs of "

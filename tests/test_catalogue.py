@@ -199,7 +199,7 @@ def test_the_shipped_catalogue_equals_a_fresh_build_of_a_sample():
 @pytest.fixture
 def listing(monkeypatch, run):
     """Run `attnlens list-models` in process on the small catalogue; return exit code, stdout and stderr."""
-    monkeypatch.setattr("attnlens.cli.listing.load_catalogue", lambda *_, **__: SMALL)
+    monkeypatch.setattr("attnlens.models.catalogue.load_catalogue", lambda *_, **__: SMALL)
     return partial(run, "list-models")
 
 
@@ -257,7 +257,7 @@ def test_errors_are_one_line_with_their_exit_code(listing, arguments, code, told
 
 def test_what_could_not_be_built_is_told(listing, monkeypatch):
     broken = replace(SMALL, failed={"odd_vit": "RuntimeError: no such thing"})
-    monkeypatch.setattr("attnlens.cli.listing.load_catalogue", lambda *_, **__: broken)
+    monkeypatch.setattr("attnlens.models.catalogue.load_catalogue", lambda *_, **__: broken)
     assert listing()[2] == "not built: odd_vit (RuntimeError: no such thing)\n"
 
 

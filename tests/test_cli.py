@@ -1,6 +1,7 @@
 """The command line: results on stdout, chatter on stderr, one line an error, exit codes, nothing half-written."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,9 +10,14 @@ import torch
 from safetensors.torch import save_model
 
 import attnlens
-from attnlens.cli.inspecting import format_layers, parse_layers
+from attnlens.cli.app import COMMANDS, load_command
+from attnlens.cli.console import format_layers
+from attnlens.cli.options import parse_layers
 from attnlens.errors import UsageError
 from tests.test_inspect import SMALL, small_vit
+
+WITHOUT_DEFAULT = {"checkpoint", "num_heads", "family", "params", "time_budget", "train"}
+"""Options that do nothing unless they are given."""
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +128,29 @@ def test_help_imports_nothing_heavy():
         "from attnlens.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(sorted({'numpy', 'scipy', 'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
+        "print(sorted({'numpy', 'pydantic', 'rich', 'scipy', 'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_has_a_whole_sentence_and_debug_is_among_them(name):
+    options = [param for param in load_command(name).params if param.param_type_name == "option"]
+    assert [param.opts for param in options][-1] == ["--debug"]
+    for param in options:
+        assert re.fullmatch(r"[A-Z][a-z]+ .+\.", param.help or ""), f"{param.opts}: {param.help}"
+        told = param.default is not None or param.required or "Default: " in param.help
+        assert told or param.multiple or param.name in WITHOUT_DEFAULT, param.opts
+
+
+def test_an_option_of_one_meaning_has_one_help_text():
+    texts = {}
+    for command in map(load_command, COMMANDS):
+        for param in command.params:
+            texts.setdefault(param.opts[0], set()).add(getattr(param, "help", None))
+    of_one = ("--num-heads", "--offline", "--remote", "--json", "--debug", "--format", "--dpi", "--layers", "--params")
+    assert {name: len(texts[name]) for name in of_one} == dict.fromkeys(of_one, 1)
 
 
 def test_a_known_architecture_is_inspected_without_torch_or_timm(folder, tmp_path):

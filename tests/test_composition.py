@@ -175,7 +175,7 @@ def test_no_product_is_formed():
 
 def test_the_figure_shows_the_score_over_the_baseline(grouped):
     found = attnlens.compose(grouped)
-    image, starts = mosaic(found, "v")
+    image, starts = mosaic(found.logs("v"), found.heads)
     assert starts.tolist() == [0, 4, 8, 12, 16]
     np.testing.assert_allclose(image[4:8, 12:], np.log2(found.scores["v", 1, 3] * 22**0.5))
     assert np.isnan(image[np.tril_indices(16)]).all()

@@ -1,5 +1,7 @@
 """The fit: every statistic against dense float64, known answers, invariances."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -128,3 +130,8 @@ def test_a_zero_product_gives_zero_norms_and_undefined_ratios_without_a_warning(
     assert found.frobenius_norm == 0
     assert np.isnan(found.identity_cosine)
     assert np.isnan(found.copying_score)
+
+
+def test_every_statistic_is_in_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "measurements.md").read_text()
+    assert [name for name in DiagonalFit.names() if f"`{name}`" not in text] == []

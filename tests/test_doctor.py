@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from attnlens import __version__
 from attnlens.cli import doctor
@@ -47,7 +51,7 @@ def test_a_missing_or_old_package_is_named_with_the_command_that_brings_it(monke
     found = findings()["numpy"]
     assert (found.ok, found.found, found.remedy) == (False, said, "pip install 'numpy>=2.0'")
     with pytest.raises(SystemExit) as stop:
-        doctor.run_doctor(as_json=False)
+        doctor.doctor()
     assert stop.value.code == 1
     assert "1 needed part is missing" in capsys.readouterr().out
 
@@ -55,8 +59,19 @@ def test_a_missing_or_old_package_is_named_with_the_command_that_brings_it(monke
 def test_an_optional_package_that_is_missing_does_not_fail(monkeypatch, capsys):
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "datasets" else real(name))
-    doctor.run_doctor(as_json=False)
-    assert "pip install datasets" in capsys.readouterr().out
+    doctor.doctor()
+    assert "pip install 'attnlens[text]'" in capsys.readouterr().out
+
+
+def test_every_package_is_either_required_or_optional_as_pyproject_has_it():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert doctor.USES.keys() == extras.keys()
+    found = [(finding.part, canonicalize_name(finding.name)) for finding in doctor.look()]
+    for part, lines in (("required", project["dependencies"]), ("optional", [*chain(*extras.values())])):
+        names = sorted(canonicalize_name(Requirement(line).name) for line in lines)
+        assert sorted(name for of, name in found if of == part) == names
+    assert len({name for _, name in found}) == len(found)
 
 
 def test_a_gpu_is_named_and_torch_is_asked(monkeypatch):

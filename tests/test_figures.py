@@ -17,7 +17,7 @@ from PIL import Image
 
 import attnlens
 from attnlens.errors import OutputError, UsageError
-from attnlens.figures import draw_all, heatmaps, profiles, save_figures, spectra, style
+from attnlens.figures import heatmaps, profiles, save_figures, spectra, style
 
 LAYERS, HEADS, EMBED_DIM, HEAD_DIM = 3, 3, 39, 13
 # Layers that are not neighbours, heads that differ in number, panels that differ in shape and are not square.
@@ -37,12 +37,12 @@ def inspection():
 
 @pytest.fixture(scope="module")
 def figures(inspection):
-    return draw_all(inspection, "effective", 7)
+    return inspection.figures("effective", 7)
 
 
 @pytest.fixture(scope="module")
 def drawn_again(inspection):
-    return draw_all(inspection, "effective", 7)
+    return inspection.figures("effective", 7)
 
 
 def ragged_panels(scale=1.0):
@@ -283,7 +283,7 @@ def test_singular_values_that_are_rounding_do_not_stretch_the_axis():
 def test_a_model_without_ov_circuits_is_told_so(inspection):
     kept = {key: values for key, values in inspection.spectra.items() if key[1] == "qk"}
     stats = inspection.stats.select(circuit="qk")
-    drawn = draw_all(replace(inspection, spectra=kept, stats=stats), "raw", 7)
+    drawn = replace(inspection, spectra=kept, stats=stats).figures("raw", 7)
     assert "There is no W_OV = W_V W_O to draw" in words(drawn["ov_heatmap"])
     assert [axes.get_title(loc="left") for axes in drawn["depth_profile"].axes] == ["QK, every head", "", ""]
     assert len(drawn["spectra"].axes) == 2  # the QK spectra and the bar of layers
@@ -291,23 +291,23 @@ def test_a_model_without_ov_circuits_is_told_so(inspection):
 
 def test_a_layer_without_the_fold_is_left_out_of_its_figures(inspection):
     kept = {key: values for key, values in inspection.spectra.items() if key != (1, "qk", "effective")}
-    drawn = draw_all(replace(inspection, spectra=kept), "effective", 7)
+    drawn = replace(inspection, spectra=kept).figures("effective", 7)
     assert list(labels(drawn["qk_heatmap"], "layer")) == ["0", "2"]
     assert list(labels(drawn["ov_heatmap"], "layer")) == ["0", "1", "2"]
 
 
 def test_what_the_product_leaves_out_is_written_under_the_figures(inspection):
     specs = tuple((layer, spec.replace(leaves_out=("rope",) if layer else ())) for layer, spec in inspection.specs)
-    for figure in draw_all(replace(inspection, specs=specs), "raw", 7).values():
+    for figure in replace(inspection, specs=specs).figures("raw", 7).values():
         assert "queries and keys are rotated by position" in words(figure)
         assert "(2 of 3 layers)" in words(figure)
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(inspection):
     with pytest.raises(UsageError, match=r"^fold 'centred' was not measured: choose from raw, effective$"):
-        draw_all(inspection, "centred")
+        inspection.figures("centred")
     with pytest.raises(UsageError, match=r"^a corner of 0 x 0 entries cannot be drawn: give a size of 1 or more$"):
-        draw_all(inspection, "raw", 0)
+        inspection.figures("raw", 0)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_folder_that_cannot_be_made_leaves_nothing_behind(figures, tmp_path):
 def test_drawing_and_saving_leave_rc_settings_as_they_were(inspection, tmp_path):
     with mpl.rc_context({"font.size": 31.0, "svg.hashsalt": None}):
         before = dict(mpl.rcParams)
-        drawn = draw_all(inspection, "raw", 1)
+        drawn = inspection.figures("raw", 1)
         save_figures({"ov_heatmap": drawn["ov_heatmap"]}, tmp_path, "svg")
         assert dict(mpl.rcParams) == before
 

@@ -11,11 +11,11 @@ from torch import nn
 
 import attnlens
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.filters import filter_parameters
 from attnlens.filters.closed_form import Shape, closed_form
 from attnlens.filters.trained import trained_shape
 from attnlens.inits import create_model, init_, verify_init
 from attnlens.inits.random import Streams
+from attnlens.layouts.depthwise import filter_parameters
 from tests.filter_models import CONVNEXT, both, convmixer, vit
 
 NAME = "conv-covariance"

@@ -13,12 +13,12 @@ from torch import nn
 import attnlens
 from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import CheckpointError, UnsupportedAttentionError, UsageError
-from attnlens.filters import FilterSpec, filter_modules, filter_parameters, read_filters, write_filters
 from attnlens.filters.closed_form import Shape, closed_form
 from attnlens.filters.covariance import second_moment
 from attnlens.filters.figures import Covariance, colour_limit, draw_mosaics, mosaic
 from attnlens.filters.statistics import COLUMNS, fit_filters
 from attnlens.inits import init_, init_file
+from attnlens.layouts.depthwise import FilterSpec, filter_modules, filter_parameters, read_filters, write_filters
 from attnlens.layouts.spec import Refusal
 from attnlens.models import architecture
 from attnlens.models.architecture import describe_architecture, describe_module

@@ -15,7 +15,6 @@ from attnlens.filters.covariance import second_moment
 from attnlens.filters.entries import triangle
 from attnlens.filters.fit import shrunk
 from attnlens.filters.trained import trained_shape
-from attnlens.fit.figures import draw_fits
 from attnlens.fit.params import InitParams
 from attnlens.inits import init_, init_file
 from tests.filter_models import CONVNEXT, both, convmixer, vit
@@ -294,6 +293,6 @@ def test_the_command_prints_writes_and_draws(run, tmp_path):
 
 
 def test_every_source_with_filters_has_its_figure(source):
-    drawn = draw_fits(attnlens.fit_params(source, both()))
+    drawn = attnlens.fit_params(source, both()).figures()
     assert set(drawn) == {"filter_fit_0", "filter_fit_1", "fit_profile", "realised_requested", "tails"}
     assert len(drawn["filter_fit_0"].axes) == 2 * 4

@@ -10,11 +10,10 @@ import pytest
 import attnlens
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.filters.comparison import SHARES
-from attnlens.fit.figures import draw_comparisons
 from attnlens.inits import init_
-from attnlens.reports import build_report
+from attnlens.reports import report
 from attnlens.reports.filters import COLUMNS
-from attnlens.reports.templates import shown
+from attnlens.templates import shown
 from tests.filter_models import both, convmixer, vit
 
 PICTURES = ("filter_covariance", "filter_spectra", "filter_profile")
@@ -36,7 +35,7 @@ def cells(page):
 def test_every_layer_stands_in_the_page_with_its_numbers_and_verdict():
     model = started()
     rows = list(attnlens.inspect(model).filters.stats.records())
-    found = cells(build_report(model))
+    found = cells(report(model))
     assert len(found) == len(rows) == 4
     for cell, row in zip(found, rows, strict=True):
         assert cell["verdict"] == row["verdict"] == "closed form"
@@ -44,12 +43,12 @@ def test_every_layer_stands_in_the_page_with_its_numbers_and_verdict():
 
 
 def test_a_width_that_was_not_found_is_told_in_the_page():
-    found = cells(build_report(started(relative_s=1.0)))
+    found = cells(report(started(relative_s=1.0)))
     assert any(cell["relative_s"].endswith("(upper end)") for cell in found)
 
 
 def test_covariances_spectra_and_profiles_are_pictures_inside_the_page():
-    page = build_report(started())
+    page = report(started())
     for name in PICTURES:
         (content,) = re.findall(rf'id="picture-{name}"><img [^>]*src="data:image/png;base64,([^"]+)"', page)
         assert base64.b64decode(content)[:8] == b"\x89PNG\r\n\x1a\n"
@@ -57,21 +56,21 @@ def test_covariances_spectra_and_profiles_are_pictures_inside_the_page():
 
 
 def test_filters_alone_have_no_section_of_heads_and_attention_alone_none_of_filters():
-    page = build_report(convmixer())
+    page = report(convmixer())
     assert 'id="heads"' not in page
     assert 'href="#heads"' not in page
     assert 'id="filters"' in page
-    page = build_report(vit())
+    page = report(vit())
     assert 'id="heads"' in page
     assert 'id="filters"' not in page
-    page = build_report(both())
+    page = report(both())
     assert 'id="heads"' in page
     assert len(cells(page)) == 2
 
 
 def test_a_filter_model_beside_another_has_distances_in_the_page():
     one, other = started(), started(1, blur=0.6, slope=0.1, contrast=0.0)
-    page = build_report(one, compare=[other])
+    page = report(one, compare=[other])
     (distance,) = attnlens.compare(one, other).filter_distances
     table = page[page.index('id="filter-distances"') :]
     assert f">{shown(distance['shares'])}<" in table
@@ -101,8 +100,8 @@ def test_kernels_and_depths_may_differ_and_what_is_of_one_kind_is_compared():
     comparison = attnlens.compare(started(), convmixer(depth=7, kernel_size=3), both(), vit())
     assert len(comparison.filter_distances) == 3
     assert len(comparison.distances) == 2  # QK and OV of the two that have attention
-    assert set(draw_comparisons(comparison)) == {"comparison", "filter_comparison"}
-    assert set(draw_comparisons(attnlens.compare(vit(), vit(1)))) == {"comparison"}
+    assert set(comparison.figures()) == {"comparison", "filter_comparison"}
+    assert set(attnlens.compare(vit(), vit(1)).figures()) == {"comparison"}
     with pytest.raises(UnsupportedAttentionError, match=r"no two .* one kind \(ConvMixer: depthwise filters, vit"):
         attnlens.compare(convmixer(), vit())
 

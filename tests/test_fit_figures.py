@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import attnlens
-from attnlens.fit.figures import draw_comparison, draw_fits
 from tests.test_inspect import small_vit
 
 
@@ -18,7 +17,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def figures(params):
-    return draw_fits(params)
+    return params.figures()
 
 
 def panel(figure, label, column):
@@ -89,7 +88,7 @@ def test_requests_beyond_the_bound_are_crossed_and_explained():
         model.blocks[0].attn.qkv.weight[:13] = basis
         model.blocks[0].attn.qkv.weight[39:52] = basis
     params = attnlens.fit_params(model, fold="raw")
-    figure = draw_fits(params)["realised_requested"]
+    figure = params.figures()["realised_requested"]
     (crosses,) = [drawn for drawn in points(panel(figure, "requested beta", 0), "x") if len(drawn)]
     (nearest,) = [entry for entry in params.entries if not entry.reachable]
     np.testing.assert_array_equal(crosses, [[nearest.beta, nearest.request_beta]])
@@ -127,14 +126,14 @@ def test_a_zero_product_is_left_out_of_the_panels_it_has_no_number_for():
     model = small_vit()
     with torch.no_grad():
         model.blocks[1].attn.proj.weight.zero_()
-    figure = draw_fits(attnlens.fit_params(model))["tails"]
+    figure = attnlens.fit_params(model).figures()["tails"]
     (drawn,) = points(panel(figure, "excess kurtosis", 1))
     assert [math.isnan(value) for value in drawn[:, 1]] == [False, True, False]
 
 
 def test_several_models_have_a_colour_each():
     params = attnlens.fit_params(small_vit(), small_vit(1))
-    axes = panel(draw_fits(params)["fit_profile"], "alpha", 0)
+    axes = panel(params.figures()["fit_profile"], "alpha", 0)
     colours = {line.get_color() for line in axes.lines if line.get_marker() == "o"}
     assert len(colours) == 2
     first, second = points(axes)
@@ -144,7 +143,7 @@ def test_several_models_have_a_colour_each():
 
 def test_a_comparison_draws_every_profile_against_relative_depth():
     comparison = attnlens.compare(small_vit(), small_vit(1))
-    figure = draw_comparison(comparison)
+    figure = comparison.figures()["comparison"]
     assert len(figure.axes) == 6
     for label, statistic in (("alpha (log scale)", "alpha"), ("identity cosine ÷ bound", "identity_share")):
         for column, circuit in enumerate(("qk", "ov")):

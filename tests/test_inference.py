@@ -23,7 +23,7 @@ from attnlens.statistics.nulls import (
     sign_flip_p_value,
     squared_margins,
 )
-from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, judge, verdicts
+from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, judge
 
 
 def product_of(seed, d, k, stack=()):
@@ -314,7 +314,8 @@ def test_noise_is_called_none():
     A, B = rng.standard_normal((2, 40, 97, 24))
     product = FactoredProduct(A, B)
     fit, inference = fit_diagonal(product, product.singular_values()), infer(product)
-    assert verdicts(fit, inference, corrected(inference.p_value)) == [Verdict.NONE] * 40
+    judgements = judge(fit, inference, corrected(inference.p_value))
+    assert [judgement.verdict for judgement in judgements] == [Verdict.NONE] * 40
 
 
 def test_a_diagonal_in_a_few_channels_is_not_described():

@@ -307,8 +307,7 @@ def test_heads_are_what_the_forward_pass_multiplies(form):
 
 
 def test_every_rule_is_held_against_a_forward_pass():
-    moved = {"timm.models.vision_transformer.Attention"}  # of timm below 1.0.20; held under its new name
-    assert set(rules_by_class()) - moved == set(FORMS_BY_CLASS)
+    assert set(rules_by_class()) == set(FORMS_BY_CLASS)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from attnlens.errors import CheckpointError
 from attnlens.heads import HeadWeights
 from attnlens.layouts import AttentionSpec, Slot, read_heads, write_heads
 from attnlens.layouts.describe import attention_spec
-from attnlens.layouts.read_write import missing_tensors
 from tests.layout_forms import FORMS, build, skipped_where_timm_is_older
 
 ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
@@ -222,9 +221,3 @@ def test_a_file_that_does_not_fit_is_refused(name, value, message):
     tensors = stored(shapes_of(module), "numpy float32", seed=5) | {name: value}
     with pytest.raises(CheckpointError, match=message):
         read_heads(attention_spec(module, ""), tensors)
-
-
-def test_missing_tensors_are_named():
-    spec, tensors = levit_store()
-    del tensors["qkv.bn.running_var"]
-    assert missing_tensors(spec, tensors) == ("qkv.bn.running_var",)

@@ -19,7 +19,7 @@ DATA = {
     "attnlens/embedded/README.md",
     "attnlens/reports/assets/report.js",
     "attnlens/reports/assets/vendor/LICENSES.txt",
-    "attnlens/reports/templates/report.html.j2",
+    "attnlens/templates/report.html.j2",
 }
 
 
@@ -49,7 +49,7 @@ def test_sdist_holds_tests_docs_and_figures(dist):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = ["tests/conftest.py", "docs/index.md", "figures/readme/depth_profile.png", "Makefile", "mkdocs.yml"]
+    wanted = ["tests/conftest.py", "docs/index.md", "docs/gallery/depth_profile.png", "Makefile", "mkdocs.yml"]
     assert names >= {*wanted, "README.md", "LICENSE", "SECURITY.md", "CHANGELOG.md", "scripts/smoke_test.py"}
     assert not {name for name in names if name.startswith((".venv", "site/", "dist/"))}
 

@@ -53,7 +53,7 @@ def test_the_file_is_plain_json_with_schema_version_and_provenance(fitted):
     data = json.loads(fitted.to_json())
     assert (data["schema"], data["schema_version"], data["per"], data["fold"]) == (
         "attnlens.params",
-        2,
+        3,
         "head",
         "effective",
     )
@@ -76,7 +76,7 @@ def changed(params, change):
         (lambda d: d["entries"][0].update(circuit="kq"), "entries.0.circuit: Input should be 'qk' or 'ov'"),
         (lambda d: d["entries"][2].pop("beta_low"), "entries.2.beta_low: Field required"),
         (lambda d: d["entries"][1].update(beta="much"), "entries.1.beta: Input should be a valid number"),
-        (lambda d: d["entries"][1].update(gamma=1), "entries.1.gamma: Extra inputs are not permitted"),
+        (lambda d: d["sources"][0].update(gamma=1), "sources.0.gamma: Extra inputs are not permitted"),
         (lambda d: d["entries"][3].update(verdict="yes"), "entries.3.verdict: Input should be 'identity', 'negative"),
         (lambda d: d["entries"][3].update(p_value=1.5), "entries.3.p_value: Input should be less than or equal to 1"),
         (lambda d: d["entries"][5].update(source=7), "entries.5.source is 7, but there are 1 sources"),
@@ -124,9 +124,9 @@ def test_a_file_that_cannot_be_read_or_written_is_one_line(fitted, tmp_path):
         fitted.save(tmp_path / "file" / "params.json")
 
 
-@pytest.mark.parametrize("version", [0, 3, -1, "2", None, True, 1.5])
+@pytest.mark.parametrize("version", [0, 4, -1, "2", None, True, 1.5])
 def test_a_version_that_is_not_known_is_refused(fitted, version):
-    with pytest.raises(ParamsError, match=r"has schema_version .*this attnlens reads \[1, 2\]: update attnlens"):
+    with pytest.raises(ParamsError, match=r"has schema_version .*this attnlens reads \[1, 2, 3\]: update attnlens"):
         InitParams.parse(changed(fitted, lambda data: data.update(schema_version=version)))
 
 
@@ -146,7 +146,7 @@ def test_an_older_version_is_migrated_step_by_step(fitted, monkeypatch):
     monkeypatch.setattr(params_module, "MIGRATIONS", {-1: from_first, 0: from_second, **params_module.MIGRATIONS})
     assert InitParams.parse(json.dumps(old)) == fitted
     old["schema_version"] = -2
-    with pytest.raises(ParamsError, match=r"schema_version -2; this attnlens reads \[-1, 0, 1, 2\]"):
+    with pytest.raises(ParamsError, match=r"schema_version -2; this attnlens reads \[-1, 0, 1, 2, 3\]"):
         InitParams.parse(json.dumps(old))
 
 
@@ -254,3 +254,15 @@ def test_a_file_without_a_circuit_asks_nothing_of_it(fitted):
     for request in fitted.model_copy(update=only_qk).for_model(vit(depth=5)):
         assert request.qk.shape == (3, 2)
         assert (request.ov, request.ov_heads) == (None, None)
+
+
+def test_a_statistic_of_another_version_is_kept_and_written_back():
+    data = json.loads(attnlens.fit_params().to_json())
+    data["entries"][0]["statistic_of_tomorrow"] = 0.25
+    assert json.loads(InitParams.parse(json.dumps(data)).to_json()) == data
+
+
+def test_an_entry_without_a_statistic_of_today_is_read():
+    data = json.loads(attnlens.fit_params().to_json())
+    del data["entries"][0]["share_low_rank"]
+    assert InitParams.parse(json.dumps(data)).entries[0].share_low_rank is None

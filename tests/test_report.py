@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_model
 
 import attnlens
-from attnlens import cli
-from attnlens.reports import build_report
+from attnlens import cli, reports
 from attnlens.reports.matrices import CODES, HALF, corner_size, encode
 from attnlens.reports.training import ResultsError, read_training
 from tests.test_inspect import SMALL, small_vit
@@ -47,7 +46,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def embedded():
-    return build_report(command="attnlens report")
+    return reports.report(command="attnlens report")
 
 
 def results_folder(path, arm="default", **changes):
@@ -180,7 +179,7 @@ def test_strings_from_files_are_text(tmp_path):
     (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": SMALL}))
     save_model(small_vit(), folder / "model.safetensors")
     train = results_folder(tmp_path / "made", HOSTILE, devices=[HOSTILE], commands=[HOSTILE])
-    page = build_report(folder, compare=[folder], train=train, command=HOSTILE)
+    page = reports.report(folder, compare=[folder], train=train, command=HOSTILE)
     parsed = Page(page)
     assert len(parsed.scripts) == 5
     assert not [tag for tag, _ in parsed.tags if tag == "img"]
@@ -195,7 +194,7 @@ def test_curves_and_comparison_are_there_when_asked_for(tmp_path, embedded):
     with (train / "results.jsonl").open("a") as file:
         file.write(json.dumps({"arm": "default", "seed": 7, "epoch": 0, "accuracy": 0.5, "tuning": True}) + "\n")
         file.write('{"arm": "default", "seed": 0, "epoch": 3, "status": "diverged", "accuracy": NaN}\n')
-    page = build_report(compare=[small_vit()], train=train)
+    page = reports.report(compare=[small_vit()], train=train)
     data = Page(page).data
     assert len(data["training"]["points"]) == 13
     assert data["training"]["points"][-1]["accuracy"] is None
@@ -238,7 +237,7 @@ def test_a_model_without_square_products_has_numbers_and_says_why_no_verdict(mon
         raise attnlens.errors.UnsupportedAttentionError("no product of it is square")
 
     monkeypatch.setattr("attnlens.reports.page.fit_params", refuse)
-    page = build_report()
+    page = reports.report()
     assert "No verdicts: no product of it is square" in page
     assert Page(page).data["judged"] == {}
 
@@ -248,7 +247,7 @@ def test_a_vit_base_takes_less_than_five_megabytes():
     import timm
 
     torch.manual_seed(0)
-    page = build_report(timm.create_model("vit_base_patch16_224", num_classes=0))
+    page = reports.report(timm.create_model("vit_base_patch16_224", num_classes=0))
     assert len(page.encode()) < 5e6
     assert len(Page(page).data["stats"]["rows"]) == 2 * (144 + 144 + 12)
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import attnlens
+from attnlens import reports
 from attnlens.inspection import save_inspection
-from attnlens.reports import build_report
 from tests.test_inspect import SMALL, small_vit
 from tests.test_report import HOSTILE, results_folder
 
@@ -45,7 +45,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     stats = json.loads(save_inspection(attnlens.inspect(), folder, "attnlens inspect")["stats.json"].read_text())
     train = results_folder(folder / "results")
-    (folder / "report.html").write_text(build_report(compare=[small_vit()], train=train))
+    (folder / "report.html").write_text(reports.report(compare=[small_vit()], train=train))
     return folder / "report.html", stats
 
 
@@ -292,7 +292,7 @@ def test_names_from_files_run_nothing_and_are_shown_as_text(browser, tmp_path):
     save_model(small_vit(), folder / "model.safetensors")
     train = results_folder(tmp_path / "made", HOSTILE, devices=[HOSTILE], commands=[HOSTILE])
     path = tmp_path / "report.html"
-    path.write_text(build_report(folder, compare=[folder], train=train, command=HOSTILE))
+    path.write_text(reports.report(folder, compare=[folder], train=train, command=HOSTILE))
     open_page(browser, path.as_uri())
     assert browser.execute_script("return window.hacked") is None
     assert browser.get_log("browser") == []

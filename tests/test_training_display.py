@@ -17,8 +17,7 @@ from rich.console import Console
 from attnlens.training.config import Run
 from attnlens.training.display import Display
 from attnlens.training.figures import QUANTITIES, curve_matrix, draw_curves, draw_structure
-from attnlens.training.network import build_network
-from attnlens.training.presets import eval_every
+from attnlens.training.options import eval_every
 from attnlens.training.results import summarise
 from attnlens.training.stack_size import fastest_stack, stack_rate
 from tests.conftest import ROOT
@@ -39,7 +38,7 @@ def test_the_table_shows_arms_epochs_accuracy_and_time_left(monkeypatch, capsys)
     display.already("default", 0, 0.25)
     clock[0] += 2
     run = Run("mimetic", 0, 1e-3)
-    display.listen((run,), {"epoch": 1, "images": 30, "losses": [1.0], "accuracies": [0.5]})
+    display.listen((run,), {"epoch": 1, "items": 30, "losses": [1.0], "scores": [0.5]})
     text = shown(display)
     assert "15 images/s" in text
     assert "0:22 left" in text  # 330 images to go
@@ -99,11 +98,11 @@ def test_structure_draws_every_quantity_beside_the_pretrained_models():
 
 
 def test_networks_built_in_many_threads_are_those_of_their_seeds():
-    expected = [build_network(SHAPE, seed).state_dict() for seed in range(8)]
+    expected = [SHAPE.build(seed).state_dict() for seed in range(8)]
     found = [None] * 8
 
     def build(seed):
-        found[seed] = build_network(SHAPE, seed).state_dict()
+        found[seed] = SHAPE.build(seed).state_dict()
 
     for _ in range(5):
         threads = [threading.Thread(target=build, args=(seed,)) for seed in range(8)]

@@ -13,7 +13,7 @@ from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import describe_module
 from attnlens.training.arms import initial_state
 from attnlens.training.engine import Stack
-from attnlens.training.network import build_network, forward, patches_of
+from attnlens.training.networks.vit import ViT, forward, patches_of
 from attnlens.training.source import Source
 from attnlens.training.structure import measure_structure
 from tests.training_setup import SHAPE, config, write_source
@@ -34,7 +34,7 @@ def random_networks(count):
     """Build networks whose every weight, biases and gains included, is random."""
     found = []
     for seed in range(count):
-        network = build_network(SHAPE, seed).to(torch.get_default_dtype())
+        network = SHAPE.build(seed).to(torch.get_default_dtype())
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for tensor in network.parameters():
@@ -147,10 +147,10 @@ def test_loading_again_in_place_forgets_the_run_before():
 def test_a_compiled_bf16_stack_trains_like_an_eager_one():
     """On a CPU; the compiler and the casts are those of the GPU, the kernels are not."""
     shape = SHAPE.model_copy(update={"depth": 1})
-    states = [build_network(shape, seed).state_dict() for seed in range(2)]
+    states = [shape.build(seed).state_dict() for seed in range(2)]
     images = torch.randint(0, 256, (1, 6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels, where, found = torch.arange(6)[None], torch.zeros(2, dtype=torch.long), []
-    for settings in (config(shape=shape), config(shape=shape, precision="bfloat16", compiled=True)):
+    for settings in (config(network=shape), config(network=shape, precision="bfloat16", compiled=True)):
         stack = Stack(settings, 2, CPU)
         for _ in range(2):  # loading anew must not compile anew
             stack.load(states, [1e-3] * 2, 6)
@@ -167,7 +167,7 @@ def test_one_batch_overfits():
     images = torch.randint(0, 256, (1, 6, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (1, 6), generator=generator)
     stack = Stack(settings, 2, CPU)
-    stack.load([build_network(SHAPE, seed).state_dict() for seed in range(2)], [3e-3] * 2, 200)
+    stack.load([SHAPE.build(seed).state_dict() for seed in range(2)], [3e-3] * 2, 200)
     for _ in range(200):
         stack.step(images, labels, torch.zeros(2, dtype=torch.long))
     accuracies, losses = stack.evaluate(images[0], labels[0])
@@ -224,18 +224,18 @@ def test_the_pretrained_arm_computes_what_its_source_does_where_sizes_agree(tmp_
     path = write_source(tmp_path)
     shape = SHAPE.model_copy(update={"image_size": 16, "channels": 3})
     state = initial_state("pretrained", 0, shape, Source.of(str(path)))
-    ours = build_network(shape, 0)
+    ours = shape.build(0)
     ours.load_state_dict(state)
     from safetensors.torch import load_file
 
-    theirs = build_network(shape.model_copy(update={"classes": 7}), 0)
+    theirs = shape.model_copy(update={"classes": 7}).build(0)
     theirs.load_state_dict(load_file(path))
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
         found = ours.forward_head(ours.forward_features(images), pre_logits=True)
     torch.testing.assert_close(found, expected)
-    assert torch.equal(state["head.weight"], build_network(shape, 0).head.weight)
+    assert torch.equal(state["head.weight"], shape.build(0).head.weight)
 
 
 def test_layer_scale_and_prefix_tokens_are_folded_or_left_behind():
@@ -253,9 +253,9 @@ def test_layer_scale_and_prefix_tokens_are_folded_or_left_behind():
     from attnlens.models.open import open_model
 
     shape = SHAPE.model_copy(update={"image_size": 32, "patch_size": 8, "channels": 3})
-    source = Source(None, None, open_model(model, None), fit_params(model), 24, 2, 2, 2.0)
+    source = Source("model", ViT, {}, fit_params(model), opened=open_model(model, None))
     state = initial_state("pretrained", 0, shape, source)
-    ours = build_network(shape, 0)
+    ours = shape.build(0)
     ours.load_state_dict(state)
     torch.testing.assert_close(state["pos_embed"], model.pos_embed[:, 3:].detach())
     x = torch.randn(2, 16, 24)
@@ -270,7 +270,7 @@ def test_sources_that_are_no_plain_vit_are_refused():
     from attnlens.models.open import open_model
 
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=2, qk_norm=True)
-    source = Source(None, None, open_model(model, None), fit_params(model), 24, 2, 2, 4.0)
+    source = Source("model", ViT, {}, fit_params(model), opened=open_model(model, None))
     with pytest.raises(UnsupportedAttentionError, match=r"is no plain ViT .it holds blocks.0.attn.q_norm.weight"):
         initial_state("pretrained", 0, SHAPE.model_copy(update={"mlp_ratio": 4.0}), source)
 

@@ -11,23 +11,22 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn.functional import cross_entropy
 
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
-from attnlens.filters import filter_parameters
-from attnlens.training import convmixer
-from attnlens.training.arms import initial_state
+from attnlens.layouts.depthwise import filter_parameters
+from attnlens.training.arms import WIRINGS, default_contrasts, initial_state, start_of
 from attnlens.training.config import Config, Run
 from attnlens.training.engine import Stack
-from attnlens.training.families import PLAIN, Wiring, build, family_of
-from attnlens.training.options import default_contrasts
-from attnlens.training.shapes import ConvMixerShape, GptShape
-from attnlens.training.source import Scratch, Source
-from attnlens.training.starts import WIRINGS, start_of
+from attnlens.training.networks import convmixer
+from attnlens.training.networks.base import PLAIN, Wiring
+from attnlens.training.networks.convmixer import ConvMixer
+from attnlens.training.networks.gpt import Gpt
+from attnlens.training.source import Source
 from attnlens.training.trainer import units_of
 from tests.conftest import ROOT
 from tests.training_setup import SHAPE, compare, config, small, write_source
 
 CPU = torch.device("cpu")
-CONV = ConvMixerShape(image_size=8, patch_size=2, channels=1, classes=10, dim=7, depth=2, kernel_size=3)
-GPT = GptShape(context=5, embed_dim=12, depth=2, num_heads=3)
+CONV = ConvMixer(image_size=8, patch_size=2, channels=1, classes=10, dim=7, depth=2, kernel_size=3)
+GPT = Gpt(context=5, embed_dim=12, depth=2, num_heads=3)
 CASES = [
     pytest.param(CONV, PLAIN, id="convmixer"),
     pytest.param(GPT, PLAIN, id="gpt"),
@@ -56,7 +55,7 @@ def networks_of(shape, wiring, count):
     """Build networks whose every weight, biases and gains included, is moved at random."""
     found = []
     for seed in range(count):
-        network = build(shape, seed, wiring).to(torch.get_default_dtype())
+        network = shape.build(seed, wiring).to(torch.get_default_dtype())
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for tensor in network.parameters():
@@ -68,13 +67,13 @@ def networks_of(shape, wiring, count):
 
 def batches(shape, sets, steps, items):
     """Return random inputs and targets, ``[set, step, item, ...]``."""
-    drawn = family_of(shape).example(sets * steps * items, torch.Generator().manual_seed(9))
+    drawn = shape.example(sets * steps * items, torch.Generator().manual_seed(9))
     return [part.unflatten(0, (sets, steps, items)) for part in drawn]
 
 
 def read(shape, inputs):
     """Prepare inputs as a reader of the documentation would."""
-    return inputs.long() if isinstance(shape, GptShape) else (inputs.double() / 255 - 0.3) / 0.4
+    return inputs.long() if isinstance(shape, Gpt) else (inputs.double() / 255 - 0.3) / 0.4
 
 
 def plainly(network, settings, inputs, targets, lr):
@@ -92,7 +91,7 @@ def plainly(network, settings, inputs, targets, lr):
     network.train()
     losses = []
     for step, (batch, answer) in enumerate(zip(inputs, targets, strict=True)):
-        logits = network(read(settings.shape, batch))
+        logits = network(read(settings.network, batch))
         loss = cross_entropy(logits.flatten(0, -2), answer.flatten().long())
         optimizer.zero_grad()
         loss.backward()
@@ -108,7 +107,7 @@ def plainly(network, settings, inputs, targets, lr):
 @pytest.mark.parametrize(("shape", "wiring"), CASES)
 def test_a_stack_trains_and_evaluates_like_modules_trained_plainly(shape, wiring, models):
     """Losses, every weight, every running statistic, and the evaluation after eight steps."""
-    settings = config(shape=shape, recipe={"clip_norm": 0.7, "weight_decay": 0.3, "warmup": 0.2})
+    settings = config(network=shape, recipe={"clip_norm": 0.7, "weight_decay": 0.3, "warmup": 0.2})
     networks, steps, rates = networks_of(shape, wiring, models), 8, [1e-3, 3e-3, 2e-3][:models]
     inputs, targets = batches(shape, 2, steps, 6)
     where = torch.tensor([0, 1, 0])[:models]
@@ -140,8 +139,8 @@ def test_a_stack_trains_and_evaluates_like_modules_trained_plainly(shape, wiring
 
 def test_running_statistics_are_each_models_own():
     """Two models on different images end with different statistics, neither the fresh ones."""
-    stack = Stack(config(shape=CONV), 2, CPU)
-    state = build(CONV, 0).state_dict()
+    stack = Stack(config(network=CONV), 2, CPU)
+    state = CONV.build(0).state_dict()
     stack.load([state, state], [1e-3] * 2, 2)
     inputs, targets = batches(CONV, 2, 1, 6)
     stack.step(inputs[:, 0], targets[:, 0], torch.tensor([0, 1]))
@@ -153,8 +152,8 @@ def test_running_statistics_are_each_models_own():
 
 
 def test_frozen_filters_get_no_update_and_everything_else_does():
-    settings = config(shape=CONV, freeze_filters=True, recipe={"weight_decay": 0.3})
-    network = build(CONV, 0)
+    settings = config(network=CONV, freeze_filters=True, recipe={"weight_decay": 0.3})
+    network = CONV.build(0)
     frozen = filter_parameters(network)
     assert len(frozen) == CONV.depth
     stack = Stack(settings, 1, CPU)
@@ -168,9 +167,9 @@ def test_frozen_filters_get_no_update_and_everything_else_does():
 
 
 def test_arms_of_a_convmixer_differ_in_depthwise_filters_alone():
-    source = Scratch.of("convmixer-test")
+    source = Source.of("convmixer-test")
     default = initial_state("default", 3, CONV, source)
-    network = build(CONV, 3)
+    network = CONV.build(3)
     allowed = {*filter_parameters(network), *(n.replace(".weight", ".bias") for n in filter_parameters(network))}
     norms = []
     for arm in ("conv-covariance", "norm-matched"):
@@ -183,7 +182,7 @@ def test_arms_of_a_convmixer_differ_in_depthwise_filters_alone():
 
 
 def test_rewired_arms_share_what_is_not_rewired():
-    source = Scratch.of("gpt-tiny")
+    source = Source.of("gpt-tiny")
     default = initial_state("default", 2, GPT, source)
     state = initial_state("e-spa-no-skips-no-norms", 2, GPT, source)
     for name in ("embed.weight", "pos_embed", "head.weight"):
@@ -195,7 +194,7 @@ def test_rewired_arms_share_what_is_not_rewired():
 
 def test_a_stack_holds_one_architecture_whatever_its_size():
     runs = [Run(arm, seed, 1e-3) for seed in range(3) for arm in ("default", "value-skipinit", "mimetic")]
-    source = Scratch.of("gpt-tiny")
+    source = Source.of("gpt-tiny")
     for size in (1, 2, 4, 9):
         units = units_of(runs, size, lambda run: start_of(run.arm, source).wiring)
         assert sorted(run for unit in units for run in unit) == sorted(runs)
@@ -238,7 +237,7 @@ def test_a_convmixer_comparison_resumes_bit_for_bit_and_says_that_filters_were_f
         mine, theirs = load_file(path), load_file(folder / "weights" / path.name)
         assert "stem.2.running_var" in mine
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert found.summary.finished == whole.summary.finished
+    assert found.findings.finished == whole.findings.finished
     assert not (folder / "structure.png").exists()
     assert not (folder / "params.json").exists()
     report = (folder / "report.md").read_text()
@@ -247,7 +246,7 @@ def test_a_convmixer_comparison_resumes_bit_for_bit_and_says_that_filters_were_f
     assert "what the covariance adds to the scale" in report
     assert json.loads((folder / "config.json").read_text())["freeze_filters"] is True
     start, end = (
-        initial_state("conv-covariance", 0, whole.summary.config.shape, Scratch.of("convmixer-test")),
+        initial_state("conv-covariance", 0, whole.findings.config.network, Source.of("convmixer-test")),
         load_file(folder / "weights" / "conv-covariance-0.safetensors"),
     )
     name = "blocks.0.0.fn.0.weight"
@@ -263,14 +262,14 @@ def test_configurations_of_the_first_comparisons_keep_their_hash():
 
 
 def test_sizes_come_from_timms_own_entries():
-    assert convmixer.sizes_of("convmixer_768_32") == {
+    assert ConvMixer.sizes_of("convmixer_768_32") == {
         "dim": 768,
         "depth": 32,
         "kernel_size": 7,
         "activation": "relu",
     }
     with pytest.raises(ModelNotFoundError, match="no ConvMixer is named 'convmixer-tny': choose from convmixer-tiny"):
-        convmixer.sizes_of("convmixer-tny")
+        ConvMixer.sizes_of("convmixer-tny")
 
 
 def test_the_plain_arms_of_a_vit_and_rewired_ones_train_side_by_side(tmp_path):
@@ -278,14 +277,14 @@ def test_the_plain_arms_of_a_vit_and_rewired_ones_train_side_by_side(tmp_path):
     arms = ("default", "e-spa-no-norms", "value-skipinit")
     options = small(source, arms=arms, epochs=1, train_images=80, test_images=20)
     separate = compare(source, tmp_path / "one", options=options)
-    stacked = compare(source, tmp_path / "many", options=small(source, **{**vars(options), "stack": 6}))
-    assert separate.summary.complete
+    stacked = compare(source, tmp_path / "many", options=small(source, **{**options, "stack": 6}))
+    assert separate.findings.complete
     for folder in ("one", "many"):
         starts = json.loads((tmp_path / folder / "config.json").read_text())["starts"]
         assert starts == {arm: f"as rewired, {WIRINGS[arm].describe()}" for arm in arms[1:]}
-    for arm, curves in separate.summary.curves.items():
+    for arm, curves in separate.findings.curves.items():
         for seed, curve in curves.items():
-            np.testing.assert_allclose(stacked.summary.curves[arm][seed], curve, atol=0.051)  # a test image of twenty
+            np.testing.assert_allclose(stacked.findings.curves[arm][seed], curve, atol=0.051)  # a test image of twenty
     losses = [
         {
             line["run"]: line["train_loss"]
@@ -298,10 +297,10 @@ def test_the_plain_arms_of_a_vit_and_rewired_ones_train_side_by_side(tmp_path):
 
 
 def test_default_contrasts_of_drawn_networks_hold_each_arm_against_its_control():
-    found = default_contrasts(["default", "conv-covariance", "norm-matched"], Scratch.of("convmixer-tiny"))
+    found = default_contrasts(["default", "conv-covariance", "norm-matched"], Source.of("convmixer-tiny"))
     assert found == [("conv-covariance", "default"), ("norm-matched", "default"), ("conv-covariance", "norm-matched")]
-    arms = Scratch.of("gpt-tiny").default_arms()
-    found = default_contrasts(arms, Scratch.of("gpt-tiny"))
+    arms = Gpt.default_arms
+    found = default_contrasts(arms, Source.of("gpt-tiny"))
     assert found[-2:] == [("mimetic", "norm-matched"), ("mimetic", "mimetic-positive")]
 
 

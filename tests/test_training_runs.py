@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from attnlens import inspect
 from attnlens.errors import OutputError, UsageError
 from attnlens.training import trainer as running
+from attnlens.training.arms import default_contrasts
 from attnlens.training.comparison import best_lrs, lr_table
 from attnlens.training.config import TUNING_SEEDS, Run
 from attnlens.training.engine import Stack
-from attnlens.training.options import default_contrasts
 from attnlens.training.stop import Control
 from attnlens.training.store import ResumeError
 from attnlens.training.trainer import OutOfMemoryError, units_of
@@ -134,10 +134,10 @@ def test_resumed_runs_equal_uninterrupted_ones_bit_for_bit(source, tmp_path, sta
             stop_after(patch, 7)
             found = compare(source, folder, options=options, save_weights=True, resume=attempt > 0, workers=1)
         stops += found.stopped == "time budget"
-        if found.summary.complete:
+        if found.findings.complete:
             break
     assert stops >= 2
-    assert found.summary.complete
+    assert found.findings.complete
     assert runs_of(folder) == runs_of(tmp_path / "once")
     assert_same_weights(tmp_path / "once", folder)
 
@@ -251,10 +251,10 @@ def test_a_diverged_run_is_recorded_and_the_others_go_on(source, tmp_path, monke
     monkeypatch.setattr(running, "initial_state", broken)
     for stack in (1, 4):
         found = compare(source, tmp_path / str(stack), options=small(source, stack=stack))
-        assert found.summary.complete
-        assert found.summary.diverged == (("mimetic", 1, 1),)
-        assert set(found.summary.finished["default"]) == {0, 1}
-        assert set(found.summary.finished["mimetic"]) == {0}
+        assert found.findings.complete
+        assert found.findings.diverged == (("mimetic", 1, 1),)
+        assert set(found.findings.finished["default"]) == {0, 1}
+        assert set(found.findings.finished["mimetic"]) == {0}
         assert "mimetic, seed 1, diverged in epoch 1" in found.report
         lines = [json.loads(line) for line in (tmp_path / str(stack) / "results.jsonl").read_text().splitlines()]
         assert [line["status"] for line in lines if line["run"] == "mimetic-1"][-1] == "diverged"
@@ -307,7 +307,7 @@ def test_a_full_disk_loses_no_finished_run(source, tmp_path):
     assert kept.items() <= {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()}.items()
     found = compare(source, folder, options=options, resume=True)
     compare(source, tmp_path / "once", options=options)
-    assert found.summary.complete
+    assert found.findings.complete
     assert runs_of(folder) == runs_of(tmp_path / "once")
 
 
@@ -320,10 +320,10 @@ def test_learning_rates_are_chosen_on_the_tuning_split_with_seeds_of_their_own(s
     assert {line["data_seed"] for line in reported} == {0}
     streams = [{value for line in part for value in line["streams"]} for part in (tuned, reported)]
     assert not streams[0] & streams[1]
-    assert set(found.summary.lrs.values()) <= {1e-5, 3e-3}
+    assert set(found.findings.lrs.values()) <= {1e-5, 3e-3}
     assert "## Learning rates, chosen on the tuning split" in found.report
     ends = [line for line in tuned if line["status"] == "finished"]
-    for arm, lr in found.summary.lrs.items():
+    for arm, lr in found.findings.lrs.items():
         means = {
             rate: np.mean([line["accuracy"] for line in ends if (line["arm"], line["lr"]) == (arm, rate)])
             for rate in (1e-5, 3e-3)

@@ -14,20 +14,17 @@ from attnlens import gpt
 from attnlens.errors import UsageError
 from attnlens.training.comparison import best_lrs, train_compare
 from attnlens.training.data.images import DatasetError
-from attnlens.training.data.on_device import ResidentText
-from attnlens.training.data.text import Text, load_text, parted
-from attnlens.training.families import build
+from attnlens.training.data.text import ResidentText, Text, load_text, parted
 from attnlens.training.figures import draw_curves, draw_structure
 from attnlens.training.metrics import ACCURACY, BITS_PER_BYTE
-from attnlens.training.options import Options
+from attnlens.training.networks.gpt import Gpt
 from attnlens.training.record_schema import ResumeError, check_records
 from attnlens.training.report import conclusion
-from attnlens.training.shapes import GptShape
 from attnlens.training.statistics import contrasts, epochs_to
 from tests.training_setup import config
 
 CPU = torch.device("cpu")
-SHAPE = GptShape(context=7, embed_dim=12, depth=2, num_heads=3)
+SHAPE = Gpt(context=7, embed_dim=12, depth=2, num_heads=3)
 ARMS = ("default", "mimetic", "mimetic-positive", "qk-only", "norm-matched", "e-spa-no-norms")
 
 
@@ -58,11 +55,11 @@ def options(**changes):
         "test_images": 12,
         "device": "cpu",
     }
-    return Options(**{**given, **changes})
+    return {**given, **changes}
 
 
 def trained(folder, *, resume=False, **changes):
-    return train_compare(options(**changes), folder, quiet=True, command="test", resume=resume)
+    return train_compare(**options(**changes), output=folder, quiet=True, command="test", resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +114,7 @@ def test_every_byte_of_the_test_part_is_predicted_at_most_once_and_nearly_all_ar
 
 
 def resident_of(text, **changes):
-    return ResidentText(text, config(shape=SHAPE, **changes), CPU)
+    return ResidentText(text, config(network=SHAPE, **changes), CPU)
 
 
 def test_targets_are_the_bytes_behind_the_inputs_and_windows_stay_in_their_part():
@@ -126,7 +123,7 @@ def test_targets_are_the_bytes_behind_the_inputs_and_windows_stay_in_their_part(
     inputs, targets, stream = data.epoch(3, 1)
     assert inputs.shape == targets.shape == (60, SHAPE.context)
     assert torch.equal((inputs.int() % 250 + 1).to(torch.uint8), targets)
-    assert torch.equal((data.test.int() % 250 + 1).to(torch.uint8), data.test_labels)
+    assert torch.equal((data.test_inputs.int() % 250 + 1).to(torch.uint8), data.test_targets)
     assert data.epoch(3, 1).stream == stream
     assert len({data.epoch(seed, epoch).stream for seed in range(3) for epoch in range(3)}) == 9
     ends = resident_of(text.cut(SHAPE.context, 20_000, None)).epoch(0, 0)
@@ -137,19 +134,19 @@ def test_targets_are_the_bytes_behind_the_inputs_and_windows_stay_in_their_part(
 def test_bits_per_byte_are_the_loss_of_the_module_itself(whole):
     """The first record's figure, from timm's blocks run plainly over the windows of the test part."""
     text = load_text(f"text:{text_at_hand()}").cut(16, 80, 12)
-    shape = whole.summary.config.shape
-    network = build(shape, 0)
+    shape = whole.findings.config.network
+    network = shape.build(0)
     starts = text.test_starts(16)
     windows = torch.from_numpy(np.stack([text.test[start : start + 17] for start in starts])).long()
     with torch.no_grad():
         loss = cross_entropy(network(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).item()
-    first = whole.summary.curves["default"][0][0]
+    first = whole.findings.curves["default"][0][0]
     assert first == (0, pytest.approx(loss / math.log(2), rel=1e-5))
     assert first[1] == pytest.approx(8, abs=0.1)  # 256 bytes, all alike
 
 
 def test_a_stored_run_of_a_text_without_its_bits_is_refused(whole):
-    settings = whole.summary.config
+    settings = whole.findings.config
     records = [json.loads(line) for line in (whole.folder / "results.jsonl").read_text().splitlines()]
     run = [line for line in records if (line["arm"], line["seed"]) == ("default", 0)]
     assert check_records(run, settings, "here") == run
@@ -169,14 +166,14 @@ def test_a_link_that_leaves_a_folder_of_texts_is_refused(tmp_path):
 
 
 def test_every_arm_learns_and_sees_the_same_windows(whole):
-    for curves in whole.summary.curves.values():
+    for curves in whole.findings.curves.values():
         for curve in curves.values():
             assert curve[-1][1] < curve[0][1] - 0.3
-    assert whole.summary.streams == {0: len(ARMS), 1: len(ARMS)}
+    assert whole.findings.streams == {0: len(ARMS), 1: len(ARMS)}
     records = [json.loads(line) for line in (whole.folder / "results.jsonl").read_text().splitlines()]
     assert all(record["bits_per_byte"] == pytest.approx(record["test_loss"] / math.log(2)) for record in records)
     bytes_seen = 2 * 80 * 16
-    total = whole.summary.config.text.train_bytes
+    total = whole.findings.config.text.train_bytes
     last = [record["effective_epochs"] for record in records if record["status"] == "finished"]
     assert last == pytest.approx([bytes_seen / total] * len(last))
 
@@ -201,7 +198,7 @@ def test_the_report_states_split_windows_arms_and_direction(whole):
 
 
 def test_the_signs_of_the_two_mimetic_arms_are_opposite_at_the_start(whole):
-    start = {arm: whole.summary.structure[arm][0][0][1]["raw"]["ov_beta"] for arm in ARMS[:3]}
+    start = {arm: whole.findings.structure[arm][0][0][1]["raw"]["ov_beta"] for arm in ARMS[:3]}
     assert all(value < -0.3 for value in start["mimetic"])
     assert all(value > 0.3 for value in start["mimetic-positive"])
     assert all(abs(value) < 0.1 for value in start["default"])
@@ -209,7 +206,7 @@ def test_the_signs_of_the_two_mimetic_arms_are_opposite_at_the_start(whole):
 
 def test_resuming_trains_nothing_anew_and_another_text_is_refused(whole, tmp_path):
     before = {path: path.read_bytes() for path in (whole.folder / "runs").iterdir()}
-    assert trained(whole.folder, resume=True).summary.finished == whole.summary.finished
+    assert trained(whole.folder, resume=True).findings.finished == whole.findings.finished
     assert before == {path: path.read_bytes() for path in (whole.folder / "runs").iterdir()}
     (tmp_path / "descr").mkdir()
     (tmp_path / "descr" / "a.txt").write_text("other words " * 200)
@@ -218,13 +215,13 @@ def test_resuming_trains_nothing_anew_and_another_text_is_refused(whole, tmp_pat
 
 
 def test_curves_are_drawn_in_bits_and_structure_without_a_source(whole):
-    (axes,) = draw_curves(whole.summary).axes
+    (axes,) = draw_curves(whole.findings).axes
     assert axes.get_ylabel() == "test bits per byte"
     line = next(line for line in axes.get_lines() if line.get_label() == "mimetic (n = 2)")
     assert line.get_ydata()[0] == pytest.approx(
-        np.mean([curve[0][1] for curve in whole.summary.curves["mimetic"].values()])
+        np.mean([curve[0][1] for curve in whole.findings.curves["mimetic"].values()])
     )
-    panels = draw_structure(whole.summary, None, "gpt-test").axes
+    panels = draw_structure(whole.findings, None, "gpt-test").axes
     assert [len(panel.get_lines()) for panel in panels] == [len(ARMS)] * 4
 
 
@@ -248,7 +245,7 @@ def test_learning_rates_of_a_text_are_chosen_by_the_fewest_bits_on_the_end_of_it
     split = text.tuning()
     assert split.train.tobytes() + split.test.tobytes() == text.train.tobytes()
     found = trained(tmp_path / "out", arms=("default",), seeds=1, tune_lr=[1e-6, 1e-2], tune_seeds=1)
-    assert found.summary.lrs == {"default": 1e-2}
+    assert found.findings.lrs == {"default": 1e-2}
     assert "Bits per byte on a tenth of the training text" in found.report
 
 
@@ -263,8 +260,8 @@ def test_a_run_whose_bits_are_no_number_counts_as_diverged(tmp_path, monkeypatch
 
     monkeypatch.setattr(running, "initial_state", broken)
     found = trained(tmp_path / "out", arms=("default", "mimetic"), seeds=1, epochs=1)
-    assert [arm for arm, _, _ in found.summary.diverged] == ["mimetic"]
-    assert set(found.summary.finished["default"]) == {0}
+    assert [arm for arm, _, _ in found.findings.diverged] == ["mimetic"]
+    assert set(found.findings.finished["default"]) == {0}
 
 
 @pytest.mark.parametrize(

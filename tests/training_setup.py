@@ -1,16 +1,13 @@
 """A comparison small enough to run in a second: digits, a two-layer ViT of width 24 as the source."""
 
-import json
-
 import torch
 from safetensors.torch import save_file
 
 from attnlens.training.comparison import train_compare
-from attnlens.training.config import Config, Recipe, Shape
-from attnlens.training.network import ARCHITECTURE, build_network, model_args
-from attnlens.training.options import Options
+from attnlens.training.config import Config, Recipe
+from attnlens.training.networks.vit import ViT
 
-SHAPE = Shape(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0)
+SHAPE = ViT(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0)
 
 
 def write_source(folder):
@@ -19,16 +16,15 @@ def write_source(folder):
     generator = torch.Generator().manual_seed(1)
     state = {
         name: value + 0.1 * torch.randn(value.shape, generator=generator)
-        for name, value in build_network(shape, 5).state_dict().items()
+        for name, value in shape.build(5).state_dict().items()
     }
     path = folder / "source.safetensors"
-    metadata = {"architecture": ARCHITECTURE, "model_args": json.dumps(model_args(shape))}
-    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
+    save_file({name: value.contiguous() for name, value in state.items()}, path, shape.exported())
     return path
 
 
 def small(source, **changes):
-    """Return options of a run that takes a second or two."""
+    """Return the arguments of a run that takes a second or two."""
     given = {
         "dataset": "digits",
         "model": str(source),
@@ -42,12 +38,12 @@ def small(source, **changes):
         "augment": "flip-shift",
         "device": "cpu",
     }
-    return Options(**{**given, **changes})
+    return {**given, **changes}
 
 
 def compare(source, output, *, options=None, **how):
     """Run a small comparison."""
-    return train_compare(options or small(source), output, quiet=True, command="test", **how)
+    return train_compare(**(options or small(source)), output=output, quiet=True, command="test", **how)
 
 
 def config(**changes):
@@ -56,13 +52,13 @@ def config(**changes):
     given = {
         "dataset": "none",
         "data_sha256": "",
-        "train_images": 30,
-        "test_images": 7,
+        "train_items": 30,
+        "test_items": 7,
         "mean": [0.3],
         "std": [0.4],
         "source": {},
         "params_sha256": "",
-        "shape": SHAPE,
+        "network": SHAPE,
         "recipe": Recipe(**recipe),
         "arms": ["default", "mimetic"],
         "contrasts": [("mimetic", "default")],

@@ -12,7 +12,7 @@ import numpy as np
 
 from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.files import NpzFile, SafetensorsFile
-from attnlens.errors import CheckpointError
+from attnlens.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -191,5 +191,6 @@ def _told(what: str) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except _MISFITS as error:
-        first = str(error).splitlines()[0] if str(error) else "no message"
-        raise CheckpointError(f"{what} cannot read this file either ({type(error).__name__}: {first})") from error
+        raise CheckpointError(
+            f"{what} cannot read this file either ({type(error).__name__}: {first_line(error)})"
+        ) from error

@@ -9,7 +9,7 @@ from typing import IO, BinaryIO, cast
 from urllib.parse import unquote, urlparse
 
 from attnlens.atomic import write_atomic
-from attnlens.errors import CheckpointError, ModelNotFoundError, OutputError
+from attnlens.errors import CheckpointError, ModelNotFoundError, OutputError, first_line
 
 # torch.hub's convention, `name-<first digits of the sha256>.pth`: eight digits at least, in front of the suffix.
 # Its own pattern takes any number, and so the "-300e" of `IN1K-vit.h.14-300e.pth.tar` for a hash.
@@ -61,7 +61,7 @@ def _download(url: str, name: str, file: IO[bytes]) -> None:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
 
-    from attnlens.checkpoints.transport import first_line, patiently, transport_errors
+    from attnlens.checkpoints.transport import patiently, transport_errors
 
     def attempt() -> None:
         try:

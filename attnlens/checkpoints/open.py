@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
 from attnlens.checkpoints.files import NpzFile, SafetensorsFile, TorchFile
+from attnlens.checkpoints.shards import ShardedFile
 from attnlens.errors import CheckpointError
 
-if TYPE_CHECKING:
-    pass
 _ACCEPTED = "a .safetensors, .pth, .bin or .npz file, or a shard index (.index.json)"
 
 
@@ -34,9 +32,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if suffix in NUMPY_SUFFIXES:
             return NpzFile(path)
         if path.name.endswith(INDEX_SUFFIX):
-            from attnlens.checkpoints.shards import ShardedFile
-
-            return ShardedFile(path)
+            return ShardedFile(path, open_checkpoint)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     raise CheckpointError(f"{path} has suffix {suffix!r}: give {_ACCEPTED}")

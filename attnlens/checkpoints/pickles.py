@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from attnlens.checkpoints.archives import check_archive, data_offset
-from attnlens.errors import AttnlensError
+from attnlens.errors import AttnlensError, first_line
 
 _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 5
@@ -66,16 +66,11 @@ def load_pickle(path: Path, refusal: type[AttnlensError]) -> Any:
     except pickle.UnpicklingError as error:
         raise refusal(
             f"{path} holds more than weights, and unpickling it could run code: refused "
-            f"({_first_line(error)}). Save its state_dict() as safetensors and give that file"
+            f"({first_line(error)}). Save its state_dict() as safetensors and give that file"
         ) from error
     except Exception as error:  # torch raises a dozen kinds for a damaged file
-        raise refusal(f"{path} is no PyTorch checkpoint ({_first_line(error)}): truncated or corrupt") from error
+        raise refusal(f"{path} is no PyTorch checkpoint ({first_line(error)}): truncated or corrupt") from error
     return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error)
-    return text.splitlines()[0] if text.strip() else type(error).__name__
 
 
 def _scan_zip(path: Path) -> None:

@@ -13,7 +13,7 @@ from attnlens.atomic import open_scratch
 from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.files import SafetensorsFile
 from attnlens.checkpoints.transport import ask, explained, patiently
-from attnlens.errors import CheckpointError, UsageError
+from attnlens.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000
 """Bytes a safetensors header may have, the limit of the safetensors library."""
@@ -182,10 +182,7 @@ def open_remote(repo: str, filename: str, revision: str | None = None) -> Remote
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.utils import get_session
 
-    if not hasattr(get_session(), "stream"):
-        raise UsageError("--remote needs huggingface_hub 1.0 or newer: update it, or leave the option out")
     try:
         with explained(repo, filename, revision):
             url = hf_hub_url(repo, filename, revision=revision)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from attnlens.checkpoints.base import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
-from attnlens.checkpoints.open import open_checkpoint
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import read_json, within
 
@@ -23,10 +22,10 @@ TRANSFORMERS_FILES = (
 
 
 class ShardedFile(Checkpoint):
-    """The shards an index lists, as one checkpoint; a shard is opened when a tensor of it is first asked for."""
+    """The shards an index lists, as one checkpoint; ``opener`` opens a shard when a tensor of it is first asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, opener: Callable[[Path], Checkpoint]) -> None:
+        self.path, self._open = path, opener
         self._shard_of = read_index(path)
         folder, names = path.parent, sorted(set(self._shard_of.values()))
         self._paths = {name: within(folder, folder / name, CheckpointError) for name in names}
@@ -53,7 +52,7 @@ class ShardedFile(Checkpoint):
 
     def _shard(self, name: str) -> Checkpoint:
         if name not in self._opened:
-            self._opened[name] = open_checkpoint(self._paths[name])
+            self._opened[name] = self._open(self._paths[name])
         return self._opened[name]
 
     def __getitem__(self, name: str) -> Any:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from attnlens.errors import ModelNotFoundError
+from attnlens.errors import ModelNotFoundError, first_line
 
 T = TypeVar("T")
 RETRY_WAITS = (0.5, 1.0, 2.0)
@@ -102,12 +102,6 @@ def _offline_advice(repo: str, filename: str, reason: str) -> str:
         f"{repo}/{filename} is not in the local cache, and {reason}. Run `hf download {repo} {filename}` while online, "
         "or download the file elsewhere and pass --checkpoint FILE"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error that says something, else its class."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def is_offline(asked: bool) -> bool:

@@ -12,10 +12,11 @@ def main() -> None:
     """Run the command line: exit code 0, 1 for a failure told in one line, 2 for wrong usage."""
     from attnlens.cli.app import app
 
+    debug = "--debug" in sys.argv  # every command lists it
     try:
         app()
     except AttnlensError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         _complain(str(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
@@ -23,7 +24,7 @@ def main() -> None:
         _complain("interrupted; nothing half-written is left")
         sys.exit(130)
     except Exception as error:  # the last line of defence: a traceback is for --debug
-        if "--debug" in sys.argv:
+        if debug:
             raise
         _complain(f"internal error, {type(error).__name__}: {error} (run again with --debug and report the traceback)")
         sys.exit(1)

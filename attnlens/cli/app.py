@@ -1,20 +1,68 @@
-"""The `attnlens` application; its commands are in `looking`, `making` and `signalling`."""
+"""The `attnlens` application: every command's name with the line that ``attnlens --help`` says of it."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from inspect import Parameter, signature
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from attnlens import __version__
 
+COMMANDS = {
+    "inspect": "Fit every head and filter covariance: table, CSV, JSON, figures.",
+    "list-models": "List timm's architectures and what is read of them.",
+    "fit-params": "Judge every fit; write a parameter file.",
+    "compare": "Compare models by depth.",
+    "compose": "Score how heads compose over layers.",
+    "scan": "Inspect hundreds of models; go on where stopped.",
+    "report": "Write one HTML page about a model.",
+    "doctor": "Say what is installed and what is missing.",
+    "init": "Write weights that start from an initialiser.",
+    "verify-init": "Check a network against an initialiser.",
+    "train-compare": "Train from several starts and compare them.",
+    "signal": "See how alike tokens become by depth.",
+}
+"""Command -> what it is for, in the order of the help; its function has its name, in the module of its name."""
+
+_SETTINGS: dict[str, Any] = {
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,  # importing and laying out rich doubles the time of --help
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+class _Group(TyperGroup):
+    """The commands; only the one that is asked for is imported and built, which keeps --help at .1 s."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            **{**settings, "commands": [TyperCommand(name, short_help=COMMANDS[name]) for name in COMMANDS]}
+        )
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002  # typer's signature
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  # typer's signature
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for flag in self.get_params(ctx):  # typer imports pydantic, 60 ms of help, to convert the None of a flag
+            flag.default = False
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="attnlens",
+    cls=_Group,
     help="Look inside pre-trained attention weights: how much of W_Q W_K^T and W_V W_proj is identity plus noise.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing and laying out rich doubles the time of --help
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **_SETTINGS,
 )
 
 
@@ -33,5 +81,24 @@ def _options(
     """Look inside pre-trained attention weights: how much of W_Q W_K^T and W_V W_proj is identity plus noise."""
 
 
-# The commands register themselves: looking first, so that help lists them first.
-from attnlens.cli import looking, making, signalling  # noqa: E402, F401
+def load_command(name: str) -> Any:
+    """Import the function of a command and build typer's command of it."""
+    attribute = name.replace("-", "_")
+    function = getattr(import_module(f"attnlens.cli.{attribute}"), attribute)
+    alone = typer.Typer(add_completion=False, **_SETTINGS)
+    alone.command(name, short_help=COMMANDS[name])(_with_debug(function))
+    return typer.main.get_command(alone)
+
+
+def _with_debug(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with ``--debug`` among its options; `main` does what it says."""
+    from attnlens.cli.options import Debug
+
+    @wraps(command)
+    def run(*, debug: bool, **options: Any) -> None:  # noqa: ARG001  # read by main, where errors arrive
+        command(**options)
+
+    plain = signature(command, eval_str=True)
+    debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    vars(run)["__signature__"] = plain.replace(parameters=[*plain.parameters.values(), debug])
+    return run

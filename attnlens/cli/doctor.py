@@ -1,4 +1,4 @@
-"""What `attnlens doctor` does: look at versions, devices and caches without importing torch unless a GPU is there."""
+"""The command ``doctor``: look at versions, devices and caches, without importing torch unless a GPU is there."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attnlens import __version__
+from attnlens.cli import options
 from attnlens.cli.console import write_stdout
+from attnlens.cli.tables import print_wide
 
-OPTIONAL = {
-    "pandas": ("StatsTable.to_pandas", "pip install pandas"),
-    "scikit-learn": ("train-compare --dataset digits", "pip install scikit-learn"),
-    "torchvision": ("train-compare --dataset cifar10 and cifar100", "pip install torchvision"),
-    "datasets": ("train-compare --dataset hfds/...", "pip install datasets"),
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+USES = {
+    "pandas": "StatsTable.to_pandas",
+    "ray": "scan --ray",
+    "text": "train-compare --dataset hfds/... and text:wikitext-103",
 }
-"""Package -> what needs it, how to get it."""
+"""Extra of the package -> what needs it."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,10 @@ class Finding:
     remedy: str = ""
 
 
-def run_doctor(*, as_json: bool) -> None:
-    """Print every finding; exit with 1 where something that attnlens needs is missing."""
+def doctor(json_: options.Json = False) -> None:
+    """Say which versions, devices and caches attnlens finds here, what is missing, and how to get it."""
     findings = list(look())
-    if as_json:
+    if json_:
         data = {"schema": "attnlens.doctor", "schema_version": 1, "findings": [asdict(f) for f in findings]}
         write_stdout(json.dumps(data, indent=1))
     else:
@@ -53,32 +59,34 @@ def look() -> Iterator[Finding]:
     """Yield every finding."""
     yield Finding("attnlens", "attnlens", __version__, ok=True)
     yield Finding("attnlens", "Python", f"{platform.python_version()} on {platform.platform()}", ok=True)
-    yield from _required()
-    yield from _optional()
+    yield from _packages()
     yield from _devices()
     yield from _shipped()
     yield from _caches()
 
 
-def _required() -> Iterator[Finding]:
-    """Compare what is installed with what the package's metadata asks for."""
+def _packages() -> Iterator[Finding]:
+    """Compare what is installed with what the package's metadata ask for: first what is required, then its extras."""
     from packaging.requirements import Requirement
 
-    for requirement in sorted(map(Requirement, requires("attnlens") or ()), key=lambda r: r.name):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        found = _version(requirement.name)
-        ok = found is not None and requirement.specifier.contains(found, prereleases=True)
-        needs = "" if ok else f" (needs {requirement.specifier})"
-        remedy = "" if ok else f"pip install '{requirement.name}{requirement.specifier}'"
-        yield Finding("required", requirement.name, f"{found or 'missing'}{needs}", ok=ok, remedy=remedy)
+    requirements = sorted(map(Requirement, requires("attnlens") or ()), key=lambda requirement: requirement.name)
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _package(requirement, f"pip install '{requirement.name}{requirement.specifier}'", None)
+    for requirement, (extra, use) in product(requirements, USES.items()):
+        marker = requirement.marker
+        if marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
+            yield _package(requirement, f"pip install 'attnlens[{extra}]'", use)
 
 
-def _optional() -> Iterator[Finding]:
-    for name, (use, remedy) in OPTIONAL.items():
-        found = _version(name)
-        said = found or f"missing: only for {use}"
-        yield Finding("optional", name, said, ok=found is not None, needed=False, remedy="" if found else remedy)
+def _package(requirement: Requirement, remedy: str, use: str | None) -> Finding:
+    """Judge one package; one with a ``use`` is optional."""
+    found = _version(requirement.name)
+    ok = found is not None and requirement.specifier.contains(found, prereleases=True)
+    needs = "" if ok else f" (needs {requirement.specifier})"
+    said = f"missing: only for {use}" if use and not found else f"{found or 'missing'}{needs}"
+    part = "optional" if use else "required"
+    return Finding(part, requirement.name, said, ok=ok, needed=use is None, remedy="" if ok else remedy)
 
 
 def _version(name: str) -> str | None:
@@ -176,8 +184,6 @@ def _print(findings: list[Finding]) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
-
-    from attnlens.cli.terminal import print_wide
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "part", "name", "found", "what to do"):

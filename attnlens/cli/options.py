@@ -1,40 +1,27 @@
-"""Options and arguments that commands share."""
+"""Arguments and options that several commands share, and what is read out of their text."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import json
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+from attnlens.errors import UsageError
 
-class FoldChoice(StrEnum):
-    """What is folded into the products."""
-
-    raw = "raw"
-    effective = "effective"
-    centred = "centred"
-    both = "both"
-    all = "all"
-
-
-class ComposedFold(StrEnum):
-    """One fold."""
-
-    raw = "raw"
-    effective = "effective"
-    centred = "centred"
-
-
-class FormatChoice(StrEnum):
-    """Formats a figure can be written in."""
-
-    png = "png"
-    pdf = "pdf"
-    svg = "svg"
-
-
+Folds = Annotated[
+    Literal["raw", "effective", "centred", "both", "all"],
+    typer.Option(
+        help="Measure raw products; effective ones, with norm gain and LayerScale folded in; centred ones: effective, "
+        "with LayerNorm's centring too; both: raw and effective; or all three."
+    ),
+]
+ProductFold = Annotated[
+    Literal["raw", "effective"],
+    typer.Option(help="Use raw products, or effective ones with norm gain and LayerScale folded in."),
+]
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -42,71 +29,89 @@ Model = Annotated[
         "default: the small ViT shipped with attnlens.",
     ),
 ]
-CheckpointOption = Annotated[
+Checkpoint = Annotated[
     Path | None,
-    typer.Option("--checkpoint", "-c", help="File the weights come from; MODEL then names the architecture."),
+    typer.Option("--checkpoint", "-c", help="Take the weights from this file; MODEL then names the architecture."),
 ]
 NumHeads = Annotated[
     int | None,
-    typer.Option(help="Heads of each layer, to read a weight file nothing names the architecture of by its names."),
+    typer.Option(
+        help="Say how many heads each layer has, to read a file of unknown architecture by its tensors' names."
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(help="Read only these layers, of attention and of filters, e.g. 0-3,11. Default: all layers."),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only what is in the local cache.")]
 Remote = Annotated[
     bool, typer.Option("--remote", help="Fetch only the attention tensors of a safetensors file on the hub.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 
-
-class PerChoice(StrEnum):
-    """What an initialiser takes from a parameter file."""
-
-    head = "head"
-    layer = "layer"
-    model = "model"
-
-
-class ProductFold(StrEnum):
-    """The fold of one set of products."""
-
-    raw = "raw"
-    effective = "effective"
-
-
-class ShrinkageChoice(StrEnum):
-    """Estimators of a covariance."""
-
-    ledoit_wolf = "ledoit-wolf"
-    oas = "oas"
-    none = "none"
-
-
-Figures = Annotated[
-    Path | None, typer.Option("--figures", help="Folder for the figures; default: figures/<model>.", show_default=False)
+ModelFolder = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Write figures and tables to this folder. Default: figures/<model>."),
 ]
-FigureFormat = Annotated[FormatChoice, typer.Option("--format", help="Format of the figures.")]
-Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Resolution of the figures.")]
+Figures = Annotated[
+    Path | None, typer.Option("--figures", help="Write the figures to this folder. Default: figures/<model>.")
+]
+FigureFormat = Annotated[Literal["png", "pdf", "svg"], typer.Option("--format", help="Write figures in this format.")]
+Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Draw figures with so many dots per inch.")]
 
-
-InitName = Annotated[str | None, typer.Option("--init", help="Initialiser; fitted where --params is given.")]
-ParamsFile = Annotated[Path | None, typer.Option("--params", "-p", help="Parameter file written by fit-params.")]
+InitName = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        help="Use this initialiser; docs/inits.md lists them. Default: fitted with --params, else the one that a file "
+        "to verify names, else mimetic.",
+    ),
+]
+ParamsFile = Annotated[
+    Path | None, typer.Option("--params", "-p", help="Take fitted parameters from this file, written by fit-params.")
+]
 InitOptions = Annotated[
     list[str] | None,
-    typer.Option("--option", help="Option of the initialiser, name=value; several. docs/inits.md lists them."),
+    typer.Option(
+        "--option",
+        help="Pass name=value to the initialiser, as often as needed; docs/inits.md lists the options.",
+    ),
 ]
 
 
-class DeviceChoice(StrEnum):
-    """Where a comparison trains."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+def figure_folder(given: Path | None, *models: str) -> Path:
+    """Return the folder given, or figures/<models> with every character that is awkward in a path replaced."""
+    return given or Path("figures") / re.sub(r"[^\w.+-]+", "_", "+".join(models))
 
 
-class AugmentChoice(StrEnum):
-    """Augmentation flavours; a data set's preset names one."""
+def parse_layers(text: str | None) -> list[int] | None:
+    """Parse ``0-3,11`` into layer indices; None stays None."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise UsageError(f"--layers {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return layers
 
-    none = "none"
-    shift = "shift"
-    flip_shift = "flip-shift"
-    flip_randaugment = "flip-randaugment"
+
+def parse_pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:
+    """Parse every ``name=value``: a JSON value (a number, true, [1, 2]) or else text."""
+    values: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{option} {pair!r} is not understood: give name=value, e.g. {option} alpha_qk=0.6")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def split_words(text: str) -> list[str]:
+    """Split what is separated by commas; empty words are dropped."""
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -15,10 +14,7 @@ from matplotlib.figure import Figure
 from attnlens.figures import style
 from attnlens.heads import Array
 
-if TYPE_CHECKING:
-    from attnlens.composition import Composed, Composition
-
-TITLES: Mapping[Composed, str] = {
+TITLES: Mapping[str, str] = {
     "q": "Q-composition, ‖W_OV W_QK‖ / (‖W_OV‖ ‖W_QK‖): what a head wrote asks",
     "k": "K-composition, ‖W_OV W_QKᵀ‖ / (‖W_OV‖ ‖W_QK‖): what a head wrote is asked for",
     "v": "V-composition, ‖W_OV W_OV‖ / (‖W_OV‖ ‖W_OV‖): what a head wrote is carried on",
@@ -28,23 +24,29 @@ SIDE = 720
 """Device pixels a side that the image is about as large as, a whole number for each pair of heads."""
 
 
-def draw_composition(found: Composition, kind: Composed) -> Figure:
+Pair = tuple[int, int]
+
+
+def draw_composition(
+    logs: Mapping[Pair, Array], heads: Mapping[int, int], kind: str, *, model: str, fold: str
+) -> Figure:
     """Draw log2(score / baseline): rows are heads that write, columns heads that read, white is the baseline.
 
+    ``logs`` holds ``[earlier head, later head]`` by earlier and later layer, ``heads`` the heads of every layer.
     Entries without composition are grey. One colour scale to the 99.5th percentile of the absolute values.
     """
-    image, starts = mosaic(found, kind)
+    image, starts = mosaic(logs, heads)
     shown = np.abs(image[np.isfinite(image)])
     if not shown.size:
-        return style.message_figure(found.model, f"There is no {kind.upper()}-composition to draw.")
+        return style.message_figure(model, f"There is no {kind.upper()}-composition to draw.")
     limit = max(float(np.percentile(shown, CLIP_PERCENTILE)), 1e-6)
     zoom = max(1, SIDE // len(image))
     side, left = len(image) * zoom, 85
     total = left + side + 150
     with style.look():
         heading = style.Heading(total)
-        heading.add(found.model, 10, weight="bold")
-        heading.add(f"{TITLES[kind]}, {found.fold}", 8.5)
+        heading.add(model, 10, weight="bold")
+        heading.add(f"{TITLES[kind]}, {fold}", 8.5)
         heading.add(
             "log2 of score / baseline; the baseline 1/√d is the root mean square for unrelated directions; "
             f"clipped at the {CLIP_PERCENTILE}th percentile",
@@ -60,7 +62,7 @@ def draw_composition(found: Composition, kind: Composed) -> Figure:
             image, cmap=colours, norm=Normalize(-limit, limit), interpolation="none", aspect="auto", gid=kind
         )
         _frames(axes, starts, len(image))
-        _labels(axes, list(found.heads), starts, len(image), zoom)
+        _labels(axes, list(heads), starts, len(image), zoom)
         cax = style.add_axes(figure, left + side + 30, top, 18, min(side, 420))
         bar = figure.colorbar(drawn, cax=cax, extend="both" if shown.max() > limit else "neither")
         bar.outline.set_linewidth(0.5)
@@ -68,17 +70,14 @@ def draw_composition(found: Composition, kind: Composed) -> Figure:
     return figure
 
 
-def mosaic(found: Composition, kind: Composed) -> tuple[Array, Array]:
-    """Return log2(score / baseline), all layers' heads side by side; and where each layer begins, the size last."""
-    starts = np.cumsum([0, *found.heads.values()])
-    place = dict(zip(found.heads, starts[:-1].tolist(), strict=True))
+def mosaic(blocks: Mapping[Pair, Array], heads: Mapping[int, int]) -> tuple[Array, Array]:
+    """Return all layers' heads side by side, NaN where no block is; and where each layer begins, the size last."""
+    starts = np.cumsum([0, *heads.values()])
+    place = dict(zip(heads, starts[:-1].tolist(), strict=True))
     image = np.full((starts[-1], starts[-1]), np.nan)
-    with np.errstate(divide="ignore"):
-        for (of, first, second), scores in found.scores.items():
-            if of == kind:
-                rows, columns = scores.shape
-                corner = slice(place[first], place[first] + rows), slice(place[second], place[second] + columns)
-                image[corner] = np.log2(scores / found.baseline(second))
+    for (first, second), block in blocks.items():
+        rows, columns = block.shape
+        image[place[first] : place[first] + rows, place[second] : place[second] + columns] = block
     return image, starts
 
 

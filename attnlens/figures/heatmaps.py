@@ -115,8 +115,12 @@ def draw_heatmap(
 ) -> Figure:
     """Draw every panel at one or more whole device pixels an entry, with layer and head labels and a colour bar.
 
-    ``full`` gives the shape of each layer's whole product; ``notes`` is written under the image.
+    ``full`` gives the shape of each layer's whole product; ``notes`` is written under the image. Without panels the
+    figure says that there are none.
     """
+    if not panels:
+        missing = f"There is no {style.CIRCUIT_WORDS[circuit]} to draw ({fold})."
+        return style.message_figure(model, f"{missing} {notes}")
     mosaic, scale = compose(panels), colour_scale(panels)
     rows, columns = mosaic.image.shape
     zoom = _zoom(rows, columns)

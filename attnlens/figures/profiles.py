@@ -37,20 +37,14 @@ class Series:
 
 def collect(stats: StatsTable) -> dict[tuple[str, Fold], Series]:
     """Return the series by column (`COLUMNS`) and fold; products without a diagonal (NaN) are left out."""
-    names = ("layer", "alpha", "beta", "beta_stderr", "identity_cosine", "identity_cosine_bound")
-    places = [stats.columns.index(name) for name in names]
+    columns = [stats.column(name) for name in ("layer", "alpha", "beta", "beta_stderr", "identity_share")]
     head, circuit, fold = (stats.columns.index(name) for name in ("head", "circuit", "fold"))
-    rows: dict[tuple[str, Fold], list[list[float]]] = {}
-    for row in stats.rows:
+    rows: dict[tuple[str, Fold], list[Array]] = {}
+    for row, values in zip(stats.rows, np.stack(columns, -1), strict=True):
         column = "sum" if row[head] == ALL_HEADS else row[circuit]
-        values = [float(row[place]) for place in places]
         if not np.isnan(values[1]):
             rows.setdefault((column, row[fold]), []).append(values)  # type: ignore[arg-type]
-    found = {}
-    for key, table in rows.items():
-        layer, alpha, beta, stderr, cosine, bound = np.array(table).T
-        found[key] = Series(layer, alpha, beta, stderr, cosine / bound)
-    return found
+    return {key: Series(*np.array(table).T) for key, table in rows.items()}
 
 
 def draw_profile(stats: StatsTable, folds: Sequence[Fold], *, model: str, notes: str = "") -> Figure:

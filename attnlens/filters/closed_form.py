@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.filters.spec import Kernel
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import Kernel
 
 NARROWEST = 0.3
 """Smallest squared width in square pixels: below, smoothing is the middle pixel alone, and no width is left to tell."""

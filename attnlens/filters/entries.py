@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from attnlens.filters.closed_form import ROUNDING, Bound, Shape, fit_closed_form
-from attnlens.filters.spec import Kernel
 from attnlens.filters.statistics import described, measured_shape
 from attnlens.filters.trained import Relative
 from attnlens.filters.transfer import alike, interpolated, resampled
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import Kernel
 
 Estimator = Literal["ledoit-wolf", "oas", "none"]
 Verdict = Literal["closed form", "structured", "isotropic"]
@@ -27,7 +27,7 @@ _Explained = Annotated[float, Field(le=1 + 1e-9)]
 class _Measured(BaseModel):
     """The covariance of one layer's filters, with trace 1 and after shrinkage, and what it was measured in."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     source: int = Field(ge=0)
     layer: int = Field(ge=0, description="counted over layers of filters")

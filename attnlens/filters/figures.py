@@ -18,9 +18,8 @@ from attnlens.figures import style
 from attnlens.figures.heatmaps import MAX_ENTRIES
 from attnlens.figures.spectra import depth_bar, depth_colours, draw_lines
 from attnlens.filters.closed_form import PARTS
-from attnlens.filters.inspection import FilterInspection
-from attnlens.filters.spec import Kernel
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import FilterSpec, Kernel
 from attnlens.statistics.table import StatsTable
 
 MEASURED, EXPECTED, LIMIT = "#0072B2", "#B5B5B5", "#D55E00"
@@ -34,22 +33,30 @@ class Covariance(NamedTuple):
     caption: str
 
 
-def draw_filters(filters: FilterInspection, *, model: str) -> dict[str, Figure]:
-    """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read."""
+def draw_filters(
+    stats: StatsTable,
+    covariances: Mapping[int, tuple[Array, FilterSpec]],
+    spectra: Mapping[int, Array],
+    left_out: Mapping[str, Sequence[int]],
+    *,
+    model: str,
+) -> dict[str, Figure]:
+    """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read.
+
+    ``left_out`` says what else acts on the filters, with the layers it is true of.
+    """
     measured = {
-        layer: Covariance(
-            filters.covariance(layer), spec.kernel, f"layer {layer}: {spec.filters} of {_times(spec.kernel)}"
-        )
-        for layer, spec in filters.specs
+        layer: Covariance(covariance, spec.kernel, f"layer {layer}: {spec.filters} of {_times(spec.kernel)}")
+        for layer, (covariance, spec) in covariances.items()
     }
-    notes = "; ".join(f"{why} ({len(layers)} of {len(measured)} layers)" for why, layers in filters.left_out().items())
+    notes = "; ".join(f"{why} ({len(layers)} of {len(measured)} layers)" for why, layers in left_out.items())
     with style.look():
         return {
             "filter_covariance": draw_mosaics(
                 {"": measured}, model=model, title="Covariance of each layer's depthwise filters", notes=notes
             ),
-            "filter_profile": draw_filter_profile(filters.stats, model=model, notes=notes),
-            "filter_spectra": draw_filter_spectra(filters.spectra, model=model),
+            "filter_profile": draw_filter_profile(stats, model=model, notes=notes),
+            "filter_spectra": draw_filter_spectra(spectra, model=model),
         }
 
 

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnlens.filters.covariance import second_moment
 from attnlens.filters.entries import Estimator, FilterEntry, FilterMedians, triangle
-from attnlens.filters.read_write import read_filters
+from attnlens.filters.inspection import Reader
 from attnlens.filters.statistics import fit_filters
 from attnlens.heads import Array
 from attnlens.statistics.depth import relative_depth
+from attnlens.threads import Progress
 
 if TYPE_CHECKING:
-    from attnlens.models.open import OpenedModel
+    from attnlens.models.architecture import Architecture
 
 
 def fit_filter_entries(
-    opened: OpenedModel, source: int, estimator: Estimator, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    architecture: Architecture, reader: Reader, source: int, estimator: Estimator, progress: Progress = iter
 ) -> tuple[list[FilterEntry], list[str]]:
     """Fit every layer of depthwise filters of a model; return the entries, and what was not fitted and why."""
-    specs = opened.architecture.filters
+    specs = architecture.filters
     found: list[FilterEntry] = []
-    unread = [f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused_filters]
+    unread = [f"{refusal.path} {refusal.reason}" for refusal in architecture.refused_filters]
     for layer, spec in progress(list(enumerate(specs))) if specs else ():
-        filters = read_filters(spec, opened.checkpoint)
+        filters = reader(layer)
         fit, _ = fit_filters(filters, spec.stride, seed=layer)
         if fit.verdict == "zeros":
             unread.append(f"{spec.path} holds zeros only: its filters have no covariance")

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
 from attnlens.filters.covariance import second_moment
-from attnlens.filters.read_write import read_filters
-from attnlens.filters.spec import FilterSpec
 from attnlens.filters.statistics import COLUMNS, filter_row, fit_filters
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import FilterSpec
+from attnlens.layouts.flags import layers_by_reason
 from attnlens.layouts.spec import Refusal
 from attnlens.statistics.table import Row, StatsTable
-from attnlens.threads import over_threads
+from attnlens.threads import Progress, over_threads
 
 if TYPE_CHECKING:
-    from attnlens.checkpoints import Checkpoint
-    from attnlens.models.open import OpenedModel
+    from matplotlib.figure import Figure
 
+    from attnlens.models.architecture import Architecture
+
+Reader = Callable[[int], Array]
+"""Reads a layer's filters ``[filter, height, width]``."""
 IndexedFilters = tuple[tuple[int, FilterSpec], ...]
 
 
@@ -33,7 +35,7 @@ class FilterInspection:
     depth: int
     """Number of layers of filters of the model, chosen or not."""
     refused: tuple[Refusal, ...]
-    checkpoint: Checkpoint = field(repr=False)
+    reader: Reader = field(repr=False)
     spectra: dict[int, Array] = field(repr=False)
     """Eigenvalues of every layer's covariance, descending."""
 
@@ -44,10 +46,9 @@ class FilterInspection:
 
     def read(self, layer: int) -> Array:
         """Read one layer's filters ``[filter, height, width]`` again."""
-        for index, spec in self.specs:
-            if index == layer:
-                return read_filters(spec, self.checkpoint)
-        raise UsageError(f"layer {layer} of filters was not read: choose from {list(self.layers)}")
+        if layer not in self.layers:
+            raise UsageError(f"layer {layer} of filters was not read: choose from {list(self.layers)}")
+        return self.reader(layer)
 
     def covariance(self, layer: int) -> Array:
         """Return a layer's covariance S = F^T F / n, ``[position, position]``."""
@@ -55,11 +56,14 @@ class FilterInspection:
 
     def left_out(self) -> dict[str, list[int]]:
         """Say in words what else acts on the filters, with the layers it is true of."""
-        found: dict[str, list[int]] = {}
-        for layer, spec in self.specs:
-            if spec.label:
-                found.setdefault(spec.label, []).append(layer)
-        return found
+        return layers_by_reason((layer, [spec.label]) for layer, spec in self.specs)
+
+    def figures(self, model: str) -> dict[str, Figure]:
+        """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read."""
+        from attnlens.filters.figures import draw_filters
+
+        covariances = {layer: (self.covariance(layer), spec) for layer, spec in self.specs}
+        return draw_filters(self.stats, covariances, self.spectra, self.left_out(), model=model)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights as JSON-ready data."""
@@ -72,26 +76,23 @@ class FilterInspection:
 
 
 def inspect_filters(
-    opened: OpenedModel, layers: Sequence[int] | None, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    architecture: Architecture, reader: Reader, layers: Sequence[int] | None, progress: Progress = iter
 ) -> FilterInspection:
-    """Measure every layer of depthwise filters of an opened model, or those of ``layers`` that there are."""
-    every = enumerate(opened.architecture.filters)
+    """Measure every layer of depthwise filters of an architecture, or those of ``layers`` that there are."""
+    every = enumerate(architecture.filters)
     specs = tuple((layer, spec) for layer, spec in every if layers is None or layer in layers)
-    reading = Lock()
 
     def measure(indexed: tuple[int, FilterSpec]) -> tuple[Row, Array]:
         layer, spec = indexed
-        with reading:  # a checkpoint serves one reader at a time
-            filters = read_filters(spec, opened.checkpoint)
-        fit, values = fit_filters(filters, spec.stride, seed=layer)
+        fit, values = fit_filters(reader(layer), spec.stride, seed=layer)
         return filter_row(layer, spec, fit), values
 
     results = over_threads(measure, specs, progress) if specs else []
     return FilterInspection(
         stats=StatsTable(tuple(row for row, _ in results), COLUMNS),
         specs=specs,
-        depth=len(opened.architecture.filters),
-        refused=opened.architecture.refused_filters,
-        checkpoint=opened.checkpoint,
+        depth=len(architecture.filters),
+        refused=architecture.refused_filters,
+        reader=reader,
         spectra={layer: values for (layer, _), (_, values) in zip(specs, results, strict=True)},
     )

@@ -22,8 +22,8 @@ from attnlens.filters.closed_form import (
     width_bound,
 )
 from attnlens.filters.covariance import second_moment
-from attnlens.filters.spec import FilterSpec, Kernel
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import FilterSpec, Kernel
 from attnlens.statistics.table import Row, Value
 
 DRAWS = 199

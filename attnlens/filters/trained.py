@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from attnlens.filters.closed_form import Shape, side, within_range
-from attnlens.filters.spec import Kernel
+from attnlens.layouts.depthwise.spec import Kernel
 
 
 class Relative(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnlens.filters.spec import Kernel
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import Kernel
 
 
 def resampling(old: int, new: int) -> Array:

@@ -5,41 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.comparison import FilterProfile, filter_distances, filter_profiles
-from attnlens.heads import Array
 from attnlens.inspection import Inspection, inspect
-from attnlens.statistics.depth import GRID, relative_depth, rms_over_depth
+from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_depth
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.threads import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATISTICS = ("alpha", "beta", "identity_share")
 PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 """What is compared: QK as the mean over a layer's heads, OV as the layer's sum."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One statistic of one circuit by relative depth, of one model.
-
-    ``depth`` is t = layer / (depth - 1) in [0, 1]; ``identity_share`` is the identity cosine divided by the largest one
-    a product of that rank can have, sqrt(k/d): between -1 and 1 whatever width and rank are.
-    """
-
-    model: str
-    circuit: Kind
-    statistic: str
-    depth: Array
-    values: Array
-
-    def at(self, depth: Array) -> Array:
-        """Interpolate linearly at relative depths."""
-        return np.interp(depth, self.depth, self.values)
 
 
 @dataclass(frozen=True)
@@ -57,6 +40,17 @@ class Comparison:
         """Return one statistic's profile of every model."""
         return [p for p in self.profiles if (p.circuit, p.statistic) == (circuit, statistic)]
 
+    def figures(self) -> dict[str, Figure]:
+        """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side."""
+        from attnlens.fit.figures import draw_comparison, draw_filter_comparison
+
+        found = {}
+        if self.profiles:
+            found["comparison"] = draw_comparison(self.models, self.profiles, self.fold)
+        if self.filter_profiles:
+            found["filter_comparison"] = draw_filter_comparison(self.models, self.filter_profiles)
+        return found
+
 
 def compare(
     *models: Any,
@@ -66,7 +60,7 @@ def compare(
     remote: bool = False,
     progress: Progress = iter,
 ) -> Comparison:
-    """Inspect several models and measure how their structure differs with depth.
+    """Return how the structure of several models, each inspected, differs with depth.
 
     Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
@@ -105,7 +99,7 @@ def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
         stats = inspection.stats.select(circuit=circuit, fold=fold)
         by_layer = {layer: _of_heads(stats.select(layer=layer), heads) for layer in inspection.layers}
         for statistic in STATISTICS:
-            values = {layer: _statistic(rows, statistic) for layer, rows in by_layer.items()}
+            values = {layer: rows.column(statistic) for layer, rows in by_layer.items()}
             means = {layer: v[np.isfinite(v)].mean() for layer, v in values.items() if np.isfinite(v).any()}
             if means:  # a layer without a number (a product that is zero, or not square) is interpolated over
                 depth = np.array([relative_depth(layer, inspection.depth) for layer in means])
@@ -118,12 +112,6 @@ def _of_heads(stats: StatsTable, heads: str) -> StatsTable:
         return stats.select(head=ALL_HEADS)
     place = stats.columns.index("head")
     return StatsTable(tuple(row for row in stats.rows if row[place] != ALL_HEADS), stats.columns)
-
-
-def _statistic(stats: StatsTable, name: str) -> Array:
-    if name == "identity_share":
-        return stats.column("identity_cosine") / stats.column("identity_cosine_bound")
-    return stats.column(name)
 
 
 def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[str, Any]]:

@@ -14,17 +14,21 @@ from attnlens.circuits import Fold, Kind
 from attnlens.figures import style
 from attnlens.filters.closed_form import closed_form
 from attnlens.filters.comparison import SHARES, FilterProfile
+from attnlens.filters.entries import FilterEntry
 from attnlens.filters.figures import Covariance, draw_mosaics
-from attnlens.fit.comparison import Comparison, Profile
-from attnlens.fit.params import Entry, InitParams
+from attnlens.fit.entries import Entry, Source, select
 from attnlens.heads import Array
+from attnlens.statistics.depth import Profile
 
 
-def draw_filter_fits(params: InitParams) -> dict[str, Figure]:
-    """Draw, for each model of a parameter file, the covariances it holds above the closed form fitted to each."""
+def draw_filter_fits(sources: Sequence[Source], filters: Sequence[FilterEntry]) -> dict[str, Figure]:
+    """Draw, for each model, the covariances of its depthwise filters above the closed form fitted to each.
+
+    ``filter_fit``, numbered where there are several models.
+    """
     found = {}
-    for place, source in enumerate(params.sources):
-        own = [entry for entry in params.filters if entry.source == place]
+    for place, source in enumerate(sources):
+        own = [entry for entry in filters if entry.source == place]
         if not own:
             continue
         full = {
@@ -40,7 +44,7 @@ def draw_filter_fits(params: InitParams) -> dict[str, Figure]:
             for entry in own
         }
         with style.look():
-            found["filter_fit" if len(params.sources) == 1 else f"filter_fit_{place}"] = draw_mosaics(
+            found["filter_fit" if len(sources) == 1 else f"filter_fit_{place}"] = draw_mosaics(
                 {"full": full, "closed\nform": form},
                 model=source.model,
                 title="Covariance of each layer's depthwise filters, and the closed form fitted to it",
@@ -65,6 +69,14 @@ _OPEN: Mark = ("share above the noise's edge", "o", "none")
 _CROSS: Mark = ("beyond the bound of its rank: nearest request", "x", "full")
 
 
+class _Fits(NamedTuple):
+    """Fits of several models, of which those under ``fold`` are drawn."""
+
+    sources: Sequence[Source]
+    entries: Sequence[Entry]
+    fold: Fold
+
+
 class _Row(NamedTuple):
     """A row of panels: its label, what draws one model's entries, and what sets the axes once all are drawn."""
 
@@ -73,20 +85,18 @@ class _Row(NamedTuple):
     finish: Callable[[Axes, Sequence[Entry], bool], None]
 
 
-def draw_fits(params: InitParams) -> dict[str, Figure]:
-    """Draw ``fit_profile``, ``realised_requested`` and ``tails`` of a parameter file, a colour a model.
+def draw_fits(sources: Sequence[Source], entries: Sequence[Entry], fold: Fold, level: float) -> dict[str, Figure]:
+    """Draw ``fit_profile``, ``realised_requested`` and ``tails`` of fits under ``fold``, a colour a model.
 
-    Where it holds depthwise filters, also ``filter_fit`` of each model (numbered where there are several).
+    ``level`` is the coverage of the entries' intervals.
     """
-    filters = draw_filter_fits(params)
-    if not params.entries:
-        return filters
-    missed = any(not entry.reachable for entry in params.entries)
+    missed = any(not entry.reachable for entry in entries)
+    fits = _Fits(sources, entries, fold)
     with style.look():
-        return filters | {
+        return {
             "fit_profile": _grid(
-                params,
-                f"Fit by depth: a point a head with its {params.level:.0%} interval, a line through the layers' means; "
+                fits,
+                f"Fit by depth: a point a head with its {level:.0%} interval, a line through the layers' means; "
                 "shaded: ±2 sd of beta under the null, the median of a layer's heads",
                 [
                     _Row("alpha", _alpha_panel, _by_layer("alpha")),
@@ -95,14 +105,14 @@ def draw_fits(params: InitParams) -> dict[str, Figure]:
                 raw=True,
             ),
             "realised_requested": _grid(
-                params,
+                fits,
                 "Realised in the model against requested of the initialiser; on the line nothing is lost to the rank",
                 [_Row(f"requested {name}", _request_panel(name), _request_axes(name)) for name in ("alpha", "beta")],
                 marks=(_CROSS,) if missed else (),
                 pitch=_LABELLED_PITCH,
             ),
             "tails": _grid(
-                params,
+                fits,
                 "How well two numbers describe each product, by depth: tails of the off-diagonal (0 if Gaussian), and "
                 "how much of the squared norm is identity or lies in few directions",
                 [
@@ -114,32 +124,26 @@ def draw_fits(params: InitParams) -> dict[str, Figure]:
         }
 
 
-def draw_comparisons(comparison: Comparison) -> dict[str, Figure]:
-    """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters, of what was compared."""
-    found = {"comparison": draw_comparison(comparison)} if comparison.profiles else {}
-    return found | ({"filter_comparison": draw_filter_comparison(comparison)} if comparison.filter_profiles else {})
-
-
-def draw_filter_comparison(comparison: Comparison) -> Figure:
+def draw_filter_comparison(models: Sequence[str], profiles: Sequence[FilterProfile]) -> Figure:
     """Draw the shares and the effective rank of several models' filters side by side, against relative depth."""
     titles = {
         "effective_rank": "effective rank ÷ positions",
         **{share: share.replace("_share", ": share of the trace") for share in SHARES},
     }
-    models = list(dict.fromkeys(profile.model for profile in comparison.filter_profiles))
+    shown = list(dict.fromkeys(profile.model for profile in profiles))
     with style.look():
-        names = [(name, _model_look(comparison.models.index(name))) for name in models]
+        names = [(name, _model_look(models.index(name))) for name in shown]
         subject = "Covariance of depthwise filters, by its closed form, against relative depth"
         places = list(titles.items())
-        figure, cells = _canvas(" and ".join(models), subject, [""] * math.ceil(len(places) / 2), names)
+        figure, cells = _canvas(" and ".join(shown), subject, [""] * math.ceil(len(places) / 2), names)
         for place, axes in enumerate(axes for row in cells for axes in row):
             if place >= len(places):
                 axes.set_axis_off()
                 continue
             statistic, title = places[place]
-            for profile in comparison.filter_profiles:
+            for profile in profiles:
                 if profile.statistic == statistic:
-                    _profile_line(axes, comparison, profile)
+                    _profile_line(axes, models, profile)
             style.linear_y_axis(axes, 0.0, 1.0)
             axes.set_xlim(-0.03, 1.03)
             axes.set_title(title, loc="left", pad=5)
@@ -147,24 +151,24 @@ def draw_filter_comparison(comparison: Comparison) -> Figure:
     return figure
 
 
-def _profile_line(axes: Axes, comparison: Comparison, profile: Profile | FilterProfile) -> None:
-    colour, line = _model_look(comparison.models.index(profile.model))
+def _profile_line(axes: Axes, models: Sequence[str], profile: Profile | FilterProfile) -> None:
+    colour, line = _model_look(models.index(profile.model))
     axes.plot(profile.depth, profile.values, line, marker="o", markersize=2.5, color=colour, linewidth=1.2)
 
 
-def draw_comparison(comparison: Comparison) -> Figure:
+def draw_comparison(models: Sequence[str], profiles: Sequence[Profile], fold: Fold) -> Figure:
     """Draw the profiles of several models side by side, against relative depth."""
     rows = {"alpha": "alpha (log scale)", "beta": "beta", "identity_share": "identity cosine ÷ bound"}
     with style.look():
-        names = [(name, _model_look(i)) for i, name in enumerate(comparison.models)]
-        subject = f"{comparison.fold} products, M ≈ alpha·Z + beta·I, against relative depth"
-        figure, cells = _canvas(" and ".join(comparison.models), subject, list(rows.values()), names)
+        names = [(name, _model_look(i)) for i, name in enumerate(models)]
+        subject = f"{fold} products, M ≈ alpha·Z + beta·I, against relative depth"
+        figure, cells = _canvas(" and ".join(models), subject, list(rows.values()), names)
         for j, statistic in enumerate(rows):
             for i, (circuit, _, title) in enumerate(COLUMNS):
                 axes = cells[j][i]
-                found = comparison.select(circuit, statistic)
+                found = [p for p in profiles if (p.circuit, p.statistic) == (circuit, statistic)]
                 for profile in found:
-                    _profile_line(axes, comparison, profile)
+                    _profile_line(axes, models, profile)
                 _value_axis(axes, statistic, np.concatenate([p.values for p in found] or [np.zeros(1)]))
                 axes.set_xlim(-0.03, 1.03)
                 axes.set_title(title.replace("every head", "mean over heads"), loc="left", pad=5)
@@ -173,7 +177,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 
 def _grid(
-    params: InitParams,
+    fits: _Fits,
     subject: str,
     rows: Sequence[_Row],
     *,
@@ -182,23 +186,23 @@ def _grid(
     pitch: int = _PITCH,
 ) -> Figure:
     """Lay out one panel a row and circuit; ``raw`` draws the raw fit of a single model beside."""
-    several = len(params.sources) > 1
-    names: list[tuple[str, Look]] = [(source.model, _model_look(i)) for i, source in enumerate(params.sources)]
-    folds: tuple[Fold, ...] = ("raw", params.fold) if raw and params.fold != "raw" and not several else (params.fold,)
+    several = len(fits.sources) > 1
+    names: list[tuple[str, Look]] = [(source.model, _model_look(i)) for i, source in enumerate(fits.sources)]
+    folds: tuple[Fold, ...] = ("raw", fits.fold) if raw and fits.fold != "raw" and not several else (fits.fold,)
     if not several:
         names = [(style.fold_words(fold, ["qk", "ov"]), (style.FOLD_COLOURS[fold], "-")) for fold in folds]
-    columns = [column for column in COLUMNS if params.select(column[0], column[1])]
-    title = " and ".join(source.model for source in params.sources)
+    columns = [column for column in COLUMNS if select(fits.entries, column[0], column[1], fold=fits.fold)]
+    title = " and ".join(source.model for source in fits.sources)
     labels = [row.label for row in rows]
     figure, cells = _canvas(title, subject, labels, names, columns=len(columns), marks=marks, pitch=pitch)
-    drawn = [(source, fold) for source in range(len(params.sources)) for fold in folds]
+    drawn = [(source, fold) for source in range(len(fits.sources)) for fold in folds]
     for j, row in enumerate(rows):
         for i, (circuit, head, label) in enumerate(columns):
             axes = cells[j][i]
             axes.set_title(label, loc="left", pad=5)
             shown: list[Entry] = []
             for place, (source, fold) in enumerate(drawn):
-                entries = [e for e in params.select(circuit, head, fold=fold) if e.source == source]
+                entries = [e for e in select(fits.entries, circuit, head, fold=fold) if e.source == source]
                 if entries:
                     colour = _model_look(source)[0] if several else style.FOLD_COLOURS[fold]
                     row.draw(axes, entries, colour, 0.3 * (place - (len(drawn) - 1) / 2) / len(drawn))

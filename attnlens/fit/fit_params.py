@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit,
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
 from attnlens.filters.fit import filter_medians, fit_filter_entries
-from attnlens.fit.params import Entry, InitParams, LayerSummary, Per, Pooled, Source, Summary
+from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, Summary, select
+from attnlens.fit.params import InitParams, Per
 from attnlens.heads import Array, HeadWeights
-from attnlens.layouts import AttentionSpec, read_heads
-from attnlens.layouts.flags import FLAGS
+from attnlens.layouts import AttentionSpec
+from attnlens.layouts.flags import FLAGS, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
 from attnlens.models.open import Access, OpenedModel, open_model
 from attnlens.provenance import run_provenance
@@ -26,6 +27,7 @@ from attnlens.statistics.inference import Inference, infer
 from attnlens.statistics.inverse import Parameters, UnreachableParametersError, request
 from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
+from attnlens.strict_json import finite_or_none
 
 if TYPE_CHECKING:
     import os
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 _NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
 _NEAREST_SHARE_OF_BOUND = 0.99
-
-Heads = Literal["each", "all"]
 
 
 def fit_params(
@@ -53,7 +53,7 @@ def fit_params(
     command: str | None = None,
     progress: Progress = iter,
 ) -> InitParams:
-    """Fit every circuit, and every layer of depthwise filters, of one or more models: what to ask of an initialiser.
+    """Return the fit of every circuit and every layer of filters of models: what to ask of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
     on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
@@ -76,7 +76,7 @@ def fit_params(
         opened = open_model(model, checkpoint, num_heads, access, filters=True)
         found, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += found
-        own, unread = fit_filter_entries(opened, len(sources), shrinkage, progress)
+        own, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
         if not found and not own:
             raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {unread[0]}")
         filters += own
@@ -91,7 +91,7 @@ def fit_params(
             )
         )
     entries = [entry for entry in everything if entry.fold == fold]
-    groups = [(circuit, heads) for circuit, heads in _GROUPS if _group(entries, circuit, heads)]
+    groups = [(circuit, heads) for circuit, heads in _GROUPS if select(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
         schema_version=3,
@@ -102,33 +102,16 @@ def fit_params(
         sources=sources,
         entries=everything,
         layers=list(_layer_summaries(entries)),
-        pooled=[_pool(circuit, heads, _group(entries, circuit, heads)) for circuit, heads in groups],
+        pooled=[_pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
         filters=filters,
         filter_medians=filter_medians(filters),
     )
 
 
-_INFERRED = (
-    "alpha_stderr",
-    "alpha_low",
-    "alpha_high",
-    "beta_low",
-    "beta_high",
-    "null_sd",
-    "pairing_p_value",
-    "rotation_p_value",
-    "share_identity",
-    "share_diagonal_spread",
-    "share_low_rank",
-    "offdiagonal_kurtosis",
-    "diagonal_median",
-    "top_channel_share",
-)
+_NOT_IN_FILE = ("identity_z", "p_value", "bulk_trace_share", "spread_ratio")
+"""What the verdict alone needs, and the p-value, which is corrected first."""
+_INFERRED = tuple(name for name in Inference.names() if name not in _NOT_IN_FILE)
 _GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov", "all"))
-
-
-def _group(entries: Iterable[Entry], circuit: Kind, heads: Heads) -> list[Entry]:
-    return [e for e in entries if e.circuit == circuit and (e.head == ALL_HEADS) == (heads == ALL_HEADS)]
 
 
 def _fit_model(
@@ -147,8 +130,8 @@ def _fit_model(
     folds = tuple(dict.fromkeys(("raw", fold)))
     stacks: list[_Stack] = []
     heads: list[int] = []
-    for layer, spec in progress(specs):
-        weights = read_heads(spec, opened.checkpoint, layer)
+    for layer, _ in progress(specs):
+        weights = opened.heads(layer)
         heads.append(weights.num_heads)
         place = {"source": source, "layer": layer, "depth": relative_depth(layer, len(opened.architecture.order))}
         for name in folds:
@@ -166,23 +149,23 @@ def _unread(spec: AttentionSpec, fold: Fold) -> str:
     """Say why a layer is not fitted, to follow its name; empty for one that is."""
     if spec.kind in OPT_IN:
         return "is {}: {}".format(*OPT_IN[spec.kind])
-    if fold != "raw" and "norm_unknown" in spec.leaves_out:
+    if not spec.has_fold(fold):
         return f"has norms that are not known, so that it has no {fold} product: use --fold raw"
     return ""
 
 
 def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str, Any]:
     """Return what of a model is not in its fit: modules that were not read, and what the products leave out."""
-    not_read = [*(f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused), *unread]
-    left_out: dict[str, list[int]] = {}
-    for layer, spec in opened.architecture.indexed():
-        reason = _unread(spec, fold)
-        if reason:
-            not_read.append(f"{spec.path} {reason}")
-            continue
-        for flag in spec.leaves_out:
-            left_out.setdefault(FLAGS.get(flag, flag), []).append(layer)
-    return {"not_read": not_read, "left_out": left_out}
+    reasons = [(layer, spec, _unread(spec, fold)) for layer, spec in opened.architecture.indexed()]
+    not_read = [
+        *(f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused),
+        *unread,
+        *(f"{spec.path} {reason}" for _, spec, reason in reasons if reason),
+    ]
+    read = (
+        (layer, [FLAGS.get(flag, flag) for flag in spec.leaves_out]) for layer, spec, reason in reasons if not reason
+    )
+    return {"not_read": not_read, "left_out": layers_by_reason(read)}
 
 
 def _circuits(weights: HeadWeights, fold: Fold) -> Iterator[tuple[Kind, list[int | str], FactoredProduct]]:
@@ -222,7 +205,7 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
                 float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta", "beta_stderr")
             )
             inferred: dict[str, Any] = {
-                field: _defined(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
+                field: finite_or_none(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
             asked, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
             yield Entry(
@@ -242,10 +225,6 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
             )
 
 
-def _defined(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _request(alpha: float, beta: float, rank: int, embed_dim: int) -> tuple[Parameters, bool]:
     """Return the request that realises a fit, or the nearest one: the fit's beta, alpha raised into reach."""
     try:
@@ -257,7 +236,7 @@ def _request(alpha: float, beta: float, rank: int, embed_dim: int) -> tuple[Para
 
 def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
     for circuit, heads in _GROUPS:
-        group = _group(entries, circuit, heads)
+        group = select(entries, circuit, heads)
         for source, layer in dict.fromkeys((entry.source, entry.layer) for entry in group):
             found = [entry for entry in group if (entry.source, entry.layer) == (source, layer)]
             alpha, beta = (np.array([getattr(entry, name) for entry in found]) for name in ("alpha", "beta"))

@@ -8,11 +8,10 @@ another model. Of depthwise filters it holds the covariance of every layer and a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,13 +22,14 @@ from attnlens.errors import ParamsError
 from attnlens.filters.closed_form import closed_form
 from attnlens.filters.entries import FilterEntry, FilterEntryOfVersion2, FilterMedians, carried_over
 from attnlens.filters.fit import filter_medians
-from attnlens.filters.spec import Kernel
+from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, select
 from attnlens.heads import Array
-from attnlens.statistics.depth import Trend, _Part, relative_depth
-from attnlens.statistics.table import ALL_HEADS
+from attnlens.layouts.depthwise.spec import Kernel
+from attnlens.statistics.depth import _Part, relative_depth
 from attnlens.strict_json import parse_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import nn
 
     from attnlens.models.architecture import Architecture
@@ -37,107 +37,6 @@ if TYPE_CHECKING:
 SCHEMA = "attnlens.params"
 VERSION = 3
 Per = Literal["head", "layer", "model"]
-LARGEST_LOG = 700.0
-"""Of the logarithm of alpha: beyond it float64 ends."""
-
-
-# A product that is zero has no shares.
-Share = Annotated[float | None, Field(ge=0, le=1 + 1e-9)]
-
-
-class Entry(_Part):
-    """The fit of one circuit: of a head's QK or OV product, or of a layer's summed OV (``head`` is ``all``)."""
-
-    source: int = Field(ge=0)
-    layer: int = Field(ge=0)
-    depth: float = Field(ge=0, le=1, description="relative position of the layer: layer / (depth - 1)")
-    circuit: Kind
-    head: int | Literal["all"]
-    fold: Fold
-    head_dim: int = Field(ge=1)
-    embed_dim: int = Field(ge=2)
-    alpha: float = Field(ge=0)
-    alpha_stderr: float = Field(ge=0)
-    alpha_low: float
-    alpha_high: float
-    beta: float
-    beta_stderr: float = Field(ge=0)
-    beta_low: float
-    beta_high: float
-    p_value: float = Field(
-        ge=0, le=1, description="of the diagonal under the null, corrected over the source's entries of this fold"
-    )
-    p_value_alone: float = Field(ge=0, le=1, description="the same before correction")
-    pairing_p_value: float = Field(ge=0, le=1, description="before correction, against random pairing of rows")
-    rotation_p_value: float = Field(ge=0, le=1, description="before correction, against rotation of the factors")
-    verdict: Literal["identity", "negative identity", "none", "not described by this model"]
-    reason: str = Field(description="the finding that decided the verdict")
-    null_sd: float = Field(ge=0, description="of the mean diagonal under the null")
-    share_identity: Share = Field(description="of ||M||_F^2 in beta * I")
-    share_diagonal_spread: Share = Field(description="of ||M||_F^2 in the diagonal's deviation from beta")
-    share_low_rank: Share = Field(description="of ||M||_F^2 in singular directions above the noise's edge")
-    offdiagonal_kurtosis: float | None = Field(description="excess kurtosis of the off-diagonal entries")
-    diagonal_median: float
-    top_channel_share: Share = Field(description="share of sum |M_ii| in the largest 1% of entries")
-    request_alpha: float = Field(ge=0)
-    request_beta: float
-    reachable: bool = Field(description="False where no request realises the fit: the nearest reachable one is given")
-
-
-class Source(_Part):
-    """A model the parameters were measured in."""
-
-    model: str
-    provenance: dict[str, Any]
-    num_layers: int = Field(ge=0, description="of attention")
-    num_heads: list[int]
-    num_filter_layers: int = Field(default=0, ge=0)
-    not_read: list[str] = Field(description="attention modules that were left out, and why")
-    left_out: dict[str, list[int]] = Field(description="what the network applies beside the products, and the layers")
-
-
-class Summary(_Part):
-    """Mean, spread over everything pooled, spread between models' means, and the number of values."""
-
-    mean: float
-    sd: float = Field(ge=0)
-    between_model_sd: float | None = Field(description="None with one model")
-    n: int = Field(ge=1)
-
-
-class Pooled(_Part):
-    """One circuit's requests, pooled over all layers (and heads) of all models, and their trend with depth.
-
-    The trend of alpha is that of its logarithm: at no depth does it ask for less than no noise.
-    """
-
-    circuit: Kind
-    head: Literal["each", "all"]
-    alpha: Summary
-    beta: Summary
-    log_alpha_trend: Trend
-    beta_trend: Trend
-
-    def at(self, depth: float) -> tuple[float, float]:
-        """Return the (alpha, beta) to request at a relative depth."""
-        log_alpha, beta = self.log_alpha_trend(depth), self.beta_trend(depth)
-        if not (log_alpha < LARGEST_LOG and math.isfinite(beta)):
-            raise ParamsError(f"the trend of {self.circuit} ({self.head}) is no number at depth {depth:g}: fit again")
-        return math.exp(log_alpha), beta
-
-
-class LayerSummary(_Part):
-    """One circuit's realised fit in one layer of one model: mean and spread over heads."""
-
-    source: int = Field(ge=0)
-    layer: int = Field(ge=0)
-    circuit: Kind
-    head: Literal["each", "all"]
-    alpha_mean: float
-    alpha_sd: float
-    beta_mean: float
-    beta_sd: float
-    n: int = Field(ge=1)
 
 
 class LayerRequest(_Part):
@@ -186,10 +85,23 @@ class InitParams(_Part):
         return self
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
-        from attnlens.reports.notebook import params_html
+        """Return what a notebook shows: attention, depthwise filters, or one after the other."""
+        from attnlens.fit.notebook import filter_fits_html, fits_html
 
-        return params_html(self)
+        parts = [fits_html(self.sources, self.entries, self.fold, self.level, self.created)] if self.entries else []
+        if self.filters:
+            parts.append(filter_fits_html(self.sources, self.filters, self.created))
+        return "\n".join(parts)
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw ``fit_profile``, ``realised_requested`` and ``tails``, a colour a model.
+
+        Where there are depthwise filters, also ``filter_fit`` of each model (numbered where there are several).
+        """
+        from attnlens.fit.figures import draw_filter_fits, draw_fits
+
+        filters = draw_filter_fits(self.sources, self.filters)
+        return filters | (draw_fits(self.sources, self.entries, self.fold, self.level) if self.entries else {})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> InitParams:
@@ -228,17 +140,9 @@ class InitParams(_Part):
         """Return the file's text."""
         return self.model_dump_json(indent=1, by_alias=True) + "\n"
 
-    def select(
-        self, circuit: Kind, head: Literal["each", "all"], layer: int | None = None, fold: Fold | None = None
-    ) -> list[Entry]:
+    def select(self, circuit: Kind, head: Heads, layer: int | None = None, fold: Fold | None = None) -> list[Entry]:
         """Return the entries of one circuit, of single heads (``each``) or of layer sums (``all``); of `fold`."""
-        return [
-            entry
-            for entry in self.entries
-            if (entry.circuit, entry.fold) == (circuit, fold or self.fold)
-            and (entry.head == ALL_HEADS) == (head == ALL_HEADS)
-            and layer in (None, entry.layer)
-        ]
+        return select(self.entries, circuit, head, layer=layer, fold=fold or self.fold)
 
     def for_model(self, module: nn.Module) -> tuple[LayerRequest, ...]:
         """Return the requests for every readable layer of a live module, by the transfer rule of `requests`."""
@@ -279,7 +183,7 @@ class InitParams(_Part):
             return pairs
         return np.tile(pairs.mean(0), (heads, 1))
 
-    def _pairs(self, circuit: Kind, head: Literal["each", "all"], layer: int | None, t: float) -> Array:
+    def _pairs(self, circuit: Kind, head: Heads, layer: int | None, t: float) -> Array:
         """Return ``[n, 2]`` requests: those of a layer, or the one pair that trend or pooled mean give."""
         if layer is not None:
             entries = self.select(circuit, head, layer)

@@ -14,7 +14,6 @@ import numpy as np
 
 from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
-from attnlens.filters import FilterSpec, read_filters, write_filters
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.caveats import layer_notes, whole_layer_reason
 from attnlens.inits.folding import folding_notes, gains, silent_roles, unfolded
@@ -23,6 +22,7 @@ from attnlens.inits.random import Streams
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import FilterReport, InitReport, ProductReport, Skipped, measure, measure_filters
 from attnlens.layouts import AttentionSpec, read_heads, write_heads
+from attnlens.layouts.depthwise import FilterSpec, read_filters, write_filters
 from attnlens.layouts.read_write import Tensors
 from attnlens.models.architecture import Architecture, describe_module, suggest
 from attnlens.statistics.depth import relative_depth
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def init_(module: nn.Module, init: str = "mimetic", *, seed: int = 0, **options: Any) -> InitReport:
-    """Initialise the attention weights, or the depthwise filters, of a network in place and report what it has now.
+    """Initialise the attention, or the depthwise filters, of a network in place and return what it has now.
 
     Works on every layer whose layout can be written (a timm network, `torch.nn.MultiheadAttention`, ...); nothing
     outside attention and, for initialisers of filters, outside depthwise convolutions is touched. ``init`` and
@@ -75,7 +75,7 @@ def init_(module: nn.Module, init: str = "mimetic", *, seed: int = 0, **options:
 def create_model(
     name: str, init: str = "mimetic", seed: int = 0, *, init_options: dict[str, Any] | None = None, **timm_kwargs: Any
 ) -> nn.Module:
-    """Create a timm model and initialise its attention: `timm.create_model` followed by `init_`.
+    """Return a timm model with its attention initialised: `timm.create_model` followed by `init_`.
 
     The whole network is a function of ``seed``: timm's own draws are made under it as well, and torch's global
     generators are put back as they were. With ``init="default"`` the network is what timm made under that seed, so two

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from attnlens.circuits import Fold
 from attnlens.errors import AttnlensError
-from attnlens.heads import Array, HeadWeights
+from attnlens.heads import Array, HeadWeights, Role
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.read_write import Tensors
 
@@ -25,6 +25,9 @@ _USABLE = 1e-3
 """Share of the largest entry below which a gain or LayerScale entry is not divided by."""
 _SMALL = 0.05
 """Largest entry below which a gain or LayerScale is worth a warning: a fresh network's 1e-5 is."""
+
+
+_GAINS: dict[Role, str] = {"q": "norm gain", "k": "norm gain", "v": "norm gain", "o": "LayerScale"}
 
 
 class UnusableScaleError(AttnlensError, ValueError):
@@ -55,8 +58,8 @@ def gains(weights: HeadWeights, fold: Fold) -> dict[str, Gain]:
             "it. Pass fold='raw'."
         )
     found: dict[str, Gain] = {}
-    for role, label in (("q", "norm gain"), ("k", "norm gain"), ("v", "norm gain"), ("o", "LayerScale")):
-        values = weights.layer_scale if role == "o" else weights.input_norm(role).gain  # type: ignore[arg-type]
+    for role, label in _GAINS.items():
+        values = weights.gain(role)
         if values is None:
             continue
         largest = np.abs(values).max()
@@ -86,12 +89,10 @@ def scaled(role: str, weight: Array, factor: Array) -> Array:
 
 def folded(weights: HeadWeights, fold: Fold) -> dict[str, Array]:
     """Return a layer's weights by role in the coordinates of a fold."""
-    raw = {"q": weights.W_Q, "k": weights.W_K, "v": weights.W_V, "o": weights.W_O}
     by = gains(weights, fold)
     return {
         role: scaled(role, weight, by[role].values) if role in by else weight
-        for role, weight in raw.items()
-        if weight is not None
+        for role, weight in weights.by_role().items()
     }
 
 
@@ -105,17 +106,19 @@ def unfolded(planned: Mapping[str, Array], by: Mapping[str, Gain]) -> dict[str, 
 def folding_notes(by: Mapping[str, Gain], roles: Mapping[str, Array]) -> tuple[str, ...]:
     """Say which coordinates could not be set because their gain is too small."""
     notes = []
-    for role in roles:
-        if role in by and not by[role].usable.all():
-            missing = int((~by[role].usable).sum())
+    for role, label in _GAINS.items():
+        if role not in roles or role not in by:
+            continue
+        values, usable = by[role]
+        if not usable.all():
             notes.append(
-                f"{missing} of {by[role].values.size} entries of the {'LayerScale' if role == 'o' else 'norm gain'} of "
-                f"{role} are below {_USABLE} of the largest: the product is left at zero there"
+                f"{int((~usable).sum())} of {values.size} entries of the {label} of {role} are below {_USABLE} of the "
+                "largest: the product is left at zero there"
             )
-        if role in by and np.abs(by[role].values).max() < _SMALL:
+        largest = np.abs(values).max()
+        if largest < _SMALL:
             notes.append(
-                f"the {'LayerScale' if role == 'o' else 'norm gain'} of {role} is at most "
-                f"{np.abs(by[role].values).max():.1g}: the stored weights are as much larger as it is smaller than 1. "
-                "Set it near 1 before, or training it multiplies the product"
+                f"the {label} of {role} is at most {largest:.1g}: the stored weights are as much larger as it is "
+                "smaller than 1. Set it near 1 before, or training it multiplies the product"
             )
     return tuple(notes)

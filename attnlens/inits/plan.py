@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from attnlens.circuits import Fold, Kind
-from attnlens.filters.spec import FilterSpec
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.random import Streams
 from attnlens.layouts import AttentionSpec
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.read_write import Tensors
 from attnlens.models.architecture import Architecture
 from attnlens.statistics.table import ALL_HEADS

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from attnlens.circuits import Fold, Kind, qk_circuit
+import numpy as np
+
+from attnlens.circuits import FactoredProduct, Fold, Kind, WholeProduct, ov_circuit, qk_circuit, side_by_side
 from attnlens.filters.covariance import covariance_error, relative_distance, second_moment
 from attnlens.heads import Array, HeadWeights, expand_groups
-from attnlens.inits.folding import folded
 from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Layer, Plan, Request
+from attnlens.statistics.diagonal import alpha_beta
 from attnlens.statistics.inverse import Parameters, realised
+from attnlens.strict_json import finite_or_none
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +107,7 @@ class InitReport:
         data["options"] = {name: describe_option(value) for name, value in self.options.items()}
         data["notes"] = {note: list(layers) for note, layers in self.notes.items()}
         for row in (*data["products"], *data["filters"]):
-            row.update({k: None for k, v in row.items() if isinstance(v, float) and math.isnan(v)})
+            row.update({name: finite_or_none(value) for name, value in row.items()})
         return data
 
     def __str__(self) -> str:
@@ -167,23 +170,20 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
         wanted = (planned["q"], expand_groups(planned["k"], layer.weights.num_heads))
         product = qk_circuit(now, fold)
         errors = factored_errors((product.A, product.B), wanted)
-        for head, found in enumerate(factored_parameters(product.A, product.B)):
-            rows.append(row("qk", head, found, float(errors[head])))
+        rows += [row("qk", head, found, float(errors[head])) for head, found in enumerate(parameters(product))]
     if "v" in planned and layer.weights.W_O is not None:
-        have = folded(now, fold)
-        left, right = side_by_side(have["v"], have["o"], layer.weights.num_value_heads)
-        total = product_matrix(left, right)
+        have = ov_circuit(now, fold)
+        total = product_matrix(have.A, have.B)
         if plan.total is not None:
             wanted_total = _tensor(plan.total)
         else:
-            new = {"v": planned["v"], "o": planned.get("o", have["o"])}
-            wanted_total = product_matrix(*side_by_side(new["v"], new["o"], layer.weights.num_value_heads))
+            outputs = planned["o"].swapaxes(1, 2) if "o" in planned else have.B
+            wanted_total = product_matrix(expand_groups(planned["v"], layer.weights.num_value_heads), outputs)
         error = float((total - wanted_total).norm() / wanted_total.norm())
-        rows.append(row("ov", ALL_HEADS, dense_parameters(total), error))
+        whole = WholeProduct.of(total.double().numpy(), layer.values_width)
+        rows.append(row("ov", ALL_HEADS, parameters(whole)[0], error))
         if ("ov", 0) in requests:
-            values, outputs = expand_groups(have["v"], layer.weights.num_value_heads), have["o"].swapaxes(1, 2)
-            for head, found in enumerate(factored_parameters(values, outputs)):
-                rows.append(row("ov", head, found, math.nan))
+            rows += [row("ov", head, found, math.nan) for head, found in enumerate(parameters(have))]
     return rows
 
 
@@ -230,30 +230,12 @@ def expected_at(alpha: float, beta: float, rank: int, width: int) -> Parameters:
     return realised(alpha, beta, rank, width)
 
 
-def factored_parameters(A: Array, B: Array) -> list[Parameters]:
-    """Return alpha and beta of each product A[h] @ B[h]^T from its factors, as `statistics.diagonal` defines them."""
-    a, b = _tensor(A), _tensor(B)
-    d = a.shape[-2]
-    if d != b.shape[-2]:
-        return [_UNKNOWN] * a.shape[0]
-    diagonal = (a * b).sum(-1)
-    square = ((a.mT @ a) * (b.mT @ b)).sum((-2, -1))
-    return _parameters(diagonal, square, d)
-
-
-def dense_parameters(M: Tensor) -> Parameters:
-    """Return alpha and beta of a matrix; NaN where it is not square."""
-    if M.shape[0] != M.shape[1]:
-        return _UNKNOWN
-    M = M.double()
-    return _parameters(M.diagonal()[None], (M**2).sum()[None], M.shape[0])[0]
-
-
-def _parameters(diagonal: Tensor, square: Tensor, d: int) -> list[Parameters]:
-    beta = diagonal.mean(-1)
-    off = (square - (diagonal**2).sum(-1)).clamp_min(0)
-    alpha = (off / max(d - 1, 1)).sqrt()
-    return [Parameters(float(a), float(b)) for a, b in zip(alpha, beta, strict=True)]
+def parameters(product: FactoredProduct) -> list[Parameters]:
+    """Return alpha and beta of each product of a stack, as `statistics.diagonal` defines them; NaN if not square."""
+    if not product.is_square:
+        return [_UNKNOWN] * math.prod(product.shape[:-2])
+    columns = (np.ravel(values).tolist() for values in alpha_beta(product.diagonal(), product.squared_norm()))
+    return [Parameters(*pair) for pair in zip(*columns, strict=True)]
 
 
 def factored_errors(have: tuple[Array, Array], wanted: tuple[Array, Array]) -> Array:
@@ -273,20 +255,13 @@ def factored_errors(have: tuple[Array, Array], wanted: tuple[Array, Array]) -> A
     return (difference.clamp_min(0).sqrt() / inner(C, C, D, D).sqrt()).double().numpy()
 
 
-def side_by_side(values: Array, outputs: Array, heads: int) -> tuple[Array, Array]:
-    """Return ``[d, n]`` and ``[n, out]`` whose product is sum_h W_V[h] @ W_O[h]."""
-    expanded = expand_groups(values, heads)
-    return expanded.transpose(1, 0, 2).reshape(expanded.shape[1], -1), outputs.reshape(-1, outputs.shape[2])
-
-
-def product_matrix(left: Array, right: Array) -> Tensor:
-    """Return left @ right as a torch matrix, in float32 where it is wide."""
-    a, b = _tensor(left), _tensor(right)
-    return (a.float() @ b.float()) if a.shape[0] > _WIDE else a @ b
+def product_matrix(A: Array, B: Array) -> Tensor:
+    """Return sum_h A[h] @ B[h]^T of factors ``[head, rows, rank]`` as a torch matrix, in float32 where it is wide."""
+    left, right = _tensor(side_by_side(A)), _tensor(side_by_side(B))
+    return left.float() @ right.float().mT if left.shape[0] > _WIDE else left @ right.mT
 
 
 def _tensor(array: Array) -> Tensor:
-    import numpy as np
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array))

@@ -14,10 +14,10 @@ GPU all heads of a layer go at once. Three ways to the same factors:
 from __future__ import annotations
 
 import contextlib
-from math import acos, cos, pi, sin, sqrt
+from math import cos, sin, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
-from scipy.optimize import brentq
+from attnlens.statistics.inverse import cut
 
 if TYPE_CHECKING:
     import torch
@@ -173,18 +173,8 @@ def singular_value(alpha: float, beta: float, kept: float) -> float:
     w^2 = s + beta^2, and the singular value is Re(w + alpha^2 w / s).
     """
     alpha, beta = abs(alpha), abs(beta)
-
-    def radius(t: float) -> float:
-        p = alpha**2 + 2 * beta**2
-        cosine = alpha * beta**2 * cos(t) * (3 / p) ** 1.5
-        return 2 * sqrt(p / 3) * cos(acos(min(1.0, max(-1.0, cosine))) / 3)
-
-    def excess(t: float) -> float:
-        r = radius(t)
-        return (t - alpha / r * sin(t) - (beta / r) ** 2 * sin(2 * t)) / pi - kept
-
-    t = pi if kept == 1 else brentq(excess, 0.0, pi)
-    s = alpha * radius(t) * complex(cos(t), sin(t))
+    t, r = cut(alpha, beta, kept)
+    s = alpha * r * complex(cos(t), sin(t))
     w = (s + beta**2) ** 0.5
     return abs((w + alpha**2 * w / s).real)
 

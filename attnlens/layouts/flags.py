@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 FLAGS = {
     "qk_bias": "q or k has a bias, which adds terms of one token to the score",
     "q_norm": "queries are normalised after their projection",
@@ -75,3 +77,19 @@ ATTRIBUTE_FLAGS: dict[str, str] = {
     "gating_param": "position_gate",
 }
 """Attribute of an attention module -> what its presence adds, whatever the class."""
+
+
+def layers_by_reason(reasons: Iterable[tuple[int, Iterable[str]]]) -> dict[str, list[int]]:
+    """Return the layers each reason is true of, from the reasons of each layer; empty ones are left out."""
+    found: dict[str, list[int]] = {}
+    for layer, texts in reasons:
+        for text in filter(None, texts):
+            found.setdefault(text, []).append(layer)
+    return found
+
+
+def in_words(by_reason: dict[str, list[int]], layers: int) -> str:
+    """Join reasons into one sentence, each with how many of ``layers`` layers it is true of where not of all."""
+    return "; ".join(
+        why if len(where) == layers else f"{why} ({len(where)} of {layers} layers)" for why, where in by_reason.items()
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -252,8 +252,3 @@ def stored_as(stored: Any, values: Array) -> Any:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(values)).to(stored)
-
-
-def missing_tensors(spec: AttentionSpec, available: Mapping[str, Any] | frozenset[str]) -> tuple[str, ...]:
-    """Name the tensors of ``spec`` that ``available`` does not hold."""
-    return tuple(name for name in spec.tensors() if name not in available)

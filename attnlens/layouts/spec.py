@@ -103,6 +103,10 @@ class AttentionSpec:
         """Return the norm whose output the projection of ``role`` (q, k or v) reads."""
         return next((norm for norm in self.norms if role in norm.roles), None)
 
+    def has_fold(self, fold: str) -> bool:
+        """Whether the layer's products are known under a fold: all but ``raw`` need the norm in front."""
+        return fold == "raw" or "norm_unknown" not in self.leaves_out
+
     def opt_in_refusal(self) -> Refusal | None:
         """Return why a channel or linear layer is not read unless asked for, with the option; None for token layers."""
         if self.kind not in OPT_IN:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import write_text_atomic
 from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError
-from attnlens.filters.spec import FilterSpec
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Refusal
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def describe_module(module: nn.Module, name: str | None = None) -> Architecture:
     The input size comes from the module's patch embedding or ``pretrained_cfg`` (timm), else 3 x 224 x 224 is tried;
     where no forward pass is possible the layers carry the flag ``norm_unknown`` and have no effective fold.
     """
-    from attnlens.filters.find import filter_modules
+    from attnlens.layouts.depthwise.find import filter_modules
     from attnlens.layouts.describe import attention_modules
     from attnlens.layouts.norms import trace_surroundings, with_surroundings
 
@@ -255,8 +255,7 @@ def rules_digest() -> str:
     """Hash the code that finds layers, so that a description made by other rules is never believed."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
-    filters = [package / "filters" / name for name in ("find.py", "spec.py")]
-    for path in (*sorted((package / "layouts").rglob("*.py")), *filters):
+    for path in sorted((package / "layouts").rglob("*.py")):
         digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:12]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from attnlens.checkpoints import Checkpoint
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.filters.by_shape import filters_by_shape
+from attnlens.layouts.depthwise.by_shape import filters_by_shape
 from attnlens.layouts.flags import ATTRIBUTE_FLAGS
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Slot
 from attnlens.models.architecture import Architecture

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from attnlens.atomic import write_atomic, write_text_atomic
-from attnlens.errors import ModelNotFoundError, OutputError, UsageError
-from attnlens.filters.spec import FilterSpec
+from attnlens.errors import ModelNotFoundError, OutputError, UsageError, first_line
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Slot
 from attnlens.models.architecture import cache_folder, pretrained_tags, rules_digest, suggest
 
@@ -193,8 +193,7 @@ def _examine(name: str) -> dict[str, Any]:
     try:
         entry = summarise(name)
     except Exception as error:  # noqa: BLE001  # one architecture that cannot be built must not hide the others
-        first = str(error).splitlines()[0] if str(error) else "no message"
-        return {"error": f"{type(error).__name__}: {first}"}
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
     return {"entry": entry.to_json() if entry else None}
 
 
@@ -203,7 +202,7 @@ def summarise(name: str) -> Entry | None:
     import timm
     import torch
 
-    from attnlens.filters.find import filter_modules
+    from attnlens.layouts.depthwise.find import filter_modules
     from attnlens.layouts.describe import attention_modules
 
     with torch.device("meta"):

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from attnlens.filters.closed_form import PARTS
-from attnlens.filters.figures import draw_filters
+from attnlens.figures.notebook import png
 from attnlens.filters.inspection import FilterInspection
+from attnlens.filters.notebook import HEAD
 
 COLUMNS = {
-    "effective_rank": "effective rank",
-    "effective_rank_null": "of chance",
-    "p_value": "p",
-    "relative_s": "s ÷ side²",
-    **{f"{part}_share": part for part in (*PARTS, "isotropic")},
-    "explained": "explained",
+    **{name: title for name, title in HEAD.items() if name != "verdict"},
     "explained_variances": "of variances",
-    "explained_covariances": "of covariances",
     "noise_share": "noise",
+    "p_value": "p",
 }
 """Statistics of the report's table, with their titles."""
 _CAPTIONS = {
@@ -32,7 +25,6 @@ _CAPTIONS = {
     "filter_spectra": "Eigenvalues of every layer's covariance, in units of their mean.",
     "filter_profile": "Effective rank, what the closed form explains, its width and its shares by layer.",
 }
-_DPI = 100
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ def filter_section(filters: FilterInspection, model: str) -> FilterSection | Non
     rows = filters.stats.json_rows()
     notes = [f"Not read: {refused.path} ({refused.module_class}) {refused.reason}" for refused in filters.refused]
     notes += [f"{why}: {len(layers)} of {len(rows)} layers" for why, layers in filters.left_out().items()]
-    drawn = draw_filters(filters, model=model)
+    drawn = filters.figures(model)
     return FilterSection(
         layers=len(rows),
         depth=filters.depth,
@@ -77,10 +69,3 @@ def filter_section(filters: FilterInspection, model: str) -> FilterSection | Non
 def picture(name: str, figure: Figure, caption: str) -> Picture:
     """Return a figure as it stands in a page."""
     return Picture(name, png(figure), caption)
-
-
-def png(figure: Figure) -> str:
-    """Return a figure as PNG in base64."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.entries import Entry
 from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
-from attnlens.fit.params import Entry
 from attnlens.inspection import Inspection, inspect
 from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
 from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, corner_size, draw_data
-from attnlens.reports.templates import _asset, _hash, _scripts, environment
+from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
 from attnlens.statistics.table import KEYS
 from attnlens.statistics.verdicts import Verdict
+from attnlens.templates import environment
 from attnlens.threads import Progress
 
 if TYPE_CHECKING:
@@ -33,10 +35,11 @@ _JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low"
 _ABOUT = ("num_heads", "name", "leaves_out")
 
 
-def build_report(
+def report(
     model: str | os.PathLike[str] | nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
+    output: str | os.PathLike[str] | None = None,
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
     num_heads: int | None = None,
@@ -49,6 +52,7 @@ def build_report(
 
     Of depthwise filters every layer's statistics and verdict, covariances, spectra and profiles.
 
+    With ``output`` the page is also written to this file, whole or not at all.
     ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
     names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
     curves are shown.
@@ -58,7 +62,8 @@ def build_report(
     The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
     nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
 
-    Raises what `attnlens.inspect` raises, and `ResultsError` for a ``train`` folder that cannot be read.
+    Raises what `attnlens.inspect` raises, `ResultsError` for a ``train`` folder that cannot be read, and `OutputError`
+    for an ``output`` that cannot be written.
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
@@ -79,7 +84,7 @@ def build_report(
         "comparison": _comparison_data(comparison),
         "training": training and {"arms": training.arms, "points": [p.model_dump() for p in training.points]},
     }
-    return (
+    page = (
         environment()
         .get_template("report.html.j2")
         .render(
@@ -98,11 +103,14 @@ def build_report(
             filter_columns=FILTER_COLUMNS,
             filter_comparison=_filter_comparison(comparison),
             training=training,
-            scripts=_scripts(),
-            hashes=[_hash(script) for script in _scripts()],
-            style=Markup(_asset("report.css")),  # noqa: S704  # the package's own file
+            scripts=scripts(),
+            hashes=[script_hash(script) for script in scripts()],
+            style=Markup(asset("report.css")),  # noqa: S704  # the package's own file
         )
     )
+    if output is not None:
+        write_text_atomic(Path(output), page)
+    return page
 
 
 def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:
@@ -156,7 +164,7 @@ def _filter_comparison(comparison: Comparison | None) -> Picture | None:
     if comparison is None or not comparison.filter_distances:
         return None
     caption = "Shares and effective rank of each model's filters, against relative depth."
-    return picture("filter_comparison", draw_filter_comparison(comparison), caption)
+    return picture("filter_comparison", draw_filter_comparison(comparison.models, comparison.filter_profiles), caption)
 
 
 def _comparison_data(comparison: Comparison | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
-from attnlens.errors import AttnlensError, UsageError
+from attnlens.errors import AttnlensError, UsageError, first_line
 from attnlens.scans.executors import WorkerLostError
 from attnlens.scans.plan import Job
 from attnlens.scans.tables import Result
@@ -32,10 +32,9 @@ class RayExecutor:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, OSError, RuntimeError) as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise AttnlensError(
-                    f"no Ray cluster answers at {address!r} ({first}): start one with `ray start --head` and give its "
-                    "address, or auto on a machine of the cluster"
+                    f"no Ray cluster answers at {address!r} ({first_line(error)}): start one with "
+                    "`ray start --head` and give its address, or auto on a machine of the cluster"
                 ) from error
         self._task = ray.remote(num_cpus=1, max_retries=0)(measure)
         self._running: set[Any] = set()

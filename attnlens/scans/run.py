@@ -76,7 +76,7 @@ def scan(
     command: str | None = None,
     progress: Progress = iter,
 ) -> Scan:
-    """Inspect every model that ``patterns`` name, and keep a result file for each below ``output``.
+    """Return what `inspect` finds in every model that ``patterns`` name, with a result file each below ``output``.
 
     Patterns are those of `plan_scan`: names, shell patterns over timm's pretrained names, folders and files, ``@FILE``.
     A model whose result is there already, of the same files and fold, is not measured again; a failed one is with

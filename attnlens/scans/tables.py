@@ -10,7 +10,9 @@ import numpy as np
 
 from attnlens.circuits import Fold, Kind
 from attnlens.heads import Array
+from attnlens.statistics.depth import relative_depth
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
+from attnlens.strict_json import finite_or_none
 
 LAYER_COLUMNS = (
     "layer",
@@ -24,7 +26,8 @@ LAYER_COLUMNS = (
     "identity_share",
 )
 """``qk`` rows are means over heads, ``ov`` rows are of the heads' sum. ``ratio`` is beta / alpha, ``identity_share``
-the identity cosine over its bound, ``relative_depth`` 0 at the first attention layer and 1 at the last."""
+the identity cosine over its bound, ``relative_depth`` 0 at the first attention layer, 1 at the last and 1/2 in a model
+of one layer, as everywhere."""
 
 _MEDIANS = ("alpha", "beta", "ratio", "diagonal_prominence", "identity_share")
 MODEL_COLUMNS = (
@@ -57,16 +60,15 @@ def layer_records(stats: StatsTable, depth: int) -> list[list[Any]]:
         key = tuple(row[places[name]] for name in ("layer", "circuit", "fold"))
         if (row[places["head"]] == ALL_HEADS) == (key[1] == "ov"):
             groups.setdefault(key, []).append(row)
-    names = ("alpha", "beta", "diagonal_prominence", "identity_cosine", "identity_cosine_bound")
     found = []
     for (layer, circuit, fold), rows in groups.items():
-        columns = (np.array([row[places[name]] for row in rows], dtype=np.float64) for name in names)
-        alpha, beta, prominence, cosine, bound = columns
+        table = StatsTable(tuple(rows), stats.columns)
+        alpha, beta = table.column("alpha"), table.column("beta")
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = (alpha, beta, beta / alpha, prominence, cosine / bound)
-        means = [float(value.mean()) for value in values]
-        place = layer / (depth - 1) if depth > 1 else 0.0
-        found.append([layer, place, circuit, fold, *(mean if np.isfinite(mean) else None for mean in means)])
+            ratio = beta / alpha
+        values = (alpha, beta, ratio, table.column("diagonal_prominence"), table.column("identity_share"))
+        means = (finite_or_none(float(value.mean())) for value in values)
+        found.append([layer, relative_depth(layer, depth), circuit, fold, *means])
     return found
 
 

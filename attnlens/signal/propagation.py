@@ -76,7 +76,7 @@ def propagate(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Any]], Iterator[Any]] = iter,
 ) -> Propagation:
-    """Measure arms at their start, each a fresh network a seed, on standard normal tokens fed to the first block.
+    """Return how alike tokens become by depth in arms at their start, a fresh network a seed, on normal tokens.
 
     ``model``: timm name of a plain ViT, model folder, a language model's name (``gpt-tiny``), or None for the shipped
     ViT's architecture; ``depth`` and ``tokens`` (patches of a ViT, a square; context of a language model) replace its

@@ -95,7 +95,7 @@ def rewire_(
     seed: int = 0,
     **options: Any,
 ) -> RewireReport:
-    """Exchange the attention of a timm ViT or a `GPT` in place, take out skips and norms, and initialise what is new.
+    """Rewire the attention, skips and norms of a timm ViT or a `GPT` in place; return what was changed and drawn.
 
     ``attention``: ``softmax``, ``value-skipinit``, ``shaped``, ``e-spa`` (``gamma``, ``distance``), ``u-spa``
     (``rho``), see `attnlens.signal.variants`; or ``keep``, which leaves attention alone. Each but that starts from

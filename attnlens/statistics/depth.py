@@ -1,12 +1,14 @@
-"""How parameters change with depth: relative depth, and a polynomial trend over it."""
+"""How statistics change with depth: relative depth, profiles, and a polynomial trend."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from attnlens.circuits import Kind
 from attnlens.heads import Array
 
 _TREND_DEGREE = 2
@@ -40,6 +42,25 @@ class Trend(_Part):
 def relative_depth(layer: int, depth: int) -> float:
     """Return t = layer / (depth - 1), 1/2 for a network of one layer."""
     return layer / (depth - 1) if depth > 1 else 0.5
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One statistic of one circuit by relative depth, of one model.
+
+    ``depth`` is t = layer / (depth - 1) in [0, 1]; ``identity_share`` is the identity cosine divided by the largest one
+    a product of that rank can have, sqrt(k/d): between -1 and 1 whatever width and rank are.
+    """
+
+    model: str
+    circuit: Kind
+    statistic: str
+    depth: Array
+    values: Array
+
+    def at(self, depth: Array) -> Array:
+        """Interpolate linearly at relative depths."""
+        return np.interp(depth, self.depth, self.values)
 
 
 def rms_over_depth(values: Array) -> float:

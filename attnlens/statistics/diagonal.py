@@ -84,17 +84,29 @@ def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFi
     )
 
 
+def off_diagonal_squares(diagonal: Array, squared_norm: Array) -> Array:
+    """Return the sum of M_ij^2 over i != j from diag(M) ``[..., d]`` and ||M||_F^2."""
+    return np.maximum(squared_norm - (diagonal**2).sum(-1), 0.0)
+
+
+def alpha_beta(diagonal: Array, squared_norm: Array) -> tuple[Array, Array]:
+    """Return alpha and beta of M from diag(M) ``[..., d]`` and ||M||_F^2, as `fit_diagonal` defines them."""
+    d = diagonal.shape[-1]
+    squares = off_diagonal_squares(diagonal, squared_norm)
+    return np.sqrt(d * squares / (d * max(d - 1, 1))), diagonal.mean(-1)
+
+
 def _diagonal_statistics(product: FactoredProduct, squared_norm: Array) -> dict[str, Array]:
     d = product.shape[-1]
     diag = product.diagonal()
-    beta = diag.mean(-1)
+    alpha, beta = alpha_beta(diag, squared_norm)
     off_count = d * (d - 1)
-    off_squares = np.maximum(squared_norm - (diag**2).sum(-1), 0.0)
+    off_squares = off_diagonal_squares(diag, squared_norm)
     off_mean = (product.total() - diag.sum(-1)) / off_count
     off_variance = np.maximum(off_squares / off_count - off_mean**2, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            "alpha": np.sqrt(d * off_squares / off_count),
+            "alpha": alpha,
             "beta": beta,
             "beta_stderr": diag.std(-1, ddof=1) / np.sqrt(d),
             "identity_cosine": diag.sum(-1) / np.sqrt(squared_norm * d),

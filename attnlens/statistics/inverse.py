@@ -93,17 +93,9 @@ def request(alpha: float, beta: float, head_dim: int, embed_dim: int) -> Paramet
 
 
 def _truncated(alpha: float, beta: float, kept: float) -> Parameters:
-    """Return the large-d realised parameters when the share `kept` of the directions stays.
-
-    The angle t in [0, pi] runs over the singular values from the largest down; `kept_above` is the share above it.
-    """
-
-    def kept_above(t: float) -> float:
-        r = _radius(t, alpha, beta)
-        return (t - alpha / r * sin(t) - (beta / r) ** 2 * sin(2 * t)) / pi
-
-    t = brentq(lambda angle: kept_above(angle) - kept, 0.0, pi, xtol=1e-15)
-    r, a2, b2 = _radius(t, alpha, beta), alpha**2, beta**2
+    """Return the large-d realised parameters when the share `kept` of the directions stays."""
+    t, r = cut(alpha, beta, kept)
+    a2, b2 = alpha**2, beta**2
     trace = beta / pi * (t - (b2 + a2 / 2) * sin(2 * t) / r**2 - 2 / 3 * alpha * b2 * sin(3 * t) / r**3)
     square = (
         (a2 + b2) * t
@@ -113,6 +105,20 @@ def _truncated(alpha: float, beta: float, kept: float) -> Parameters:
         - a2 * b2**2 / 2 * sin(4 * t) / r**4
     ) / pi
     return Parameters(sqrt(square - trace**2), trace)
+
+
+def cut(alpha: float, beta: float, kept: float) -> tuple[float, float]:
+    """Return the angle t in [0, pi] above which a share ``kept`` of the singular values lies, and the cubic's root r.
+
+    The angle runs over the singular values of alpha Z + beta I from the largest down, at large width; beta >= 0.
+    """
+
+    def excess(t: float) -> float:
+        r = _radius(t, alpha, beta)
+        return (t - alpha / r * sin(t) - (beta / r) ** 2 * sin(2 * t)) / pi - kept
+
+    t = pi if kept == 1 else brentq(excess, 0.0, pi, xtol=1e-15)
+    return t, _radius(t, alpha, beta)
 
 
 def _radius(t: float, alpha: float, beta: float) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from attnlens.atomic import write_text_atomic
 from attnlens.heads import Array
 from attnlens.statistics.diagonal import DiagonalFit
+from attnlens.strict_json import finite_or_none
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 KEYS = ("layer", "head", "circuit", "fold")
 ALL_HEADS = "all"
 """The ``head`` of a row that is about a layer's summed OV product."""
+
+RATIOS = {"identity_share": ("identity_cosine", "identity_cosine_bound")}
+"""Statistics that are one column over another, and no column of their own."""
 
 Value = int | float | str
 Row = tuple[Value, ...]
@@ -53,7 +57,11 @@ class StatsTable:
         return StatsTable(tuple(r for r in self.rows if all(r[p] == v for p, v in places.items())), self.columns)
 
     def column(self, name: str) -> Array:
-        """Return a numeric column as float64."""
+        """Return a numeric column, or one of `RATIOS`, as float64."""
+        if name in RATIOS:
+            over, under = (self.column(part) for part in RATIOS[name])
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return over / under
         place = self.columns.index(name)
         return np.array([row[place] for row in self.rows], dtype=np.float64)
 
@@ -81,7 +89,7 @@ class StatsTable:
 
 
 def _json_row(record: dict[str, Value]) -> dict[str, Any]:
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+    return {name: finite_or_none(value) for name, value in record.items()}
 
 
 def _csv_cell(value: Value) -> Value:

@@ -57,11 +57,6 @@ def corrected(p_values: Array) -> Array:
     return result
 
 
-def verdicts(fit: DiagonalFit, inference: Inference, p_corrected: Array) -> list[Verdict]:
-    """Return the verdict of every product of a stack, in its order."""
-    return [judgement.verdict for judgement in judge(fit, inference, p_corrected)]
-
-
 def judge(fit: DiagonalFit, inference: Inference, p_corrected: Array) -> list[Judgement]:
     """Return the verdict of every product of a stack and why, in its order.
 

@@ -1,25 +1,105 @@
-"""The arms of a comparison: what each starts from, given a seed and the pre-trained source model."""
+"""The arms of a comparison: what each starts from, given a seed and what the network starts from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from attnlens.training.families import build
-from attnlens.training.network import DRAWING
-from attnlens.training.shapes import AnyShape, Shape
-from attnlens.training.source import Scratch, Source, source_weights
-from attnlens.training.starts import PRETRAINED, start_of
+from attnlens.errors import UsageError
+from attnlens.inits.registry import initialisers
+from attnlens.training.networks.base import DRAWING, PLAIN, Network, Wiring
+from attnlens.training.networks.vit import pretrained_weights
+from attnlens.training.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-DEFAULT_ARMS = ("default", "mimetic", "fitted", "pretrained", "norm-matched", "norm-matched-mimetic")
-CONTROLS = {"fitted": "norm-matched", "mimetic": "norm-matched-mimetic"}
+BASELINE = "default"
+PRETRAINED = "pretrained"
+MATCHED = "norm-matched"
+CONTROLS = {"fitted": MATCHED, "mimetic": "norm-matched-mimetic"}
 """The arm with another's singular values and random singular vectors."""
+WIRINGS = {
+    "value-skipinit": Wiring("value-skipinit", skips=False, norms=False),
+    "e-spa-no-norms": Wiring("e-spa", norms=False),
+    "e-spa-no-skips-no-norms": Wiring("e-spa", skips=False, norms=False),
+    "no-skips-no-norms": Wiring(skips=False, norms=False),
+}
+"""Arms whose network differs, each with the weights that go with its wiring."""
 
 
-def initial_state(arm: str, seed: int, shape: AnyShape, source: Source | Scratch) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Start:
+    """``init`` with its options; None where every weight stays as the network or the wiring draws it."""
+
+    init: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    wiring: Wiring = PLAIN
+
+    def describe(self) -> str:
+        """Write it as one line."""
+        options = [f"{name}={value}" for name, value in self.options.items() if isinstance(value, str | int | float)]
+        drawn = "as drawn" if self.wiring == PLAIN else "as rewired"
+        parts = [" ".join([self.init or drawn, *options]), self.wiring.describe()]
+        return ", ".join(part for part in parts if part)
+
+
+def start_of(arm: str, source: Source) -> Start:
+    """Return what an arm starts from. Any initialiser that needs no option is an arm under its own name.
+
+    Raises `UsageError` for a name that is none, and for one that needs what the source does not have.
+    """
+    named = {
+        BASELINE: Start(),
+        "mimetic-positive": Start("mimetic", {"beta_ov": 0.4}),
+        MATCHED: Start(MATCHED, source.network.control(source.params)),
+        "norm-matched-mimetic": Start(MATCHED, {"of": "mimetic"}),
+        **{name: Start(wiring=wiring) for name, wiring in WIRINGS.items()},
+    }
+    if source.params is not None:
+        named["fitted"] = Start(*source.network.fitted(source.params))
+    if source.opened is not None:
+        named[PRETRAINED] = Start()
+        named["pretrained-attention"] = Start("transfer-attention", dict(source.teacher))
+    known = initialisers()
+    bare = [name for name, one in known.items() if not any(map(_needed, one.options.values()))]
+    if arm in named:
+        return named[arm]
+    if arm == "fitted":
+        raise UsageError(
+            f"--arms names fitted, and {source.name} has no weights it could be fitted in: give --params a file of "
+            "attnlens fit-params, or leave it out"
+        )
+    if arm in (PRETRAINED, "pretrained-attention"):
+        raise UsageError(f"--arms names {arm}, and {source.name} has no pre-trained weights: leave it out")
+    if arm not in bare:
+        raise UsageError(
+            f"--arms names {arm}, which is no arm: choose from {', '.join(dict.fromkeys([*named, *bare]))}"
+        )
+    return Start(arm)
+
+
+def _needed(value: Any) -> bool:
+    return value is inspect.Parameter.empty
+
+
+def default_contrasts(arms: Sequence[str], source: Source | None = None) -> list[tuple[str, str]]:
+    """Return each arm against the default, and what has a control of its own scale against that."""
+    pairs = [(arm, BASELINE) for arm in arms if arm != BASELINE and BASELINE in arms]
+    controls = dict(CONTROLS)
+    if source is not None:
+        controls[source.network.control(source.params)["of"]] = MATCHED
+    pairs += [(arm, control) for arm, control in controls.items() if arm in arms and control in arms]
+    if "mimetic" in arms and MATCHED in arms and CONTROLS["mimetic"] not in arms and ("mimetic", MATCHED) not in pairs:
+        pairs.append(("mimetic", MATCHED))
+    if {"mimetic", "mimetic-positive"} <= set(arms):
+        pairs.append(("mimetic", "mimetic-positive"))
+    return pairs
+
+
+def initial_state(arm: str, seed: int, network: Network, source: Source) -> dict[str, Tensor]:
     """Return the weights and buffers an arm starts from: those of its network under ``seed``, initialised.
 
     Arms of one architecture and seed differ in what their initialiser writes alone, except `PRETRAINED`, whose
@@ -29,12 +109,11 @@ def initial_state(arm: str, seed: int, shape: AnyShape, source: Source | Scratch
 
     start = start_of(arm, source)
     with DRAWING:
-        model = build(shape, seed, start.wiring)
+        model = network.build(seed, start.wiring)
         if start.init is not None:
             init_(model, start.init, seed=seed, **start.options)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if arm == PRETRAINED:
-        assert isinstance(source, Source)
-        assert isinstance(shape, Shape)
-        state |= source_weights(source, shape, state)
+        assert source.opened is not None
+        state |= pretrained_weights(source.opened, state)
     return state

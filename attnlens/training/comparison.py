@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING
 from attnlens.atomic import write_text_atomic
 from attnlens.errors import AttnlensError, UsageError
 from attnlens.provenance import run_provenance
-from attnlens.training.config import Config, Run
-from attnlens.training.data.images import Images
-from attnlens.training.data.on_device import resident
-from attnlens.training.data.text import Text
+from attnlens.statistics.table import StatsTable
+from attnlens.training.config import Augmentation, Config, Run
+from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display
 from attnlens.training.distributed import Spread, spread
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, settle
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, results_lines, summarise
-from attnlens.training.source import Scratch, Source
+from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure
@@ -36,61 +35,121 @@ Records = dict[str, list[Record]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What `train_compare` did: the summary of the runs that have ended, and why it stopped, if it did."""
+class TrainComparison:
+    """What `train_compare` found in the runs that have ended, and why it stopped, if it did."""
 
     folder: Path
-    summary: Summary
+    findings: Summary
     report: str
+    """The text of ``report.md``."""
     stopped: Reason
+
+    @property
+    def runs(self) -> StatsTable:
+        """A row a run: arm, seed, learning rate, whether it finished, its last epoch and score."""
+        return self.findings.run_table()
+
+    @property
+    def summary(self) -> StatsTable:
+        """A row an arm, as in ``summary.csv``: mean score with its interval, and what it is minus the default's."""
+        return self.findings.arm_table()
+
+    @property
+    def contrasts(self) -> StatsTable:
+        """A row a declared contrast: the paired difference, its interval and p-values."""
+        return self.findings.contrast_table()
+
+    def __repr__(self) -> str:
+        """Say in one line what was compared, how far it got and where it is kept."""
+        config = self.findings.config
+        return (
+            f"<TrainComparison of {', '.join(config.arms)} on {config.dataset}: {len(self.runs)} of "
+            f"{self.findings.expected} runs ended, in {self.folder}>"
+        )
 
 
 def train_compare(
-    options: Options,
-    output: Path,
     *,
-    resume: bool = False,
-    time_budget: float | None = None,
+    dataset: str = "digits",
+    data_dir: str | Path | None = None,
+    model: str | None = None,
+    checkpoint: str | Path | None = None,
+    params: str | Path | None = None,
+    arms: Sequence[str] | None = None,
+    contrasts: Sequence[tuple[str, str]] | None = None,
+    seeds: int = 6,
+    data_seed: int = 0,
+    init_seed: int = 0,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    weight_decay: float = 0.05,
+    augment: Augmentation | None = None,
+    patch_size: int | None = None,
+    image_size: int | None = None,
+    context: int | None = None,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    target: float | None = None,
+    eval_every: int | None = None,
+    tune_lr: Sequence[float] = (),
+    tune_seeds: int = 2,
+    freeze_filters: bool = False,
+    device: str = "auto",
+    stack: int | None = None,
+    compiled: bool | None = None,
     workers: int | None = None,
+    time_budget: float | None = None,
+    resume: bool = False,
     save_weights: bool = False,
+    output: str | Path | None = None,
+    quiet: bool = False,
     command: str = "",
     cache: Path | None = None,
-    quiet: bool = False,
     checkpoint_seconds: float = 60.0,
-) -> Comparison:
-    """Train every arm with every seed under the same conditions, and write what the runs allow to say to ``output``.
+) -> TrainComparison:
+    """Return what training every arm with every seed under the same conditions allows to say, as tables and a report.
+
+    Arguments are the options of ``attnlens train-compare``; None takes the data set's preset or what the model gives.
+    Of a text, ``train_images`` are the windows an epoch draws and ``test_images`` those it is tested on.
 
     Writes ``config.json``, ``params.json``, ``runs/``, ``results.jsonl``, ``summary.json``, ``summary.csv``,
-    ``report.md``, ``curves.png``, ``structure.png`` and, with ``save_weights``, ``weights/``; no ``params.json`` where
-    nothing was fitted, and no ``structure.png`` for networks without attention. Stops cleanly after
-    ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with ``resume`` goes on. Under torchrun the runs
-    are spread over its processes; on a CPU ``workers`` threads train a run each. Neither changes a number.
+    ``report.md``, ``curves.png``, ``structure.png`` and, with ``save_weights``, ``weights/`` to ``output``, by default
+    ``comparisons/<dataset>``; no ``params.json`` where nothing was fitted, and no ``structure.png`` for networks
+    without attention. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
+    ``resume`` goes on. Under torchrun the runs are spread over its processes; on a CPU ``workers`` threads train a run
+    each. Neither changes a number. ``command`` is noted in every record; ``cache`` holds decoded images.
 
     Raises `UsageError`, `DatasetError`, `ResumeError`, `OutOfMemoryError`, `OutputError`, `PairingError` and what
     opening the model raises.
     """
+    told = dict(locals())  # what decides the numbers is declared once more, in Options
+    for name in ("data_dir", "checkpoint", "params"):
+        told[name] = None if told[name] is None else Path(told[name])
+    options = Options(**{field.name: told[field.name] for field in fields(Options)})
+    output = default_folder(dataset) if output is None else Path(output)
     control = Control(time_budget)
-    with spread() as place, ExitStack() as held:
-        device = _device(options.device, place)
+    with spread() as process, ExitStack() as claims:
+        on = _device(device, process)
         data = load_data(options, cache)
-        source = find_source(options)
-        config, data = settle(options, data, source, device, output, resume=resume)
-        config = _agreed(config, place)
-        store = _store(output, config, place, held, resume=resume)
-        if place.leads and source.params is not None:
+        source = find_source(options, data)
+        config, data = settle(options, data, source, on, output, resume=resume)
+        config = _agreed(config, process)
+        store = _store(output, config, process, claims, resume=resume)
+        if process.leads and source.params is not None:
             source.params.save(output / "params.json")
         provenance = {
             "versions": run_provenance()["versions"],
-            "device": describe_device(device),
+            "device": describe_device(on),
             "command": command,
         }
 
-        def session(data: Images | Text) -> Session:
+        def session(data: Dataset) -> Session:
             return Session(
                 config,
                 source,
-                resident(data, config, device),
-                device,
+                data.resident(config, on),
+                on,
                 store,
                 control,
                 provenance,
@@ -98,7 +157,7 @@ def train_compare(
                 save_weights=save_weights,
             )
 
-        done = _shared(store, place)
+        done = _shared(store, process)
         lrs = dict.fromkeys(config.arms, config.recipe.lr)
         tuning: LrTable = {}
         if config.lr_grid:
@@ -108,21 +167,27 @@ def train_compare(
                 for arm in config.arms
                 for lr in config.lr_grid
             ]
-            done = _phase(session(data.tuning()), runs, place, workers, done, "tuning", quiet)
+            done = _phase(session(data.tuning()), runs, process, workers, done, "tuning", quiet)
             tuning = lr_table(config, runs, done)
             lrs |= best_lrs(tuning, config.metric)
         runs = [Run(arm, seed, lrs[arm]) for seed in range(config.seeds) for arm in config.arms]
         if not control.stopping():
-            done = _phase(session(data), runs, place, workers, done, config.dataset, quiet)
+            done = _phase(session(data), runs, process, workers, done, config.dataset, quiet)
         summary = summarise(config, {run.name: done[run.name] for run in runs if run.name in done})
         report = render_report(summary, tuning)
-        if place.leads:
+        if process.leads:
             _write(output, config, summary, report, done, source)
-        return Comparison(output, summary, report, control.reason)
+        return TrainComparison(output, summary, report, control.reason)
+
+
+def default_folder(dataset: str) -> Path:
+    """Return ``comparisons/<dataset>``, by the name of a file or folder without its ending."""
+    name = Path(dataset.removeprefix("text:")).name.split(".")[0].replace("*", "")
+    return Path("comparisons") / (name or "comparison")
 
 
 def _phase(
-    session: Session, runs: Sequence[Run], place: Spread, workers: int | None, done: Records, title: str, quiet: bool
+    session: Session, runs: Sequence[Run], process: Spread, workers: int | None, done: Records, title: str, quiet: bool
 ) -> Records:
     """Train what is not done of some runs, and return the records of all."""
     import torch
@@ -132,53 +197,53 @@ def _phase(
         if run.name in done:
             display.already(run.arm, run.seed, session.config.metric.of(done[run.name][-1]))
     session.listen = display.listen
-    units = place.share(session.units(runs))
+    units = process.share(session.units(runs))
     waiting = [unit for unit in units if not all(run.name in done for run in unit)]
     for unit in units:
         if unit not in waiting:
             session.store.drop_checkpoint(unit_name(unit))  # of a process killed after its last run was written
     threads = workers or (torch.get_num_threads() if session.device.type == "cpu" else 1)
-    with display.shown() if place.leads and not quiet else nullcontext():
-        if quiet or not place.leads:
+    with display.shown() if process.leads and not quiet else nullcontext():
+        if quiet or not process.leads:
             session.listen = lambda _unit, _what: None
         if waiting:
             run_units(session, waiting, threads)
-    return _shared(session.store, place)
+    return _shared(session.store, process)
 
 
-def _shared(store: Store, place: Spread) -> Records:
+def _shared(store: Store, process: Spread) -> Records:
     """Return the runs that have ended anywhere; hosts without a shared folder get each other's records."""
     mine = store.load_runs()
     merged = dict(mine)
-    for theirs in place.gather(mine):
+    for theirs in process.gather(mine):
         merged.update(theirs)
-    if place.leads:
+    if process.leads:
         for name, records in merged.items():
             if name not in mine:
                 store.save_records(name, records)
     return merged
 
 
-def _store(output: Path, config: Config, place: Spread, held: ExitStack, *, resume: bool) -> Store:
+def _store(output: Path, config: Config, process: Spread, claims: ExitStack, *, resume: bool) -> Store:
     """Open the folder, the leading process first; a host that does not share it gets a configuration of its own.
 
-    ``held`` keeps other comparisons out of the leading process's folder.
+    ``claims`` keep other comparisons out of the leading process's folder.
     """
     failure: AttnlensError | None = None
-    if place.leads:
+    if process.leads:
         try:
-            held.enter_context(Store.claim(output, config, resume=resume))
+            claims.enter_context(Store.claim(output, config, resume=resume))
         except AttnlensError as error:
             failure = error
-    failure = place.gather(failure)[0]
+    failure = process.gather(failure)[0]
     if failure is not None:
         raise failure
     return Store.open(output, config, resume=stored_config(output) is not None)
 
 
-def _agreed(config: Config, place: Spread) -> Config:
+def _agreed(config: Config, process: Spread) -> Config:
     """Take the stack size the leading process measured: a timing must not set processes apart."""
-    return config.model_copy(update={"stack": place.gather(config.stack)[0]})
+    return config.model_copy(update={"stack": process.gather(config.stack)[0]})
 
 
 def lr_table(config: Config, runs: Sequence[Run], done: Mapping[str, Sequence[Record]]) -> LrTable:
@@ -203,7 +268,7 @@ def _write(
     summary: Summary,
     report: str,
     done: Mapping[str, Sequence[Record]],
-    source: Source | Scratch,
+    source: Source,
 ) -> None:
     """Write every result file, each whole or not at all."""
     import json
@@ -221,7 +286,7 @@ def _write(
     save_figures(figures, output)
 
 
-def _device(name: str, place: Spread) -> torch.device:
+def _device(name: str, process: Spread) -> torch.device:
     import torch
 
     if name == "auto":
@@ -230,7 +295,7 @@ def _device(name: str, place: Spread) -> torch.device:
         raise UsageError(f"--device {name} is not known: choose cpu, cuda or auto")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device. Use --device cpu")
-    return torch.device(name, place.local_rank) if name == "cuda" else torch.device(name)
+    return torch.device(name, process.local_rank) if name == "cuda" else torch.device(name)
 
 
 def describe_device(device: torch.device) -> str:
@@ -243,5 +308,5 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"

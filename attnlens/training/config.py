@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from attnlens.errors import UsageError
-from attnlens.training.metrics import ACCURACY, BITS_PER_BYTE, Metric
-from attnlens.training.shapes import AnyShape, GptShape, Part
-from attnlens.training.shapes import Shape as Shape  # noqa: PLC0414  # part of what a configuration is
+from attnlens.training.metrics import Metric
+from attnlens.training.networks.base import Moments, Network, Part
+from attnlens.training.networks.registry import network_of
 
 Augmentation = Literal["none", "shift", "flip-shift", "flip-randaugment"]
 AUGMENTATIONS: dict[str, str] = {
@@ -40,7 +47,7 @@ class Recipe(Part):
 
 
 class TextData(Part):
-    """What a text is besides its windows: ``train_images`` windows an epoch and ``test_images`` of the test part."""
+    """What a text is besides its windows: ``train_items`` windows an epoch and ``test_items`` of the test split."""
 
     files: int = Field(ge=1)
     train_bytes: int = Field(ge=1)
@@ -50,6 +57,8 @@ class TextData(Part):
 
 _LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
+STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
+"""What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
 
 
 class Config(Part):
@@ -57,13 +66,13 @@ class Config(Part):
 
     dataset: str
     data_sha256: str
-    train_images: int = Field(ge=1, description="of an epoch; of a text: windows")
-    test_images: int = Field(ge=1, description="of a text: windows")
+    train_items: int = Field(ge=1, description="of an epoch: images or windows")
+    test_items: int = Field(ge=1)
     mean: list[float]
     std: list[float]
     source: dict[str, Any] = Field(description="the pre-trained model: name, hash")
     params_sha256: str = Field(description="of the requests that the fitted arm draws with")
-    shape: AnyShape
+    network: Annotated[SerializeAsAny[Network], BeforeValidator(network_of)]
     recipe: Recipe
     arms: list[str] = Field(min_length=1)
     contrasts: list[tuple[str, str]]
@@ -82,10 +91,17 @@ class Config(Part):
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_stored(cls, data: Any) -> Any:
+        names = {stored: name for name, stored in STORED.items()}
+        return {names.get(name, name): value for name, value in data.items()} if isinstance(data, dict) else data
+
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_stored(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = handler(self)
-        return {name: value for name, value in data.items() if name not in _LATER or value != _LATER[name]}
+        kept = {name: value for name, value in data.items() if name not in _LATER or value != _LATER[name]}
+        return {STORED.get(name, name): value for name, value in kept.items()}
 
     def sha256(self) -> str:
         """Return the hash of the whole configuration."""
@@ -103,23 +119,36 @@ class Config(Part):
         ]
 
     def evaluated(self, epoch: int) -> bool:
-        """Whether accuracy and structure are measured after this many epochs; 0 and the last always are."""
+        """Whether score and structure are measured after this many epochs; 0 and the last always are."""
         return epoch % self.eval_every == 0 or epoch == self.recipe.epochs
 
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return self.train_images // self.recipe.batch_size
+        return self.train_items // self.recipe.batch_size
 
     @property
     def metric(self) -> Metric:
         """What runs are compared by."""
-        return BITS_PER_BYTE if isinstance(self.shape, GptShape) else ACCURACY
+        return self.network.metric
 
     @property
     def items(self) -> str:
         """What a batch is made of, in words."""
-        return "windows" if isinstance(self.shape, GptShape) else "images"
+        return self.network.items
+
+    @property
+    def moments(self) -> Moments:
+        """What images are normalised with."""
+        return Moments(self.mean, self.std)
+
+    @property
+    def passes(self) -> float:
+        """How many times the training data is seen."""
+        items = self.steps * self.recipe.batch_size * self.recipe.epochs
+        if self.text is None:
+            return items / self.train_items
+        return items * self.network.targets_per_item / self.text.train_bytes
 
 
 class Run(NamedTuple):
@@ -136,28 +165,15 @@ class Run(NamedTuple):
         return f"tune-{self.arm}-{self.lr:g}-{self.seed}" if self.tuning else f"{self.arm}-{self.seed}"
 
 
-def check_shape(shape: AnyShape, dataset: str) -> None:
-    """Refuse sizes that do not go together. Raises `UsageError`."""
-    if not isinstance(shape, GptShape) and shape.image_size % shape.patch_size:
-        raise UsageError(
-            f"--patch-size {shape.patch_size} does not divide the images of {dataset}, {shape.image_size} pixels wide"
-        )
-    if isinstance(shape, Shape) and (shape.embed_dim % shape.num_heads or shape.embed_dim % 4):
-        raise UsageError(
-            f"width {shape.embed_dim} with {shape.num_heads} heads: sin-cos positions need a multiple of 4, "
-            "and heads must divide it. Name another --model"
-        )
-
-
 def check_config(config: Config) -> None:
     """Refuse what does not go together. Raises `UsageError`."""
-    check_shape(config.shape, config.dataset)
+    config.network.check(config.dataset)
     recipe = config.recipe
     if config.metric.share and config.target >= 1:
         raise UsageError(f"--target {config.target:g} is no accuracy: pass a share between 0 and 1")
-    if recipe.batch_size > config.train_images:
+    if recipe.batch_size > config.train_items:
         raise UsageError(
-            f"--batch-size {recipe.batch_size} is more than the {config.train_images} training {config.items}: pass at "
+            f"--batch-size {recipe.batch_size} is more than the {config.train_items} training {config.items}: pass at "
             "most that many"
         )
     for pair in config.contrasts:
@@ -171,7 +187,7 @@ def check_config(config: Config) -> None:
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(data, dict) or not data:
         return {prefix.removesuffix("."): data}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in data.items():
-        found.update(_flat(value, f"{prefix}{key}."))
-    return found
+        flat.update(_flat(value, f"{prefix}{key}."))
+    return flat

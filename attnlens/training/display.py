@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _RECENT = 20
-"""Epochs the rate of images is averaged over."""
+"""Epochs the rate of items is averaged over."""
 
 
 class Display:
-    """Arms, epoch, the metric so far, images/s and time left. `listen` is called by every worker."""
+    """Arms, epoch, the metric so far, items/s and time left. `listen` is called by every worker."""
 
     def __init__(self, config: Config, total_runs: int, done: int, *, title: str) -> None:
         self.config, self.title = config, printable(title)
-        self.total_images = total_runs * config.recipe.epochs * config.steps * config.recipe.batch_size
-        self.images_left = self.total_images * (total_runs - done) / max(total_runs, 1)
+        self.total_items = total_runs * config.recipe.epochs * config.steps * config.recipe.batch_size
+        self.items_left = self.total_items * (total_runs - done) / max(total_runs, 1)
         self.total = dict.fromkeys(config.arms, total_runs // len(config.arms))
         self.ended = dict.fromkeys(config.arms, 0)
         self.epoch: dict[tuple[str, int], int] = {}
-        self.accuracy: dict[str, dict[int, float]] = {arm: {} for arm in config.arms}
+        self.scores: dict[str, dict[int, float]] = {arm: {} for arm in config.arms}
         self.state = dict.fromkeys(config.arms, "")
         self.ticks = [(time.monotonic(), 0)]
         self._lock = threading.Lock()
         self._live: Any = None
 
-    def already(self, arm: str, seed: int, accuracy: float | None) -> None:
+    def already(self, arm: str, seed: int, score: float | None) -> None:
         """Count a run that had ended before."""
         self.ended[arm] += 1
-        if accuracy is not None:
-            self.accuracy[arm][seed] = accuracy
+        if score is not None:
+            self.scores[arm][seed] = score
 
     def listen(self, unit: Unit, what: dict[str, Any]) -> None:
         """Take note of a unit's epoch or end."""
@@ -50,12 +50,12 @@ class Display:
                 self._end(unit, what["records"])
             else:
                 now = time.monotonic()
-                self.ticks = [*self.ticks[-_RECENT:], (now, self.ticks[-1][1] + what["images"])]
-                self.images_left -= what["images"]
-                for run, accuracy in zip(unit, what["accuracies"], strict=True):
+                self.ticks = [*self.ticks[-_RECENT:], (now, self.ticks[-1][1] + what["items"])]
+                self.items_left -= what["items"]
+                for run, score in zip(unit, what["scores"], strict=True):
                     self.epoch[run.arm, run.seed] = what["epoch"]
-                    if accuracy is not None:
-                        self.accuracy[run.arm][run.seed] = accuracy
+                    if score is not None:
+                        self.scores[run.arm][run.seed] = score
             if self._live is not None:
                 self._live.update(self.table())
 
@@ -65,7 +65,7 @@ class Display:
             self.epoch.pop((run.arm, run.seed), None)
             if lines[-1]["status"] == "diverged":
                 self.state[run.arm] = f"seed {run.seed} diverged"
-                self.accuracy[run.arm].pop(run.seed, None)
+                self.scores[run.arm].pop(run.seed, None)
                 told = f"diverged in epoch {lines[-1]['epoch']}"
             else:
                 metric = self.config.metric
@@ -76,14 +76,14 @@ class Display:
                 sys.stderr.write(f"{line}, {self.rate():.0f} {self.config.items}/s{left})\n")
 
     def rate(self) -> float:
-        """Return images trained a second, over all workers, lately."""
+        """Return items trained a second, over all workers, lately."""
         (begin, first), (end, last) = self.ticks[0], self.ticks[-1]
         return (last - first) / (end - begin) if end > begin else 0.0
 
     def time_left(self) -> float | None:
         """Return seconds to go at that rate, None where it is not known."""
         rate = self.rate()
-        return max(self.images_left, 0.0) / rate if rate else None
+        return max(self.items_left, 0.0) / rate if rate else None
 
     def table(self) -> RenderableType:
         """Build the table as it stands."""
@@ -104,12 +104,12 @@ class Display:
             table.add_column(title, justify="left" if title in ("arm", "") else "right", no_wrap=True)
         for arm in self.config.arms:
             now = sorted({epoch for (one, _), epoch in self.epoch.items() if one == arm})
-            accuracy = self.accuracy[arm].values()
+            scores = self.scores[arm].values()
             table.add_row(
                 arm,
                 f"{self.ended[arm]}/{self.total[arm]}",
                 f"{'-'.join(dict.fromkeys((str(now[0]), str(now[-1]))))}/{self.config.recipe.epochs}" if now else "",
-                self.config.metric.value(fmean(accuracy)) if accuracy else "",
+                self.config.metric.value(fmean(scores)) if scores else "",
                 self.state[arm],
             )
         return table

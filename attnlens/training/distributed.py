@@ -35,9 +35,9 @@ class Spread:
             return [value]
         from torch import distributed
 
-        found: list[Any] = [None] * self.world
-        distributed.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        distributed.all_gather_object(values, value)
+        return values
 
 
 @contextmanager

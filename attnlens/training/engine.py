@@ -4,7 +4,7 @@ All trained weights of a stack lie in one buffer ``[model, value]``, weight matr
 views of it, gradients are gathered into a second buffer of the same layout, and AdamW sees two vectors a model: what
 decays and what does not. Clipping is then one norm a row, and a model's numbers never meet another's. What is not
 trained (fixed positions, frozen filters, running statistics) lies beside it, one tensor a name. How the networks of a
-stack are run is their family's (`families`).
+stack are run is the network's own affair (`networks`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnlens.training.config import Config
-from attnlens.training.families import PLAIN, Wiring, build, family_of
+from attnlens.training.networks.base import PLAIN, Wiring
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ State = Mapping[str, "Tensor"]
 
 
 class Stack:
-    """``models`` networks of one shape and wiring on one device, trained side by side.
+    """``models`` networks of the same sizes and wiring on one device, trained side by side.
 
     `load` puts weights in place and starts the optimizer and the schedule anew: one stack, compiled once, serves any
     number of runs. Nothing in `step` waits for the device. ``mode`` is that of `torch.compile`.
@@ -42,9 +42,9 @@ class Stack:
         from timm.optim import param_groups_weight_decay
 
         self.config, self.models, self.device = config, models, device
-        template = build(config.shape, 0, wiring)
+        template = config.network.build(0, wiring)
         if config.freeze_filters:
-            from attnlens.filters import filter_parameters
+            from attnlens.layouts.depthwise import filter_parameters
 
             for name in filter_parameters(template):
                 template.get_parameter(name).requires_grad_(False)
@@ -73,7 +73,7 @@ class Stack:
             stop = start + sizes[name].numel()
             self.weights[name] = self.buffer[:, start:stop].unflatten(1, sizes[name]).requires_grad_()
             start = stop
-        self.forward = family_of(config.shape).forward(template, wiring, config, models, device)
+        self.forward = config.network.forward(template, wiring, config.moments, models, device)
         self.loss_sum = torch.zeros(models, device=device)
         self._losses: Any = torch.compile(self._losses_of, mode=mode) if config.compiled else self._losses_of
         self.updates = 0
@@ -108,14 +108,14 @@ class Stack:
         self.loss_sum.zero_()
         self.updates = 0
 
-    def step(self, images: Tensor, labels: Tensor, where: Tensor) -> None:
-        """Train every model on its batch: ``images [set, item, ...]`` uint8, ``where [model]`` its set."""
+    def step(self, inputs: Tensor, targets: Tensor, where: Tensor) -> None:
+        """Train every model on its batch: ``inputs [set, item, ...]`` uint8, ``where [model]`` its set."""
         import torch
 
         with self._precision():
-            losses = self._losses(self.weights, images, labels, where)
-        found = torch.autograd.grad(losses.sum(), [self.weights[name] for name in self.trained])
-        torch.cat([part.flatten(1) for part in found], dim=1, out=self.gradient)
+            losses = self._losses(self.weights, inputs, targets, where)
+        gradients = torch.autograd.grad(losses.sum(), [self.weights[name] for name in self.trained])
+        torch.cat([part.flatten(1) for part in gradients], dim=1, out=self.gradient)
         norm = self.gradient.norm(dim=1, keepdim=True)
         self.gradient.mul_((self.config.recipe.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
@@ -123,12 +123,12 @@ class Stack:
         self.schedule.step_update(self.updates)
         self.loss_sum += losses.detach()
 
-    def _losses_of(self, weights: State, images: Tensor, labels: Tensor, where: Tensor) -> Tensor:
+    def _losses_of(self, weights: State, inputs: Tensor, targets: Tensor, where: Tensor) -> Tensor:
         """Return the mean cross-entropy of every model, ``[model]``."""
         from torch.nn.functional import cross_entropy
 
-        logits = self.forward(weights, images, where, training=True)
-        flat = cross_entropy(logits.flatten(0, -2), labels[where].flatten().long(), reduction="none")
+        logits = self.forward(weights, inputs, where, training=True)
+        flat = cross_entropy(logits.flatten(0, -2), targets[where].flatten().long(), reduction="none")
         return flat.view(self.models, -1).mean(1)
 
     def _precision(self) -> torch.autocast:
@@ -137,8 +137,8 @@ class Stack:
 
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
-        """Return accuracy and mean loss of every model on the same items, each of whose targets counts alike."""
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
+        """Return the share of targets guessed right and the mean loss of every model on the same items."""
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -146,20 +146,20 @@ class Stack:
         where = torch.zeros(self.models, dtype=torch.long, device=self.device)
         size = max(1, 2 * self.config.recipe.batch_size)
         with torch.inference_mode(), self._precision():
-            for start in range(0, len(labels), size):
-                answer = labels[start : start + size].flatten().long()
-                found = self.forward(self.weights, images[None, start : start + size], where, training=False)
-                logits = found.flatten(1, -2)
+            for start in range(0, len(targets), size):
+                answer = targets[start : start + size].flatten().long()
+                batch = inputs[None, start : start + size]
+                logits = self.forward(self.weights, batch, where, training=False).flatten(1, -2)
                 correct += (logits.argmax(-1) == answer).sum(1)
                 expected = answer.expand(self.models, -1).flatten()
                 loss += cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(self.models, -1).sum(1)
-        return (correct.double() / labels.numel()).tolist(), (loss.double() / labels.numel()).tolist()
+        return (correct.double() / targets.numel()).tolist(), (loss.double() / targets.numel()).tolist()
 
     def take_losses(self, steps: int) -> list[float]:
         """Return every model's mean training loss since the last call; waits for the device."""
-        found = (self.loss_sum.double() / max(steps, 1)).tolist()
+        means = (self.loss_sum.double() / max(steps, 1)).tolist()
         self.loss_sum.zero_()
-        return found
+        return means
 
     def state(self, model: int) -> dict[str, Tensor]:
         """Return a copy of one model's weights and buffers on the CPU, under the names its module has."""

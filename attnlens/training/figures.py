@@ -37,11 +37,11 @@ def draw_curves(summary: Summary) -> Figure:
         heading.write(figure)
         axes = style.add_axes(figure, 70, heading.height + 10, 480, 350)
         axes.axhline(scale * target, color=style.RULE, linewidth=0.8, linestyle="--", zorder=0)
-        for place, (arm, curves) in enumerate(summary.curves.items()):
+        for index, (arm, curves) in enumerate(summary.curves.items()):
             epochs, values = curve_matrix(list(curves.values()))
             if not len(epochs):
                 continue
-            how = line_style(place)
+            how = line_style(index)
             axes.fill_between(
                 epochs,
                 scale * np.nanmin(values, 0),
@@ -84,8 +84,8 @@ def draw_structure(summary: Summary, pretrained: Structure | None, source: str, 
         figure = style.new_figure(WIDTH, top + 620 + 20 * (len(summary.structure) // 4))
         heading.write(figure)
         panels = {}
-        for place, (name, label) in enumerate(QUANTITIES.items()):
-            left, row = 70 + 435 * (place % 2), place // 2
+        for index, (name, label) in enumerate(QUANTITIES.items()):
+            left, row = 70 + 435 * (index % 2), index // 2
             axes = style.add_axes(figure, left, top + 260 * row + 20, 350, 195)
             axes.set_title(label, loc="left")
             _draw_quantity(axes, summary, pretrained, name, fold)
@@ -93,7 +93,7 @@ def draw_structure(summary: Summary, pretrained: Structure | None, source: str, 
                 axes.set_xlabel("epoch")
             panels[name] = axes
         arms = list(summary.structure)
-        handles = [Line2D([], [], linewidth=1.3, label=arm, **line_style(place)) for place, arm in enumerate(arms)]
+        handles = [Line2D([], [], linewidth=1.3, label=arm, **line_style(index)) for index, arm in enumerate(arms)]
         if pretrained is not None:
             handles.append(
                 Line2D([], [], color=style.FAINT, linewidth=2, linestyle=(0, (1, 2)), label=f"{source}, pre-trained")
@@ -107,15 +107,15 @@ def _draw_quantity(axes: Axes, summary: Summary, pretrained: Structure | None, n
         axes.axhline(
             float(np.mean(pretrained[fold][name])), color=style.FAINT, linewidth=2, linestyle=(0, (1, 2)), zorder=5
         )
-    for place, by_seed in enumerate(summary.structure.values()):
+    for index, by_seed in enumerate(summary.structure.values()):
         curves = [
-            [(float(epoch), float(np.mean(found[fold][name]))) for epoch, found in lines if found[fold][name]]
+            [(float(epoch), float(np.mean(fits[fold][name]))) for epoch, fits in lines if fits[fold][name]]
             for lines in by_seed.values()
         ]
         epochs, values = curve_matrix([curve for curve in curves if curve])
         if not len(epochs):
             continue
-        how = line_style(place)
+        how = line_style(index)
         axes.fill_between(
             epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=how["color"], alpha=0.15, linewidth=0
         )
@@ -130,8 +130,8 @@ def _epoch_axis(axes: Axes, summary: Summary) -> None:
 
 def has_structure(summary: Summary) -> bool:
     """Whether any run's products were measured: a network without attention has none."""
-    measured = [found for by_seed in summary.structure.values() for lines in by_seed.values() for _, found in lines]
-    return any(values for found in measured for fold in found.values() for values in fold.values())
+    measured = [fits for by_seed in summary.structure.values() for lines in by_seed.values() for _, fits in lines]
+    return any(values for fits in measured for fold in fits.values() for values in fold.values())
 
 
 def _title(summary: Summary) -> str:

@@ -23,6 +23,8 @@ class Metric:
     worse: str
     unit: str
     """Of a difference."""
+    nats: float | None = None
+    """Nats of one, where it is the test loss in another unit; None where it is the share of targets guessed right."""
 
     @property
     def scale(self) -> float:
@@ -73,5 +75,6 @@ BITS_PER_BYTE = Metric(
     "better at predicting",
     "worse at predicting",
     "bits per byte",
+    math.log(2),
 )
 """Mean -log2 of the probability given to the byte that came: the test loss in nats over ln 2. Lower is better."""

@@ -2,120 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
-from attnlens.training.arms import CONTROLS, DEFAULT_ARMS, initial_state
-from attnlens.training.config import AUGMENTATIONS, Augmentation, Config, Recipe, TextData, check_config, check_shape
-from attnlens.training.data.images import Images, load_dataset
-from attnlens.training.data.text import PREFIX, Text, load_text
-from attnlens.training.families import build
-from attnlens.training.presets import TEXT, chosen, eval_every, preset_of
-from attnlens.training.shapes import AnyShape, ConvMixerShape, GptShape, Shape
-from attnlens.training.source import Scratch, Source, is_scratch
-from attnlens.training.starts import BASELINE, MATCHED, PRETRAINED, WIRINGS, start_of
+from attnlens.training.arms import WIRINGS, default_contrasts, initial_state, start_of
+from attnlens.training.config import AUGMENTATIONS, Augmentation, Config, Recipe, TextData, check_config
+from attnlens.training.data.images import load_dataset
+from attnlens.training.data.on_device import Dataset
+from attnlens.training.data.text import PREFIX, load_text
+from attnlens.training.networks.base import Network
+from attnlens.training.networks.registry import network_named
+from attnlens.training.networks.vit import ViT
+from attnlens.training.source import Source
 from attnlens.training.store import stored_config
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_LANGUAGE_MODEL = "gpt-tiny"
+
+def _images(epochs: int, batch_size: int, target: float, augment: Augmentation, patch_size: int) -> dict[str, Any]:
+    recipe = {"epochs": epochs, "batch_size": batch_size, "lr": 1e-3, "target": target, "augment": augment}
+    return {**recipe, "patch_size": patch_size, "train_images": None, "test_images": None}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": _images(12, 50, 0.6, "none", 2),
+    "cifar10": _images(100, 512, 0.8, "flip-randaugment", 4),
+    "cifar100": _images(100, 512, 0.5, "flip-randaugment", 4),
+    "images": _images(100, 512, 0.8, "flip-randaugment", 4),
+    "large images": _images(100, 512, 0.8, "flip-randaugment", 16),
+    "text": {
+        "epochs": 20,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "target": 3.0,
+        "context": 128,
+        "train_images": 1600,
+        "test_images": None,
+    },
+}
+"""What a data set is trained with when nothing else is asked for: by its name, else by `Dataset.preset`.
+
+Of a text ``train_images`` are the windows an epoch draws, and ``target`` is in bits per byte.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a comparison may be told; None takes the data set's preset (`presets`) or what the source model gives.
+    """What decides the numbers of a comparison, as `attnlens.train_compare` is told it.
 
-    Of a text, ``train_images`` are the windows an epoch draws and ``test_images`` those it is tested on.
+    None takes the data set's preset or what the source model gives.
     """
 
-    dataset: str = "digits"
-    data_dir: Path | None = None
-    model: str | None = None
-    checkpoint: Path | None = None
-    params: Path | None = None
-    arms: Sequence[str] | None = None
-    contrasts: Sequence[tuple[str, str]] | None = None
-    seeds: int = 6
-    data_seed: int = 0
-    init_seed: int = 0
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float = 0.05
-    augment: Augmentation | None = None
-    patch_size: int | None = None
-    image_size: int | None = None
-    context: int | None = None
-    train_images: int | None = None
-    test_images: int | None = None
-    target: float | None = None
-    eval_every: int | None = None
-    tune_lr: Sequence[float] = ()
-    tune_seeds: int = 2
-    device: str = "auto"
-    freeze_filters: bool = False
-    stack: int | None = None
-    compiled: bool | None = None
+    dataset: str
+    data_dir: Path | None
+    model: str | None
+    checkpoint: Path | None
+    params: Path | None
+    arms: Sequence[str] | None
+    contrasts: Sequence[tuple[str, str]] | None
+    seeds: int
+    data_seed: int
+    init_seed: int
+    epochs: int | None
+    batch_size: int | None
+    lr: float | None
+    weight_decay: float
+    augment: Augmentation | None
+    patch_size: int | None
+    image_size: int | None
+    context: int | None
+    train_images: int | None
+    test_images: int | None
+    target: float | None
+    eval_every: int | None
+    tune_lr: Sequence[float]
+    tune_seeds: int
+    device: str
+    freeze_filters: bool
+    stack: int | None
+    compiled: bool | None
 
 
-def load_data(options: Options, cache: Path | None) -> Images | Text:
+def load_data(options: Options, cache: Path | None) -> Dataset:
     """Load what ``--dataset`` names. Raises `DatasetError`, `UsageError`."""
     if options.dataset.startswith(PREFIX):
         return load_text(options.dataset, data_dir=options.data_dir)
-    found = load_dataset(options.dataset, data_dir=options.data_dir, image_size=options.image_size, cache=cache)
-    return found.limited(options.train_images, options.test_images)
+    return load_dataset(options.dataset, data_dir=options.data_dir, image_size=options.image_size, cache=cache)
 
 
-def find_source(options: Options) -> Source | Scratch:
+def find_source(options: Options, data: Dataset) -> Source:
     """Open the pre-trained model, or look up a network that has none, and check that it reads the data.
 
-    Raises `UsageError` and what `Source.of` and `Scratch.of` raise.
+    Raises `UsageError` and what `Source.of` raises.
     """
-    text = options.dataset.startswith(PREFIX)
     name = options.model
-    if text and name is None and options.checkpoint is None:
-        name = DEFAULT_LANGUAGE_MODEL
-    if not is_scratch(name):
-        if text:
-            raise UsageError(f"--dataset {options.dataset} is text: name a language model, as in --model gpt-tiny")
-        return Source.of(name, options.checkpoint, options.params)
-    assert name is not None
-    if options.checkpoint is not None:
+    if name is None and options.checkpoint is None:
+        name = data.default_model
+    network = network_named(name)
+    if network is None and data.kind != ViT.reads:
+        raise UsageError(
+            f"--dataset {options.dataset} {data.holds}: name a language model, as in --model {data.default_model}"
+        )
+    if network is not None and options.checkpoint is not None:
         raise UsageError(f"--checkpoint: {name} is trained from drawn weights alone. Leave one of the two out")
-    found = Scratch.of(name, options.params)
-    if text != found.reads_text:
-        what = "bytes: name a text, as in --dataset text:FILE" if found.reads_text else "images: name another --dataset"
-        raise UsageError(f"--model {name} reads {what}")
-    return found
+    source = Source.of(name, options.checkpoint, options.params)
+    if source.network.reads != data.kind:
+        raise UsageError(f"--model {name} reads {source.network.needs}")
+    return source
 
 
 def settle(
-    options: Options, data: Images | Text, source: Source | Scratch, device: torch.device, output: Path, *, resume: bool
-) -> tuple[Config, Images | Text]:
+    options: Options, data: Dataset, source: Source, device: torch.device, output: Path, *, resume: bool
+) -> tuple[Config, Dataset]:
     """Settle every choice; return the configuration, and the data cut to it. Raises `UsageError`."""
-    for name in ("patch_size", "image_size", "augment"):
-        if isinstance(data, Text) and getattr(options, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} is about images, and {data.name} is text: leave it out")
-    if options.context is not None and not isinstance(data, Text):
-        raise UsageError(f"--context is about text, and {data.name} holds images: leave it out")
-    preset = TEXT if isinstance(data, Text) else preset_of(options.dataset, data.train.shape[-1])
-    settled = chosen(preset._asdict(), {name: getattr(options, name) for name in preset._fields})
-    shape = shape_of(source, data, settled)
-    check_shape(shape, data.name)
-    if isinstance(data, Text):
-        assert isinstance(shape, GptShape)
-        data = data.cut(shape.context, settled["train_images"], settled["test_images"])
-        counts = settled["train_images"], len(data.test_starts(shape.context))
-    else:
-        counts = len(data.train), len(data.test)
-    config = _config(options, data, counts, shape, settled, source, device)
+    for name, topic in data.foreign.items():
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is about {topic}, and {data.name} {data.holds}: leave it out")
+    preset = PRESETS.get(options.dataset) or PRESETS[data.preset]
+    given = {name: getattr(options, name) for name in preset}
+    chosen = preset | {name: value for name, value in given.items() if value is not None}
+    network = source.network(**{**source.sizes, **data.sizes(chosen)})
+    data = data.kept(chosen)
+    config = _config(options, data, network, chosen, source, device)
     check_config(config)
     _check_arms(config, source)
-    config = config.model_copy(update={"params_sha256": source.params_sha256(build(shape, 0))})
+    config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0))})
     if options.stack is None and device.type == "cuda":
         stored = (stored_config(output) or {}).get("stack") if resume else None
         from attnlens.training.stack_size import fastest_stack
@@ -124,110 +141,75 @@ def settle(
     return config, data
 
 
-def shape_of(source: Source | Scratch, data: Images | Text, settled: dict[str, Any]) -> AnyShape:
-    """Return the network's sizes: widths and depth from the source, the rest from the data."""
-    if isinstance(data, Text):
-        assert isinstance(source, Scratch)
-        return GptShape(**{**source.sizes, "context": settled["context"]})
-    outside = {
-        "image_size": data.train.shape[-1],
-        "patch_size": settled["patch_size"],
-        "channels": data.train.shape[1],
-        "classes": len(data.classes),
-    }
-    if isinstance(source, Scratch):
-        return ConvMixerShape(**outside, **source.sizes)
-    return Shape(
-        **outside,
-        embed_dim=source.embed_dim,
-        depth=source.depth,
-        num_heads=source.num_heads,
-        mlp_ratio=source.mlp_ratio,
-    )
-
-
 def _config(
     options: Options,
-    data: Images | Text,
-    counts: tuple[int, int],
-    shape: AnyShape,
-    settled: dict[str, Any],
-    source: Source | Scratch,
+    data: Dataset,
+    network: Network,
+    chosen: Mapping[str, Any],
+    source: Source,
     device: torch.device,
 ) -> Config:
-    augment = settled.get("augment", "none")
+    augment = chosen.get("augment", "none")
     if augment not in AUGMENTATIONS:
         raise UsageError(f"--augment {augment} is not known: choose from {', '.join(AUGMENTATIONS)}")
-    asked = options.arms
-    if asked is None:
-        asked = source.default_arms() if isinstance(source, Scratch) else DEFAULT_ARMS
-    arms = list(dict.fromkeys(asked))
+    arms = list(dict.fromkeys(options.arms if options.arms is not None else network.default_arms))
     starts = {arm: start_of(arm, source).describe() for arm in arms}
-    if isinstance(shape, Shape):  # arms of the plain ViT need no words that its first comparisons did not have
+    if source.opened is not None:  # its arms need no words that the first comparisons did not have
         starts = {arm: start for arm, start in starts.items() if arm in WIRINGS}
-    declared = options.contrasts if options.contrasts is not None else default_contrasts(arms, source)
-    mean, std = data.moments() if isinstance(data, Images) else ([], [])
+    facts, counts, (mean, std) = data.text_facts(), data.counts(chosen), data.moments()
     cuda = device.type == "cuda"
     return Config(
         dataset=data.name,
         data_sha256=data.sha256(),
-        train_images=counts[0],
-        test_images=counts[1],
+        train_items=counts[0],
+        test_items=counts[1],
         mean=mean,
         std=std,
         source=source.record(),
         params_sha256="",
-        shape=shape,
+        network=network,
         recipe=Recipe(
-            epochs=settled["epochs"],
-            batch_size=settled["batch_size"],
-            lr=settled["lr"],
+            epochs=chosen["epochs"],
+            batch_size=chosen["batch_size"],
+            lr=chosen["lr"],
             weight_decay=options.weight_decay,
             augment=augment,
         ),
         arms=arms,
-        contrasts=list(declared),
+        contrasts=list(options.contrasts if options.contrasts is not None else default_contrasts(arms, source)),
         seeds=options.seeds,
         data_seed=options.data_seed,
         init_seed=options.init_seed,
-        target=settled["target"],
-        eval_every=options.eval_every or eval_every(settled["epochs"], *counts),
+        target=chosen["target"],
+        eval_every=options.eval_every or eval_every(chosen["epochs"], *counts),
         lr_grid=sorted(set(options.tune_lr)),
         tune_seeds=options.tune_seeds,
         device="cuda" if cuda else "cpu",
         precision="bfloat16" if cuda else "float32",
         compiled=cuda if options.compiled is None else options.compiled,
         stack=options.stack or 1,
-        text=_text_data(data) if isinstance(data, Text) else None,
+        text=TextData(**facts) if facts else None,
         freeze_filters=options.freeze_filters,
         starts=starts,
     )
 
 
-def _text_data(data: Text) -> TextData:
-    return TextData(files=data.files, train_bytes=len(data.train), test_bytes=len(data.test), split=data.split)
+def eval_every(epochs: int, train_items: int, test_items: int) -> int:
+    """Return the epochs between measurements: some twenty in all, and no more than a tenth of the training's cost.
+
+    A forward pass costs a third of a training step.
+    """
+    return max(1, epochs // 20, math.ceil(10 * test_items / (3 * train_items)))
 
 
-def _check_arms(config: Config, source: Source | Scratch) -> None:
+def _check_arms(config: Config, source: Source) -> None:
     """Let what cannot start fail now, not in an hour. Raises what building and initialising raise."""
     if config.freeze_filters:
-        from attnlens.filters import filter_parameters
+        from attnlens.layouts.depthwise import filter_parameters
 
-        if not filter_parameters(build(config.shape, 0)):
+        if not filter_parameters(config.network.build(0)):
             raise UsageError("--freeze-filters: the network has no depthwise filters. Name another --model")
-    risky = (PRETRAINED, "pretrained-attention", *WIRINGS)
+    risky = ("pretrained", "pretrained-attention", *WIRINGS)
     for arm in config.arms:
-        if arm in risky or isinstance(source, Scratch):
-            initial_state(arm, 0, config.shape, source)
-
-
-def default_contrasts(arms: Sequence[str], source: Source | Scratch | None = None) -> list[tuple[str, str]]:
-    """Return each arm against the default, and what has a control of its own scale against that."""
-    found = [(arm, BASELINE) for arm in arms if arm != BASELINE and BASELINE in arms]
-    controls = CONTROLS | ({source.scale()["of"]: MATCHED} if isinstance(source, Scratch) else {})
-    found += [(arm, control) for arm, control in controls.items() if arm in arms and control in arms]
-    if "mimetic" in arms and MATCHED in arms and CONTROLS["mimetic"] not in arms and ("mimetic", MATCHED) not in found:
-        found.append(("mimetic", MATCHED))
-    if {"mimetic", "mimetic-positive"} <= set(arms):
-        found.append(("mimetic", "mimetic-positive"))
-    return found
+        if arm in risky or source.opened is None:
+            initial_state(arm, 0, config.network, source)

@@ -134,21 +134,21 @@ def restorable(
     return [check_records(lines, config, where) if lines else [] for lines in records]
 
 
-def _same_form(found: Any, like: Any) -> bool:
+def _same_form(stored: Any, like: Any) -> bool:
     """Whether two snapshots have the same names, lengths, types and shapes; what the optimizer has gathered is free."""
     import torch
 
     if isinstance(like, torch.Tensor):
-        return isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
+        return isinstance(stored, torch.Tensor) and (stored.shape, stored.dtype) == (like.shape, like.dtype)
     if isinstance(like, dict):
-        if not isinstance(found, dict) or set(found) != set(like):
+        if not isinstance(stored, dict) or set(stored) != set(like):
             return False
-        return all(name == "state" or _same_form(found[name], value) for name, value in like.items())
+        return all(name == "state" or _same_form(stored[name], value) for name, value in like.items())
     if isinstance(like, list | tuple):
-        fits = isinstance(found, list | tuple) and len(found) == len(like)
-        return fits and all(_same_form(one, other) for one, other in zip(found, like, strict=True))
-    numbers = isinstance(like, int | float) and isinstance(found, int | float) and not isinstance(like, bool)
-    return numbers or type(found) is type(like)
+        fits = isinstance(stored, list | tuple) and len(stored) == len(like)
+        return fits and all(_same_form(one, other) for one, other in zip(stored, like, strict=True))
+    numbers = isinstance(like, int | float) and isinstance(stored, int | float) and not isinstance(like, bool)
+    return numbers or type(stored) is type(like)
 
 
 def check_gathered(state: Mapping[str, Any], optimizer: Optimizer, where: str) -> None:
@@ -159,21 +159,20 @@ def check_gathered(state: Mapping[str, Any], optimizer: Optimizer, where: str) -
     gathered = state["optimizer"]["state"]
     plain = isinstance(gathered, dict) and all(isinstance(values, dict) for values in gathered.values())
     if not plain or any(
-        not (isinstance(place, int) and 0 <= place < len(shapes))
+        not (isinstance(index, int) and 0 <= index < len(shapes))
         or set(values) != {"step", "exp_avg", "exp_avg_sq"}
         or not all(isinstance(value, torch.Tensor) for value in values.values())
         or values["step"].numel() != 1
-        or {values["exp_avg"].shape, values["exp_avg_sq"].shape} != {shapes[place]}
-        for place, values in gathered.items()
+        or {values["exp_avg"].shape, values["exp_avg_sq"].shape} != {shapes[index]}
+        for index, values in gathered.items()
     ):
         raise ResumeError(f"{where} holds an optimizer of another form: delete it to train that run again")
 
 
 def check_links(folder: Path) -> None:
     """Refuse a results folder with a link that leaves it: its files are read and written."""
-    parts = (folder, *(folder / name for name in PARTS))
-    for place in parts:
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
+    for part in (folder, *(folder / name for name in PARTS)):
+        for path in sorted(part.iterdir()) if part.is_dir() else ():
             if path.is_symlink():
                 within(folder, path, ResumeError)
 

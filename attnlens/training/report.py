@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from attnlens.training.arms import CONTROLS
+from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
 from attnlens.training.config import AUGMENTATIONS, Config
-from attnlens.training.families import family_of
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.results import Summary
-from attnlens.training.shapes import ConvMixerShape, GptShape, Shape
-from attnlens.training.starts import BASELINE, PRETRAINED
 from attnlens.training.statistics import LEVEL, SCREENING_BELOW, Contrast, EpochsTo, GapClosed, Mean
 
 _ALPHA = 1 - LEVEL
@@ -72,14 +69,11 @@ def conclusion(contrast: Contrast, family: int, metric: Metric = ACCURACY, role:
 
 
 def _role(contrast: Contrast, config: Config) -> str:
-    matched = config.starts.get(contrast.other, "").startswith(f"norm-matched of={contrast.arm}")
-    if isinstance(config.shape, Shape):
-        matched = CONTROLS.get(contrast.arm) == contrast.other
-    if matched and isinstance(config.shape, ConvMixerShape):
-        return " (same norm of every filter, random directions: what the covariance adds to the scale)"
-    if matched:
-        return " (same singular values, random directions: what the structure adds to the scale)"
-    return ""
+    start = config.starts.get(contrast.other)  # not told of the arms a pre-trained model had from the first
+    matched = (
+        start.startswith(f"norm-matched of={contrast.arm}") if start else CONTROLS.get(contrast.arm) == contrast.other
+    )
+    return f" ({config.network.control_keeps})" if matched else ""
 
 
 def _frozen(config: Config) -> str:
@@ -158,9 +152,9 @@ def _gaps(gaps: Sequence[GapClosed]) -> str:
     )
 
 
-def _epochs(found: Sequence[EpochsTo], every: int) -> str:
+def _epochs(arms: Sequence[EpochsTo], every: int) -> str:
     rows = []
-    for one in found:
+    for one in arms:
         median = "not reached by half of the seeds" if one.median is None else f"{one.median:g}"
         rows.append([one.arm, f"{one.reached} of {len(one.by_seed)}", median])
     return (
@@ -180,14 +174,14 @@ def _tuning(tuning: LrTable, chosen: Mapping[str, float], config: Config) -> str
     return (
         f"{_table(['arm', *(f'{lr:g}' for lr in grid), 'chosen'], rows)}\n\n"
         f"{config.metric.title.removeprefix('test ').capitalize()} on a tenth of the training "
-        f"{'text' if config.text else 'images'}, held out for this, with seeds that are used for nothing else."
+        f"{config.network.reads}, held out for this, with seeds that are used for nothing else."
     )
 
 
 def _conditions(summary: Summary) -> str:
     config, recipe = summary.config, summary.config.recipe
     source = ", ".join(f"{key} {value}" for key, value in config.source.items() if value is not None)
-    if not isinstance(config.shape, Shape):
+    if config.network.prefix:
         source = f"none ({source}): every arm starts from drawn weights"
     decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
     lr = "chosen per arm" if config.lr_grid else f"{recipe.lr:g}"
@@ -195,11 +189,11 @@ def _conditions(summary: Summary) -> str:
     rows = [
         ["data", _data(config)],
         ["data sha256", config.data_sha256],
-        ["network", f"{family_of(config.shape).describe()}{_frozen(config)}"],
+        ["network", f"{config.network.describe()}{_frozen(config)}"],
         ["pre-trained source", source],
         ["training", f"AdamW, lr {lr}, {decay}, {warmup}, batch {recipe.batch_size}"],
         ["augmentation", AUGMENTATIONS[recipe.augment]],
-        ["epochs", f"{recipe.epochs}, of which {_effective(config):.2f} effective; the last one counts"],
+        ["epochs", f"{recipe.epochs}, of which {config.passes:.2f} effective; the last one counts"],
         ["pairing", _pairing(summary)],
         ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],
         ["engine", f"{config.precision}, {'compiled' if config.compiled else 'eager'}, stacks of {config.stack}"],
@@ -216,20 +210,12 @@ def _conditions(summary: Summary) -> str:
 def _data(config: Config) -> str:
     text = config.text
     if text is None:
-        return f"{config.dataset}: {config.train_images} training and {config.test_images} test images"
+        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images"
     return (
         f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of {text.files} "
-        f"file{'s' * (text.files > 1)}, {text.split}; {config.train_images} windows an epoch, drawn with replacement, "
-        f"and {config.test_images} test windows side by side"
+        f"file{'s' * (text.files > 1)}, {text.split}; {config.train_items} windows an epoch, drawn with replacement, "
+        f"and {config.test_items} test windows side by side"
     )
-
-
-def _effective(config: Config) -> float:
-    """Return how many times the training data was seen."""
-    items = config.steps * config.recipe.batch_size * config.recipe.epochs
-    if config.text is None or not isinstance(config.shape, GptShape):
-        return items / config.train_images
-    return items * config.shape.context / config.text.train_bytes
 
 
 def _pairing(summary: Summary) -> str:
@@ -246,11 +232,8 @@ def _limits(summary: Summary) -> str:
     lines = [
         "One data set, one network size, one recipe, one horizon: another choice may order the arms differently.",
         f"The intervals cover {covered}, not over test {config.items}.",
+        config.network.limits,
     ]
-    if config.text is None:
-        lines.append("Accuracies on these images, decoded as hashed above, stand beside no published number.")
-    else:
-        lines.append("The first bytes of a window have next to no context: other windows give other bits per byte.")
     if config.freeze_filters:
         lines.append("Depthwise filters got no update in any arm: nothing here is about networks that train them.")
     if not config.lr_grid:

@@ -1,9 +1,7 @@
-"""From records to a summary: accuracies by arm and seed, checked pairing, every statistic, JSON and CSV."""
+"""From records to a summary: scores by arm and seed, checked pairing, every statistic, tables and JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from attnlens.errors import AttnlensError
+from attnlens.statistics.table import StatsTable, Value
+from attnlens.training.arms import BASELINE, PRETRAINED
 from attnlens.training.config import Config
 from attnlens.training.metrics import Metric
-from attnlens.training.starts import BASELINE, PRETRAINED
 from attnlens.training.statistics import (
     SCREENING_BELOW,
     Contrast,
@@ -107,24 +106,50 @@ class Summary:
         }
         return _finite(data)
 
-    def to_csv(self) -> str:
-        """Return a line an arm: its mean, its contrast with the default, gap closed and epochs to the target."""
+    def arm_table(self) -> StatsTable:
+        """Return a row an arm: its mean, its contrast with the default, gap closed and epochs to the target."""
         against = {c.arm: c for c in self.contrasts if c.other == BASELINE}
         gaps = {gap.arm: gap for gap in self.gaps}
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(columns(self.config.metric))
+        rows = []
         for (arm, mean), epochs in zip(self.means.items(), self.epochs, strict=True):
-            contrast, gap = against.get(arm), gaps.get(arm)
             row: list[Any] = [arm, mean.n, mean.mean, mean.sd, mean.low, mean.high, self.lrs.get(arm)]
-            row += [None] * 5
-            if contrast is not None:
+            contrast, gap = against.get(arm), gaps.get(arm)
+            if contrast is None:
+                row += [None] * 5
+            else:
                 difference = contrast.difference
-                row[7:] = [difference.mean, difference.low, difference.high, contrast.t_holm, contrast.sign_flip_p]
+                row += [difference.mean, difference.low, difference.high, contrast.t_holm, contrast.sign_flip_p]
             row += [gap.share, gap.low, gap.high] if gap is not None else [None] * 3
             row += [epochs.median, epochs.reached, sum(name == arm for name, _, _ in self.diverged)]
-            writer.writerow(["" if value is None or _odd(value) else value for value in row])
-        return buffer.getvalue()
+            rows.append(row)
+        return _table(columns(self.config.metric), rows)
+
+    def contrast_table(self) -> StatsTable:
+        """Return a row a declared contrast: arm minus other arm, over the seeds both finished."""
+        names = ("arm", "other", "n", "difference", "low", "high", "t_p", "t_holm", "sign_flip_p", "sign_flip_holm")
+        rows = []
+        for one in self.contrasts:
+            pairs = one.difference
+            values = [one.t_p, one.t_holm, one.sign_flip_p, one.sign_flip_holm]
+            rows.append([one.arm, one.other, pairs.n, pairs.mean, pairs.low, pairs.high, *values])
+        return _table(names, rows)
+
+    def run_table(self) -> StatsTable:
+        """Return a row a run that has ended: its last epoch and score; a run that diverged has none."""
+        epochs = self.config.recipe.epochs
+        rows = [
+            [arm, seed, self.lrs[arm], "finished", epochs, score]
+            for arm, scores in self.finished.items()
+            for seed, score in scores.items()
+        ]
+        rows += [[arm, seed, self.lrs[arm], "diverged", epoch, None] for arm, seed, epoch in self.diverged]
+        order = list(self.finished)
+        rows.sort(key=lambda row: (order.index(str(row[0])), row[1]))
+        return _table(("arm", "seed", "lr", "status", "epoch", self.config.metric.field), rows)
+
+    def to_csv(self) -> str:
+        """Return `arm_table` as CSV."""
+        return self.arm_table().to_csv()
 
 
 def summarise(config: Config, records: Mapping[str, Sequence[Record]]) -> Summary:
@@ -173,15 +198,15 @@ def check_pairing(runs: Sequence[Sequence[Record]]) -> dict[int, int]:
     for lines in runs:
         hashes = [value for line in lines for value in line["streams"]]
         seen.setdefault(lines[0]["seed"], []).append((lines[0]["arm"], hashes))
-    for seed, found in seen.items():
-        longest_arm, longest = max(found, key=lambda item: len(item[1]))
-        for arm, hashes in found:
+    for seed, arms in seen.items():
+        longest_arm, longest = max(arms, key=lambda item: len(item[1]))
+        for arm, hashes in arms:
             if hashes != longest[: len(hashes)]:
                 raise PairingError(
                     f"seed {seed}: {arm} and {longest_arm} were trained on different streams of data; delete the "
                     "runs/ of that seed and train them again with --resume"
                 )
-    return {seed: len(found) for seed, found in sorted(seen.items())}
+    return {seed: len(arms) for seed, arms in sorted(seen.items())}
 
 
 def results_lines(config: Config, records: Mapping[str, Sequence[Record]]) -> str:
@@ -191,6 +216,15 @@ def results_lines(config: Config, records: Mapping[str, Sequence[Record]]) -> st
         json.dumps({**common, "run": name, **record}) for name, lines in sorted(records.items()) for record in lines
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> StatsTable:
+    """Return a table in which what is not known, or has no bound, is NaN."""
+
+    def cell(value: Any) -> Value:
+        return math.nan if value is None or _odd(value) else value
+
+    return StatsTable(tuple(tuple(map(cell, row)) for row in rows), tuple(names))
 
 
 def _odd(value: Any) -> bool:

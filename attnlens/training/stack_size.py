@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from attnlens.training.config import Config
 from attnlens.training.engine import Stack
-from attnlens.training.families import build, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,24 +17,24 @@ _WARM, _TIMED = 3, 10
 def stack_rate(config: Config, models: int, device: torch.device) -> float:
     """Return items/s, summed over a stack's models, of a few training steps on random data; 0 when out of memory.
 
-    The network is the family's own, whatever arms are wired otherwise.
+    The network is the plain one, whatever arms are wired otherwise.
     """
     import torch
 
-    shape, batch = config.shape, config.recipe.batch_size
-    state = dict(build(shape, 0).state_dict())
-    random = family_of(shape).example(batch, torch.Generator().manual_seed(0))
-    images, labels = (part[None].to(device) for part in random)
+    network, batch = config.network, config.recipe.batch_size
+    state = dict(network.build(0).state_dict())
+    random = network.example(batch, torch.Generator().manual_seed(0))
+    inputs, targets = (part[None].to(device) for part in random)
     where = torch.zeros(models, dtype=torch.long, device=device)
     try:
         stack = Stack(config, models, device)
         stack.load([state] * models, [config.recipe.lr] * models, _WARM + _TIMED)
         for _ in range(_WARM):
-            stack.step(images, labels, where)
+            stack.step(inputs, targets, where)
         stack.take_losses(_WARM)  # waits for the device
         began = time.perf_counter()
         for _ in range(_TIMED):
-            stack.step(images, labels, where)
+            stack.step(inputs, targets, where)
         stack.take_losses(_TIMED)
     except torch.OutOfMemoryError:
         return 0.0

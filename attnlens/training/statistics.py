@@ -68,20 +68,20 @@ class Contrast:
 
 def contrasts(values: Values, declared: Sequence[tuple[str, str]]) -> list[Contrast]:
     """Return every declared contrast; Holm's correction runs over all of them, for either kind of p-value."""
-    found = [_contrast(values, arm, other) for arm, other in declared]
-    t_holm = corrected(np.array([one.t_p for one in found]))
-    flip_holm = corrected(np.array([one.sign_flip_p for one in found]))
+    every = [_contrast(values, arm, other) for arm, other in declared]
+    t_holm = corrected(np.array([one.t_p for one in every]))
+    flip_holm = corrected(np.array([one.sign_flip_p for one in every]))
     return [
         Contrast(**{**vars(one), "t_holm": float(t), "sign_flip_holm": float(flip)})
-        for one, t, flip in zip(found, t_holm, flip_holm, strict=True)
+        for one, t, flip in zip(every, t_holm, flip_holm, strict=True)
     ]
 
 
 def _contrast(values: Values, arm: str, other: str) -> Contrast:
     mine, theirs = values.get(arm, {}), values.get(other, {})
     seeds = tuple(sorted(mine.keys() & theirs.keys()))
-    found = [mine[seed] - theirs[seed] for seed in seeds]
-    return Contrast(arm, other, seeds, tuple(found), Mean.of(found), paired_t(found), sign_flip(found))
+    paired = [mine[seed] - theirs[seed] for seed in seeds]
+    return Contrast(arm, other, seeds, tuple(paired), Mean.of(paired), paired_t(paired), sign_flip(paired))
 
 
 def paired_t(differences: Sequence[float]) -> float:
@@ -147,7 +147,7 @@ def gap_closed(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
+        bootstrap = stats.bootstrap(
             (mine, base, best),
             share,
             paired=True,
@@ -157,7 +157,7 @@ def gap_closed(
             method="percentile",
             rng=np.random.default_rng(seed),
         )
-    interval = found.confidence_interval
+    interval = bootstrap.confidence_interval
     return GapClosed(arm, float(share(mine, base, best)), float(interval.low), float(interval.high), n)
 
 

@@ -65,13 +65,13 @@ class Store:
     def load_runs(self) -> dict[str, list[Record]]:
         """Return the records of every run that has ended, by name. Raises `ResumeError` for those of another config."""
         self._check_there()
-        found = {}
+        runs = {}
         for path in sorted((self.folder / "runs").glob("*.json")):
             data = parse_runs(path, self.folder)
             if data.get("config") != self.config.sha256():
                 raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
-            found[path.stem] = check_records(data["records"], self.config, str(path))
-        return found
+            runs[path.stem] = check_records(data["records"], self.config, str(path))
+        return runs
 
     def save_checkpoint(self, unit: str, state: Mapping[str, Any]) -> None:
         """Keep where a unit of work has got to."""

@@ -10,7 +10,7 @@ from attnlens.layouts import AttentionSpec, read_heads
 from attnlens.statistics.diagonal import fit_diagonal
 
 if TYPE_CHECKING:
-    from attnlens.training.source import Scratch, Source
+    from attnlens.training.source import Source
 
 FOLDS: tuple[Fold, ...] = ("raw", "effective")
 Structure = dict[str, dict[str, list[float]]]
@@ -21,7 +21,7 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
 
     A layer without a known norm in front, or without an output projection, is left out.
     """
-    found: Structure = {fold: {"qk_alpha": [], "qk_beta": [], "ov_alpha": [], "ov_beta": []} for fold in FOLDS}
+    fits: Structure = {fold: {"qk_alpha": [], "qk_beta": [], "ov_alpha": [], "ov_beta": []} for fold in FOLDS}
     for layer, spec in specs:
         weights = read_heads(spec, tensors, layer)
         if weights.W_O is None or "norm_unknown" in weights.leaves_out:
@@ -34,11 +34,11 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
                 ("ov_alpha", ov.alpha),
                 ("ov_beta", ov.beta),
             ):
-                found[fold][name].append(float(f"{float(value):.6g}"))
-    return found
+                fits[fold][name].append(float(f"{float(value):.6g}"))
+    return fits
 
 
-def source_structure(source: Source | Scratch) -> Structure | None:
+def source_structure(source: Source) -> Structure | None:
     """Measure the pre-trained model itself, where there is one."""
     if source.opened is None:
         return None

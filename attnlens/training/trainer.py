@@ -13,16 +13,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import AttnlensError
-from attnlens.training.arms import initial_state
+from attnlens.training.arms import initial_state, start_of
 from attnlens.training.config import TUNING_SEEDS, Config, Run
 from attnlens.training.data.on_device import Resident
 from attnlens.training.engine import Stack
-from attnlens.training.families import Wiring, build, family_of
-from attnlens.training.metrics import BITS_PER_BYTE
-from attnlens.training.network import ARCHITECTURE
+from attnlens.training.networks.base import Wiring
 from attnlens.training.record_schema import check_gathered, restorable
-from attnlens.training.source import Scratch, Source
-from attnlens.training.starts import start_of
+from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store
 from attnlens.training.structure import measure_structure
@@ -51,8 +48,8 @@ def units_of(runs: Sequence[Run], stack: int, kind: Callable[[Run], Hashable] = 
     for run in ordered:
         kinds.setdefault(kind(run), []).append(run)
     units = [tuple(alike[start : start + stack]) for alike in kinds.values() for start in range(0, len(alike), stack)]
-    places = {run: place for place, run in enumerate(ordered)}
-    return sorted(units, key=lambda unit: places[unit[0]])
+    position = {run: index for index, run in enumerate(ordered)}
+    return sorted(units, key=lambda unit: position[unit[0]])
 
 
 def unit_name(unit: Unit) -> str:
@@ -65,7 +62,7 @@ class Session:
     """What every unit of one phase shares."""
 
     config: Config
-    source: Source | Scratch
+    source: Source
     data: Resident
     device: torch.device
     store: Store
@@ -83,7 +80,7 @@ class Session:
         from attnlens.models.architecture import describe_module
 
         wirings = dict.fromkeys(self.wiring(arm) for arm in self.config.arms)
-        self.specs = {one: describe_module(build(self.config.shape, 0, one)).indexed() for one in wirings}
+        self.specs = {one: describe_module(self.config.network.build(0, one)).indexed() for one in wirings}
 
     @property
     def steps(self) -> int:
@@ -191,7 +188,7 @@ class _Training:
         self.records: list[list[Record]] = [[] for _ in unit]
         self.streams: dict[int, list[str]] = {seed: [] for seed in self.data_seeds}
         states = [
-            initial_state(run.arm, init, config.shape, session.source)
+            initial_state(run.arm, init, config.network, session.source)
             for run, (_, init) in zip(unit, seeds, strict=True)
         ]
         self.stack.load(states, [run.lr for run in unit], config.recipe.epochs * session.steps)
@@ -258,7 +255,7 @@ class _Training:
     def _record(self, epoch: int, losses: Sequence[float]) -> None:
         """Measure every model that has not diverged, and note it."""
         session, config = self.session, self.session.config
-        accuracies, test_losses = self.stack.evaluate(session.data.test, session.data.test_labels)
+        accuracies, test_losses = self.stack.evaluate(session.data.test_inputs, session.data.test_targets)
         for number, run in enumerate(self.unit):
             if self._diverged(self.records[number]):
                 continue
@@ -273,8 +270,8 @@ class _Training:
                 "effective_epochs": items / session.data.whole,
                 "structure": measure_structure(session.specs[self.wiring], tensors),
             }
-            if config.metric is BITS_PER_BYTE:
-                record["bits_per_byte"] = _finite(test_losses[number] / math.log(2))
+            if config.metric.nats is not None:
+                record[config.metric.field] = _finite(test_losses[number] / config.metric.nats)
             if config.metric.of(record) is None:
                 record = {"status": "diverged"}
             self.records[number].append(self._line(run, number, epoch) | record)
@@ -308,11 +305,9 @@ class _Training:
         return bool(records) and records[-1]["status"] == "diverged"
 
     def _tell(self, losses: Sequence[float]) -> None:
-        images = len(self.unit) * self.session.steps * self.session.config.recipe.batch_size
+        items = len(self.unit) * self.session.steps * self.session.config.recipe.batch_size
         latest = [self.session.config.metric.of(records[-1]) for records in self.records]
-        self.session.listen(
-            self.unit, {"epoch": self.epoch, "images": images, "losses": list(losses), "accuracies": latest}
-        )
+        self.session.listen(self.unit, {"epoch": self.epoch, "items": items, "losses": list(losses), "scores": latest})
 
     def _save(self) -> None:
         self.session.store.save_checkpoint(
@@ -342,9 +337,10 @@ class _Training:
     def _finish(self) -> None:
         session = self.session
         if session.save_weights:
-            metadata = family_of(session.config.shape).exported()
+            network = session.config.network
+            metadata = network.exported()
             if wired := self.wiring.describe():
-                metadata = {"network": f"{metadata.get('network', ARCHITECTURE)}, {wired}"}
+                metadata = {"network": f"{network.module}, {wired}"}
             for number, run in enumerate(self.unit):
                 if not self._diverged(self.records[number]):
                     session.store.save_weights(run, self.stack.state(number), metadata)

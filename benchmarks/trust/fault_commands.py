@@ -9,13 +9,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from attnlens.training.config import Shape
-from attnlens.training.network import ARCHITECTURE, build_network, model_args
+from attnlens.training.networks.vit import ARCHITECTURE, ViT
 from benchmarks.trust.fault_checks import content_hash, contents, half_files, leftovers, states, told_apart
 from benchmarks.trust.fault_runs import Child, Ended, Process, at_step
 
 FIGURES = ["--dpi", "40"]
-SHAPE = Shape(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0)
+SHAPE = ViT(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0)
 
 
 @dataclass
@@ -43,7 +42,9 @@ def simple_commands(work: Path) -> list[Command]:
         return Command(name, [name, *fixed, *old], [name, *fixed, *new])
 
     raw, effective = ["--fold", "raw"], ["--fold", "effective"]
-    drawn = [item for pair in model_args(SHAPE).items() for item in ("--model-arg", f"{pair[0]}={json.dumps(pair[1])}")]
+    drawn = [
+        item for pair in SHAPE.model_args().items() for item in ("--model-arg", f"{pair[0]}={json.dumps(pair[1])}")
+    ]
     return [
         both("inspect", [str(source), "-o", "made", *FIGURES], raw, effective),
         both("fit-params", [str(source), "-o", "params.json", "--figures", "made", *FIGURES], raw, effective),
@@ -139,10 +140,10 @@ def small_source(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(1)
     state = {
         name: (value + 0.1 * torch.randn(value.shape, generator=generator)).contiguous()
-        for name, value in build_network(SHAPE, 5).state_dict().items()
+        for name, value in SHAPE.build(5).state_dict().items()
     }
     path = folder / "source.safetensors"
-    save_file(state, path, {"architecture": ARCHITECTURE, "model_args": json.dumps(model_args(SHAPE))})
+    save_file(state, path, SHAPE.exported())
     return path
 
 

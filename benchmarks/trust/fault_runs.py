@@ -43,11 +43,18 @@ class Ended:
 def warm() -> None:
     """Import everything the commands import, once: a forked child then starts in milliseconds."""
     import matplotlib.backends.backend_agg  # noqa: F401
+    import rich.console
+    import rich.measure
+    import rich.table  # noqa: F401
     import timm  # noqa: F401
     import torch
 
-    commands = ("cli.app", "cli.fitting", "cli.initialising", "cli.inspecting", "cli.training")
-    for name in (*commands, "fit.figures", "training.figures"):
+    from attnlens.cli.app import COMMANDS, load_command
+
+    for name in COMMANDS:
+        load_command(name)
+    used = ("fit.comparison", "fit.fit_params", "inits", "inspection", "training.comparison")
+    for name in (*used, "fit.figures", "training.figures"):
         import_module(f"attnlens.{name}")
 
     torch.set_num_threads(1)

@@ -14,19 +14,20 @@ from rich.console import Console
 from attnlens import inspect
 from attnlens.checkpoints import open_checkpoint
 from attnlens.cli.console import note, write_stdout
-from attnlens.cli.filters import filter_table
-from attnlens.cli.fitting import fit_tables
-from attnlens.cli.inspecting import caveats
-from attnlens.cli.terminal import layer_table
+from attnlens.cli.filter_tables import filter_table
+from attnlens.cli.fit_params import fit_tables
+from attnlens.cli.inspect import caveats
+from attnlens.cli.tables import layer_table
 from attnlens.errors import AttnlensError
 from attnlens.fit.params import InitParams
 from attnlens.models.architecture import describe_architecture
 from attnlens.reports.training import read_training
-from attnlens.training.config import Config, Recipe, Run, Shape
+from attnlens.training.config import Config, Recipe, Run
 from attnlens.training.data import images as datasets
 from attnlens.training.data.images import load_dataset
 from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.engine import Stack
+from attnlens.training.networks.vit import ViT
 from attnlens.training.record_schema import check_gathered, restorable
 from attnlens.training.report import render_report
 from attnlens.training.results import results_lines, summarise
@@ -36,13 +37,13 @@ from benchmarks.trust.guard import Bound, Reader
 CONFIG = Config(
     dataset="none",
     data_sha256="",
-    train_images=30,
-    test_images=7,
+    train_items=30,
+    test_items=7,
     mean=[0.3],
     std=[0.4],
     source={},
     params_sha256="",
-    shape=Shape(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2.0),
+    network=ViT(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2.0),
     recipe=Recipe(epochs=2, batch_size=6, lr=1e-3),
     arms=["default", "mimetic"],
     contrasts=[("mimetic", "default")],
@@ -152,10 +153,8 @@ def loaded_stack() -> Stack:
     """Return a stack of one network at its start."""
     import torch
 
-    from attnlens.training.network import build_network
-
     stack = Stack(CONFIG, 1, torch.device("cpu"))
-    stack.load([build_network(CONFIG.shape, 0).state_dict()], [1e-3], 10)
+    stack.load([CONFIG.network.build(0).state_dict()], [1e-3], 10)
     return stack
 
 

@@ -46,7 +46,8 @@ LAYERS_A_SHARD = 8
 
 WATCHED = """
 import sys, threading, time
-import attnlens.cli.inspecting, attnlens.figures, attnlens.cli.terminal, attnlens.models.transformers
+import attnlens.cli.app, attnlens.cli.inspect, attnlens.inspection, attnlens.figures, attnlens.models.transformers
+import rich.console, rich.measure, rich.table
 import scipy.sparse.linalg, ml_dtypes, matplotlib.backends.backend_agg
 def private():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024

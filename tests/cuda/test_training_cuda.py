@@ -7,7 +7,6 @@ import torch
 
 from attnlens.training.data.augment import augmented, draw_epoch
 from attnlens.training.engine import Stack
-from attnlens.training.network import build_network
 from attnlens.training.trainer import OutOfMemoryError
 from tests.training_setup import SHAPE, compare, config, small, write_source
 
@@ -30,7 +29,7 @@ def test_augmentation_is_the_same_on_both_devices():
 
 @pytest.mark.parametrize("models", [1, 3])
 def test_compiled_bf16_losses_are_close_to_the_cpus(models):
-    states = [build_network(SHAPE, seed).state_dict() for seed in range(models)]
+    states = [SHAPE.build(seed).state_dict() for seed in range(models)]
     images = torch.randint(0, 256, (1, 6, 1, 8, 8), dtype=torch.uint8)
     labels, where = torch.randint(0, 10, (1, 6)), torch.zeros(models, dtype=torch.long)
     found = []
@@ -47,7 +46,7 @@ def test_compiled_bf16_losses_are_close_to_the_cpus(models):
 
 def test_steps_never_wait_for_the_device():
     stack = Stack(config(device="cuda", precision="bfloat16", compiled=True), 2, torch.device("cuda"))
-    stack.load([build_network(SHAPE, seed).state_dict() for seed in range(2)], [1e-3] * 2, 10)
+    stack.load([SHAPE.build(seed).state_dict() for seed in range(2)], [1e-3] * 2, 10)
     images = torch.randint(0, 256, (1, 6, 1, 8, 8), dtype=torch.uint8, device="cuda")
     labels, where = torch.randint(0, 10, (1, 6), device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
     for _ in range(3):

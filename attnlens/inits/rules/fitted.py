@@ -4,50 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from attnlens.circuits import Fold
 from attnlens.errors import UsageError
-from attnlens.filters.spec import Kernel
-from attnlens.heads import Array
 from attnlens.inits.plan import ALL_HEADS, Layer, Network, Plan, Request, Rule
 from attnlens.inits.products import Columns, Noise, Pair, ov_reason, plan_ov, plan_ov_heads, plan_qk
 from attnlens.inits.registry import choose, initialiser
 from attnlens.inits.rules.mimetic import merged
-from attnlens.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from attnlens.fit.params import InitParams, LayerRequest
 
 Form = Literal["full", "parametric"]
 """Of the covariance of depthwise filters: as it was measured, or the closed form fitted to it."""
-
-
-class _LayerRequest(Protocol):
-    @property
-    def layer(self) -> int: ...
-    @property
-    def qk(self) -> Array | None: ...
-    @property
-    def ov(self) -> Array | None: ...
-    @property
-    def ov_heads(self) -> Array | None: ...
-
-
-class Params(Protocol):
-    """What `fitted` needs of an `InitParams`: requests (alpha and beta to draw with) and their fold."""
-
-    @property
-    def fold(self) -> Fold:
-        """Coordinates of the products the parameters were measured in."""
-        ...
-
-    def requests(self, architecture: Architecture, /) -> tuple[Any, ...]:
-        """Return one `LayerRequest` for each readable layer of an architecture."""
-        ...
-
-    def filter_covariance(self, depth: float, kernel: Kernel, form: Form, strided: bool, /) -> Array | None:
-        """Return the covariance to draw a layer's depthwise filters with; None where there is none."""
-        ...
 
 
 @initialiser("fitted")
@@ -98,7 +69,7 @@ def fitted(
     return Rule(plan, found.fold, requests)
 
 
-def load_params(params: Any) -> Params:
+def load_params(params: Any) -> InitParams:
     """Return parameters from an object that has them, the path of a parameter file, or a model to fit."""
     if hasattr(params, "requests") and hasattr(params, "fold"):
         return params
@@ -115,7 +86,7 @@ def _nothing(circuit: str) -> Plan:
     return Plan(skipped=((circuit, "the parameters hold nothing for this layer"),))
 
 
-def _pairs(layer: Layer, by_layer: dict[int, _LayerRequest], which: str) -> list[Pair]:
+def _pairs(layer: Layer, by_layer: dict[int, LayerRequest], which: str) -> list[Pair]:
     """Return a layer's requests as pairs, one a head (one in all for ``ov``); empty where there are none."""
     request = by_layer.get(layer.index)
     found = None if request is None else getattr(request, which)

@@ -15,7 +15,6 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.inits.folding import folded
 from attnlens.inits.plan import Layer, Network, Plan, Rule
 from attnlens.inits.registry import choose, initialiser
-from attnlens.layouts import read_heads
 from attnlens.models.open import OpenedModel, open_model
 
 _NORM_BIAS = "the bias of the teacher's norm stays with the teacher: only its gain is folded in"
@@ -37,7 +36,7 @@ def transfer_attention(
     pairs = _paired(network, opened, "same")
 
     def plan(layer: Layer) -> Plan:
-        theirs = read_heads(*pairs[layer.index])
+        theirs = opened.heads(pairs[layer.index])
         for role, mine in _sizes(layer.weights).items():
             if _sizes(theirs)[role] != mine:
                 raise UsageError(
@@ -70,7 +69,7 @@ def weight_selection(
     pairs = _paired(network, opened, choose("layers", layers, ("first", "spaced")))
 
     def plan(layer: Layer) -> Plan:
-        theirs = read_heads(*pairs[layer.index])
+        theirs = opened.heads(pairs[layer.index])
         groups = (layer.query_groups, theirs.num_heads // theirs.num_kv_heads)
         if groups[0] > groups[1]:
             raise UsageError(
@@ -124,17 +123,13 @@ def _plan(layer: Layer, theirs: HeadWeights, fold: Fold, select: Select) -> Plan
 
 
 def _sizes(weights: HeadWeights) -> dict[str, tuple[int, ...]]:
-    by_role = {"q": weights.W_Q, "k": weights.W_K, "v": weights.W_V, "o": weights.W_O}
-    return {role: weight.shape for role, weight in by_role.items() if weight is not None}
+    return {role: weight.shape for role, weight in weights.by_role().items()}
 
 
-def _paired(network: Network, opened: OpenedModel, how: str) -> dict[int, tuple[Any, Any, int]]:
-    """Pair each of the network's layers with one of the teacher's: what `read_heads` needs to read it."""
+def _paired(network: Network, opened: OpenedModel, how: str) -> dict[int, int]:
+    """Pair each of the network's layers with one of the teacher's."""
     mine, theirs = network.architecture.indexed(), opened.architecture.indexed()
     if len(theirs) < len(mine) or (how == "same" and len(theirs) != len(mine)):
         raise UsageError(f"the teacher {opened.name} has {len(theirs)} attention layers, the network {len(mine)}")
     chosen = evenly_spaced(len(theirs), len(mine)) if how == "spaced" else np.arange(len(mine))
-    return {
-        index: (theirs[int(place)][1], opened.checkpoint, theirs[int(place)][0])
-        for (index, _), place in zip(mine, chosen, strict=True)
-    }
+    return {index: theirs[int(place)][0] for (index, _), place in zip(mine, chosen, strict=True)}

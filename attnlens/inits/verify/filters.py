@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from attnlens.filters import FilterSpec, read_filters
 from attnlens.filters.covariance import covariance_error, relative_distance, second_moment
 from attnlens.heads import Array
 from attnlens.inits.apply import make_filter_layer, planned_bias
 from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Network, Rule
 from attnlens.inits.random import Streams
 from attnlens.inits.verify.check import MATRIX_TOLERANCE, Check, stored_eps
+from attnlens.layouts.depthwise import FilterSpec, read_filters
 from attnlens.layouts.read_write import widened
 
 DRAWS = 40

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attnlens.circuits import FactoredProduct, Fold, Kind, qk_circuit
-from attnlens.heads import Array, HeadWeights, expand_groups
-from attnlens.inits.folding import folded
+from attnlens.circuits import FactoredProduct, Fold, Kind, ov_circuit, qk_circuit, side_by_side
+from attnlens.heads import Array, HeadWeights
 from attnlens.inits.plan import ALL_HEADS, Layer
-from attnlens.inits.report import ProductReport, dense_parameters, expected_at, product_matrix, side_by_side
+from attnlens.inits.report import ProductReport, expected_at, parameters
+from attnlens.statistics.diagonal import off_diagonal_squares
 from attnlens.statistics.inverse import Parameters
 
 MISTAKES = ("transposed OV", "noise 1/d", "double square root", "sign", "cloned heads", "unscaled noise")
@@ -90,21 +90,20 @@ def _hypotheses(
     yield "noise 1/d", found, expected_at(asked.alpha / math.sqrt(width), asked.beta, rank, width)
     yield "unscaled noise", found, expected_at(asked.alpha * math.sqrt(width), asked.beta, rank, width)
     product = one_product(layer.weights, row.circuit, row.head, fold)
-    yield "double square root", _parameters(squared_values(product)), expected
+    yield "double square root", parameters(squared_values(product))[0], expected
     if row.circuit == "ov" and row.head == ALL_HEADS:
         for other in _untransposed(layer):
-            yield "transposed OV", _parameters(one_product(other, "ov", ALL_HEADS, fold)), expected
+            yield "transposed OV", parameters(one_product(other, "ov", ALL_HEADS, fold))[0], expected
 
 
 def one_product(weights: HeadWeights, circuit: Kind, head: int | str, fold: Fold) -> FactoredProduct:
     """Return one product as factors: QK or OV of a head, or a layer's summed OV."""
     if circuit == "qk":
         return qk_circuit(weights, fold).head(int(head))
-    have = folded(weights, fold)
+    have = ov_circuit(weights, fold)
     if head == ALL_HEADS:
-        left, right = side_by_side(have["v"], have["o"], weights.num_value_heads)
-        return FactoredProduct(left, right.T)
-    return FactoredProduct(expand_groups(have["v"], weights.num_value_heads)[int(head)], have["o"][int(head)].T)
+        return FactoredProduct(side_by_side(have.A), side_by_side(have.B))
+    return have.head(int(head))
 
 
 def squared_values(product: FactoredProduct) -> FactoredProduct:
@@ -119,19 +118,15 @@ def _untransposed(layer: Layer) -> Iterator[HeadWeights]:
     weights = layer.weights
     if weights.W_O is None or layer.value_groups > 1 or layer.values_width != weights.out_dim:
         return
-    left, right = side_by_side(weights.W_V, weights.W_O, weights.num_value_heads)
+    left, right = side_by_side(weights.W_V), side_by_side(weights.W_O.swapaxes(1, 2))
     if left.shape[0] != left.shape[1]:
         return
     heads, width = weights.num_value_heads, weights.value_dim
     W_V = left.T.reshape(len(left), heads, width).transpose(1, 0, 2)
-    W_O = right.T.reshape(heads, width, -1)
+    W_O = right.reshape(heads, width, -1)
     yield weights.replace(W_V=W_V)
     yield weights.replace(W_O=W_O)
     yield weights.replace(W_V=W_V, W_O=W_O)
-
-
-def _parameters(product: FactoredProduct) -> Parameters:
-    return dense_parameters(product_matrix(product.A, product.B.T))
 
 
 def clones(product: FactoredProduct) -> list[tuple[int, int, float]]:
@@ -169,7 +164,7 @@ def diagonal_spread(product: FactoredProduct) -> Array:
     """Return sd(diag M) sqrt(d) / alpha of each product in a stack: 1 for i.i.d. noise, sqrt(2) for symmetric noise."""
     d = product.shape[-1]
     diagonal = product.diagonal()
-    off = np.maximum(product.squared_norm() - (diagonal**2).sum(-1), 0.0) / (d * (d - 1))
+    off = off_diagonal_squares(diagonal, product.squared_norm()) / (d * (d - 1))
     spread = diagonal.std(-1, ddof=1)
     return np.divide(spread, np.sqrt(off), out=np.full_like(spread, np.nan), where=off > 0)
 

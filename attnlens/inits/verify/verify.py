@@ -14,7 +14,6 @@ import numpy as np
 
 from attnlens.circuits import FactoredProduct, Fold, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.filters import FilterSpec
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.apply import make_layer, planned_heads, planned_layers, run_each
 from attnlens.inits.caveats import whole_layer_reason
@@ -40,6 +39,7 @@ from attnlens.inits.verify.mistakes import (
     tolerance_at,
 )
 from attnlens.layouts import AttentionSpec
+from attnlens.layouts.depthwise import FilterSpec
 from attnlens.layouts.read_write import Tensors
 from attnlens.models.open import OpenedModel, open_model
 from attnlens.statistics.inverse import Parameters
@@ -100,7 +100,7 @@ def verify_init(
     seed: int | None = None,
     **options: Any,
 ) -> VerifyReport:
-    """Compare a network's attention or depthwise filters, as they are, with what an initialiser makes of them.
+    """Return how a network's attention or depthwise filters differ from what an initialiser makes of them.
 
     Nothing is changed.
 

@@ -23,7 +23,6 @@ def fused_qkv(module: Any, heads: int, width: int) -> dict[str, Slot]:
     "A",
     "timm.layers.attention.Attention",
     "timm.layers.attention.AttentionRope",
-    "timm.models.vision_transformer.Attention",  # where it stood before timm 1.0.20
     "timm.models.eva.EvaAttention",
     flags={"norm": "norm_before_proj"},
 )

@@ -54,8 +54,8 @@ def shifted(images: Tensor, shift: Tensor, fill: Tensor) -> Tensor:
     rows = torch.arange(height, device=images.device) - shift[0][:, None]
     columns = torch.arange(width, device=images.device) - shift[1][:, None]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
-    place = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None]
-    moved = images.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, channels, -1)).view(images.shape)
+    source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None]
+    moved = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, channels, -1)).view(images.shape)
     return torch.where(inside[:, None], moved, fill.view(1, -1, 1, 1))
 
 

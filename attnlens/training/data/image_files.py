@@ -133,8 +133,8 @@ class _Bounded:
         self._content, self._left, self._path = content, limit, path
 
     def read(self, size: int) -> bytes:
-        found = self._content.read(size)
-        self._left -= len(found)
+        content = self._content.read(size)
+        self._left -= len(content)
         if self._left < 0:
             raise DatasetError(f"{self._path} expands to more than {EXPANDS} times its length: that is no data set")
-        return found
+        return content

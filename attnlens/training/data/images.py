@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,23 @@ from attnlens.atomic import write_atomic
 from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
 from attnlens.errors import OutputError, UsageError
 from attnlens.printable import printable
+from attnlens.training.data.augment import augmented, draw_epoch, fill_value
 from attnlens.training.data.image_files import SUFFIXES, Budget, DatasetError, Read, folder_files, opened, tar_files
-from attnlens.training.data.order import generator
+from attnlens.training.data.on_device import Dataset, Epoch, hash_of
+from attnlens.training.data.order import digest, epoch_order, generator
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnlens.training.config import Config
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 TEST_FOLDERS = ("test", "val", "validation")
 HELD_OUT = 5
 """Without a test folder every fifth image of a class, in a fixed random order, is held out."""
 DIGITS_TRAIN = 1000
+LARGE = 128
+"""From so many pixels on, images are trained with larger patches."""
 _AT_ONCE = 256
 
 Pixels = NDArray[np.uint8]
@@ -33,23 +42,45 @@ Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Dataset):
     """A data set in memory: images ``[image, channel, row, column]``, labels, class names."""
 
-    name: str
     train: Pixels
     train_labels: Labels
     test: Pixels
     test_labels: Labels
     classes: tuple[str, ...]
+    kind: ClassVar[str] = "images"
+    holds: ClassVar[str] = "holds images"
+    foreign: ClassVar[Mapping[str, str]] = {"context": "text"}
+
+    @property
+    def preset(self) -> str:
+        """See `Dataset`."""
+        return "large images" if self.train.shape[-1] >= LARGE else "images"
 
     def sha256(self) -> str:
         """Return the hash of the decoded training and test images and their labels."""
-        found = hashlib.sha256(repr(self.classes).encode())
-        for array in (self.train, self.train_labels, self.test, self.test_labels):
-            found.update(repr(array.shape).encode())
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
+        arrays = (self.train, self.train_labels, self.test, self.test_labels)
+        return hash_of(*arrays, start=repr(self.classes))
+
+    def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Dataset`."""
+        channels, image_size = self.train.shape[1:3]
+        sizes = {"image_size": image_size, "patch_size": chosen["patch_size"], "channels": channels}
+        return {**sizes, "classes": len(self.classes)}
+
+    def kept(self, chosen: Mapping[str, Any]) -> Images:
+        """See `Dataset`."""
+        return self.limited(chosen["train_images"], chosen["test_images"])
+
+    def counts(self, chosen: Mapping[str, Any]) -> tuple[int, int]:  # noqa: ARG002  # `kept` made the choice
+        """See `Dataset`."""
+        return len(self.train), len(self.test)
+
+    def resident(self, config: Config, device: torch.device) -> ResidentImages:
+        """See `Dataset`."""
+        return ResidentImages(self, config, device)
 
     def limited(self, train: int | None, test: int | None) -> Images:
         """Keep the given numbers of images, drawn once for all seeds, classes in equal numbers while they last."""
@@ -70,7 +101,7 @@ class Images:
         return mean.tolist(), np.sqrt(np.maximum(share @ value**2 - mean**2, 1e-6)).tolist()
 
     def tuning(self) -> Images:
-        """Part the training images into nine tenths to train on and one tenth to choose learning rates on."""
+        """Split the training images into nine tenths to train on and one tenth to choose learning rates on."""
         order = generator(0, 0, "split").permutation(len(self.train))
         held = max(1, len(order) // 10)
         kept, chosen = np.sort(order[held:]), np.sort(order[:held])
@@ -84,6 +115,31 @@ class Images:
         )
 
 
+class ResidentImages:
+    """Images as uint8; an epoch is a permutation of them, augmented at once."""
+
+    def __init__(self, images: Images, config: Config, device: torch.device) -> None:
+        import torch
+
+        arrays = (images.train, images.train_labels, images.test, images.test_labels)
+        self.train, self.train_labels, self.test_inputs, self.test_targets = (
+            torch.from_numpy(array).to(device) for array in arrays
+        )
+        self.fill = torch.from_numpy(fill_value(config.mean)).to(device)
+        self.count, self.recipe, self.device = len(images.train), config.recipe, device
+        self.whole = float(self.count)
+
+    def epoch(self, seed: int, epoch: int) -> Epoch:
+        """See `attnlens.training.data.on_device.Resident`."""
+        import torch
+
+        order = epoch_order(seed, epoch, self.count, self.recipe.batch_size)
+        draws = draw_epoch(self.recipe.augment, seed, epoch, len(order), self.train.shape[-1])
+        index = torch.from_numpy(order).to(self.device)
+        images = augmented(self.train[index], draws, self.fill)
+        return Epoch(images, self.train_labels[index], digest(order, draws))
+
+
 def load_dataset(
     name: str, *, data_dir: Path | None = None, image_size: int | None = None, cache: Path | None = None
 ) -> Images:
@@ -92,10 +148,8 @@ def load_dataset(
     What had to be decoded is kept as uint8 under ``cache`` with its hash and read from there the next time.
     ``image_size`` resizes (bicubic, cropped to a centred square). Raises `DatasetError` or `UsageError`.
     """
-    if name == "digits":
-        return _resized(_digits(), image_size)
-    if name in ("cifar10", "cifar100"):
-        return _resized(_cifar(name, data_dir or _default_folder("data")), image_size)
+    if name in NAMED:
+        return _resized(NAMED[name](name, data_dir or _default_folder("data")), image_size)
     cache = cache or _default_folder("decoded")
     if name.startswith("hfds/"):
         return _hfds(name, data_dir, image_size)
@@ -106,7 +160,7 @@ def load_dataset(
         key = f"{_file_sha256(path)}-{image_size}"
         return _cached(cache, name_of(path), key, lambda: tar_files(path), image_size)
     raise UsageError(
-        f"--dataset {name} is no folder, no tar and no known name: choose digits, cifar10, cifar100, hfds/NAME, or a "
+        f"--dataset {name} is no folder, no tar and no known name: choose {', '.join(NAMED)}, hfds/NAME, or a "
         "folder or tar of images in class folders"
     )
 
@@ -122,7 +176,7 @@ def _default_folder(part: str) -> Path:
     return user_cache_path("attnlens") / part
 
 
-def _digits() -> Images:
+def _digits(name: str, folder: Path) -> Images:  # noqa: ARG001  # they come with scikit-learn
     """Return scikit-learn's 1,797 digits of 8 x 8 pixels, 1,000 of them to train on, chosen once for all."""
     try:
         from sklearn.datasets import load_digits
@@ -133,7 +187,7 @@ def _digits() -> Images:
     order = generator(0, 0, "split").permutation(len(pixels))
     train, test = order[:DIGITS_TRAIN], order[DIGITS_TRAIN:]
     labels = data.target.astype(np.int64)
-    return Images("digits", pixels[train], labels[train], pixels[test], labels[test], tuple("0123456789"))
+    return Images(name, pixels[train], labels[train], pixels[test], labels[test], tuple("0123456789"))
 
 
 def _cifar(name: str, root: Path) -> Images:
@@ -153,6 +207,10 @@ def _cifar(name: str, root: Path) -> Images:
     return Images(name, pixels[0], labels[0], pixels[1], labels[1], tuple(train.classes))
 
 
+NAMED: dict[str, Callable[[str, Path], Images]] = {"digits": _digits, "cifar10": _cifar, "cifar100": _cifar}
+"""Data sets by name, each with what reads it: given its name and the folder its files are looked for in."""
+
+
 def _hfds(name: str, root: Path | None, image_size: int | None) -> Images:
     """Read a data set of the Hugging Face hub through timm."""
     try:
@@ -161,7 +219,7 @@ def _hfds(name: str, root: Path | None, image_size: int | None) -> Images:
         raise DatasetError(f"{name} needs the package datasets: pip install datasets") from error
     from timm.data import create_dataset
 
-    found: dict[str, tuple[list[Pixels], list[int]]] = {}
+    read: dict[str, tuple[list[Pixels], list[int]]] = {}
     splits = {"train": ("train",), "test": TEST_FOLDERS}
     for part, names in splits.items():
         for split in names:
@@ -171,11 +229,11 @@ def _hfds(name: str, root: Path | None, image_size: int | None) -> Images:
                 reason = error
                 continue
             pairs = [(_fitted(image, image_size), int(label)) for image, label in data]
-            found[part] = [pixels for pixels, _ in pairs], [label for _, label in pairs]
+            read[part] = [pixels for pixels, _ in pairs], [label for _, label in pairs]
             break
         else:
             raise DatasetError(f"{name} has no split {' or '.join(names)} that can be read ({reason})")
-    (train, train_labels), (test, test_labels) = found["train"], found["test"]
+    (train, train_labels), (test, test_labels) = read["train"], read["test"]
     classes = tuple(str(number) for number in range(1 + max(train_labels)))
     together = _stacked([*train, *test], name)
     count = len(train)
@@ -209,12 +267,12 @@ def _decoded(name: str, files: Iterator[Read], image_size: int | None) -> Images
     flat = next((path for path in paths if len(path.split("/")) < least), None)
     if flat is not None:
         raise DatasetError(f"{name}: {flat} lies in no class folder: expected [train/|test/]CLASS/IMAGE")
-    places = [path.split("/")[-2] for path in paths]
-    classes = tuple(sorted(set(places)))
+    folders = [path.split("/")[-2] for path in paths]
+    classes = tuple(sorted(set(folders)))
     if len(classes) < 2:
         raise DatasetError(f"{name} has one class, {classes[0]}: there is nothing to tell apart")
     pixels = _stacked([decoded[path] for path in paths], name)
-    labels = np.array([classes.index(place) for place in places], np.int64)
+    labels = np.array([classes.index(folder) for folder in folders], np.int64)
     if parted:
         train = np.array([path.startswith("train/") for path in paths])
         test = np.array([path.startswith(f"{tested}/") for path in paths])
@@ -253,11 +311,11 @@ def _resized(images: Images, image_size: int | None) -> Images:
 
     def resize(pixels: Pixels) -> Pixels:
         modes = "L" if pixels.shape[1] == 1 else "RGB"
-        found = [
+        resized = [
             np.asarray(Image.fromarray(p.transpose(1, 2, 0).squeeze(), modes).resize((image_size, image_size), 3))
             for p in pixels
         ]
-        stacked = np.stack(found)
+        stacked = np.stack(resized)
         return stacked[:, None] if modes == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
     return replace(images, train=resize(images.train), test=resize(images.test))
@@ -280,11 +338,9 @@ def _cached(cache: Path, name: str, key: str, files: Callable[[], Iterator[Read]
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
     path = cache / f"{digest[:24]}.npz"
     try:
-        found = _cached_images(path, name)
+        return _cached_images(path, name)
     except DAMAGED_ARRAY:
         pass  # no cache yet, or a damaged one: it is made again
-    else:
-        return found
     images = _decoded(name, files(), image_size)
     arrays: dict[str, Any] = {
         "train": images.train,
@@ -309,23 +365,23 @@ def _cached_images(path: Path, name: str) -> Images:
     if kinds != [("|u1", 4), ("<i8", 1)] * 2 or (arrays["classes"].dtype.kind, arrays["classes"].ndim) != ("U", 1):
         raise ValueError("it holds arrays of other types")
     train, train_labels, test, test_labels = parts
-    found = Images(name, train, train_labels, test, test_labels, tuple(arrays["classes"].tolist()))
-    same_length = len(found.train) == len(found.train_labels) and len(found.test) == len(found.test_labels)
-    labels = np.concatenate([found.train_labels, found.test_labels])
-    known = len(labels) > 0 and labels.min() >= 0 and labels.max() < len(found.classes)
-    if not same_length or not known or found.sha256() != str(arrays["sha256"]):
+    images = Images(name, train, train_labels, test, test_labels, tuple(arrays["classes"].tolist()))
+    same_length = len(train) == len(train_labels) and len(test) == len(test_labels)
+    labels = np.concatenate([train_labels, test_labels])
+    known = len(labels) > 0 and labels.min() >= 0 and labels.max() < len(images.classes)
+    if not same_length or not known or images.sha256() != str(arrays["sha256"]):
         raise ValueError("it is damaged")
-    return found
+    return images
 
 
 def _folder_key(folder: Path, image_size: int | None) -> str:
-    found = hashlib.sha256()
+    listing = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             status = path.stat()
             told = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
-            found.update(told.encode(errors="surrogateescape"))  # names are bytes that need be no text
-    return f"{folder.resolve()} {found.hexdigest()} {image_size}"
+            listing.update(told.encode(errors="surrogateescape"))  # names are bytes that need be no text
+    return f"{folder.resolve()} {listing.hexdigest()} {image_size}"
 
 
 def _file_sha256(path: Path) -> str:

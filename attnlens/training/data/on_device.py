@@ -1,16 +1,15 @@
-"""A data set on the device, and one epoch of it in the order that every arm of a seed sees."""
+"""What training asks of a data set: what it is, and one epoch of it on the device, the same for every arm of a seed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-
-from attnlens.training.data.augment import augmented, draw_epoch, fill_value
-from attnlens.training.data.images import Images
-from attnlens.training.data.order import digest, epoch_order, generator
-from attnlens.training.data.text import Text
-from attnlens.training.shapes import GptShape
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -28,75 +27,77 @@ class Epoch(NamedTuple):
 
 
 class Resident(Protocol):
-    """What training asks of a data set."""
+    """A data set on the device."""
 
     count: int
     """Items an epoch draws from, or draws."""
     whole: float
     """Items that make one pass through the training data."""
-    test: Tensor
-    test_labels: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
 
     def epoch(self, seed: int, epoch: int) -> Epoch:
         """Return an epoch of a data seed."""
         ...
 
 
-def resident(data: Images | Text, config: Config, device: torch.device) -> Resident:
-    """Put a data set on the device."""
-    return ResidentImages(data, config, device) if isinstance(data, Images) else ResidentText(data, config, device)
+@dataclass(frozen=True)
+class Dataset(ABC):
+    """A data set in memory; ``chosen`` are the choices that were made for it, by option."""
+
+    name: str
+    """As reports call it."""
+    kind: ClassVar[str]
+    """What networks that fit it read: ``images`` or ``text``."""
+    holds: ClassVar[str]
+    """The same as a verb and its object."""
+    foreign: ClassVar[Mapping[str, str]]
+    """Options that do not go with it, each with what it is about."""
+    default_model: ClassVar[str | None] = None
+    """What is trained where no model is named; None is the shipped ViT."""
+
+    @property
+    def preset(self) -> str:
+        """Name of the defaults a data set of its sort is trained with."""
+        return self.kind
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """Return the hash of all that is trained and tested on."""
+
+    @abstractmethod
+    def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the sizes of a network that depend on the data."""
+
+    @abstractmethod
+    def kept(self, chosen: Mapping[str, Any]) -> Dataset:
+        """Keep what is trained and tested on. Raises `UsageError` where there is less."""
+
+    @abstractmethod
+    def counts(self, chosen: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the items of an epoch and the items tested on."""
+
+    @abstractmethod
+    def tuning(self) -> Dataset:
+        """Split the training data in two: what learning rates are tried on, and what they are chosen on."""
+
+    @abstractmethod
+    def resident(self, config: Config, device: torch.device) -> Resident:
+        """Put it on the device."""
+
+    def moments(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation by channel, empty where nothing is normalised."""
+        return [], []
+
+    def text_facts(self) -> dict[str, Any] | None:
+        """Return what a configuration says about a text; None for images."""
+        return None
 
 
-class ResidentImages:
-    """Images as uint8; an epoch is a permutation of them, augmented at once."""
-
-    def __init__(self, images: Images, config: Config, device: torch.device) -> None:
-        import torch
-
-        parts = (images.train, images.train_labels, images.test, images.test_labels)
-        self.train, self.train_labels, self.test, self.test_labels = (
-            torch.from_numpy(part).to(device) for part in parts
-        )
-        self.fill = torch.from_numpy(fill_value(config.mean)).to(device)
-        self.count, self.recipe, self.device = len(images.train), config.recipe, device
-        self.whole = float(self.count)
-
-    def epoch(self, seed: int, epoch: int) -> Epoch:
-        """See `Resident`."""
-        import torch
-
-        order = epoch_order(seed, epoch, self.count, self.recipe.batch_size)
-        draws = draw_epoch(self.recipe.augment, seed, epoch, len(order), self.train.shape[-1])
-        index = torch.from_numpy(order).to(self.device)
-        images = augmented(self.train[index], draws, self.fill)
-        return Epoch(images, self.train_labels[index], digest(order, draws))
-
-
-class ResidentText:
-    """Bytes; an epoch is a fixed number of windows that begin anywhere, each byte of which is a target."""
-
-    def __init__(self, text: Text, config: Config, device: torch.device) -> None:
-        import torch
-
-        assert isinstance(config.shape, GptShape)
-        self.context, self.count = config.shape.context, text.windows
-        self.batch_size, self.device = config.recipe.batch_size, device
-        self.whole = len(text.train) / self.context
-        self.train = torch.from_numpy(text.train.copy()).to(device)
-        held = torch.from_numpy(text.test.copy()).to(device)
-        self.test, self.test_labels = self._windows(held, torch.from_numpy(text.test_starts(self.context)))
-
-    def _windows(self, content: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return bytes ``[window, context]`` and those one further on."""
-        import torch
-
-        places = starts.to(self.device)[:, None] + torch.arange(self.context, device=self.device)
-        return content[places], content[places + 1]
-
-    def epoch(self, seed: int, epoch: int) -> Epoch:
-        """See `Resident`."""
-        import torch
-
-        drawn = self.count // self.batch_size * self.batch_size
-        starts = generator(seed, epoch, "order").integers(0, len(self.train) - self.context, drawn, dtype=np.int64)
-        return Epoch(*self._windows(self.train, torch.from_numpy(starts)), digest(starts, {}))
+def hash_of(*arrays: NDArray[Any], start: str = "") -> str:
+    """Return the SHA-256 of the shapes and values of some arrays, after the words of ``start``."""
+    hashed = hashlib.sha256(start.encode())
+    for array in arrays:
+        hashed.update(repr(array.shape).encode())
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.hexdigest()

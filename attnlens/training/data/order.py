@@ -24,8 +24,8 @@ def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> NDArray[n
 
 def digest(order: NDArray[np.int64], draws: Mapping[str, NDArray[np.generic]]) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of an epoch's order and augmentation draws."""
-    found = hashlib.sha256(np.ascontiguousarray(order).data)
+    hashed = hashlib.sha256(np.ascontiguousarray(order).data)
     for name in sorted(draws):
-        found.update(name.encode())
-        found.update(np.ascontiguousarray(draws[name]).data)
-    return found.hexdigest()[:16]
+        hashed.update(name.encode())
+        hashed.update(np.ascontiguousarray(draws[name]).data)
+    return hashed.hexdigest()[:16]

@@ -150,8 +150,8 @@ def affine(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
     flat = images.flatten(2)
 
     def pixel(row: Tensor, column: Tensor) -> Tensor:
-        place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-        return flat.gather(2, place.long().flatten(1)[:, None].expand(-1, channels, -1)).view(images.shape).double()
+        source = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+        return flat.gather(2, source.long().flatten(1)[:, None].expand(-1, channels, -1)).view(images.shape).double()
 
     upper = pixel(top, left) * (1 - dx) + pixel(top, left + 1) * dx
     lower = pixel(top + 1, left) * (1 - dx) + pixel(top + 1, left + 1) * dx
@@ -190,9 +190,9 @@ def smoothed(images: Tensor) -> Tensor:
     wide = images.int()
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
-    found = images.clone()
-    found[..., 1:-1, 1:-1] = ((2 * total + 13) // 26).clamp(0, 255).to(torch.uint8)
-    return found
+    smooth = images.clone()
+    smooth[..., 1:-1, 1:-1] = ((2 * total + 13) // 26).clamp(0, 255).to(torch.uint8)
+    return smooth
 
 
 def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
@@ -233,9 +233,9 @@ def autocontrast_table(histogram: Tensor) -> Tensor:
     import torch
 
     value = torch.arange(256, device=histogram.device)
-    found = histogram > 0
-    low = torch.where(found, value, 256).amin(-1, keepdim=True)
-    high = torch.where(found, value, -1).amax(-1, keepdim=True)
+    present = histogram > 0
+    low = torch.where(present, value, 256).amin(-1, keepdim=True)
+    high = torch.where(present, value, -1).amax(-1, keepdim=True)
     span = (high - low).double()
     scale = torch.full_like(span, 255.0) / span  # 255.0 / span multiplies by a rounded reciprocal
     stretched = (value * scale - low * scale).long().clamp(0, 255)

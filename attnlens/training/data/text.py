@@ -1,11 +1,12 @@
-"""Texts as bytes: files at hand or WikiText-103, parted by position into training and test."""
+"""Texts as bytes: files at hand or WikiText-103, split by position into training and test."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,14 @@ from numpy.typing import NDArray
 from attnlens.errors import UsageError
 from attnlens.strict_json import within
 from attnlens.training.data.image_files import DatasetError
+from attnlens.training.data.on_device import Dataset, Epoch, hash_of
+from attnlens.training.data.order import digest, generator
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from attnlens.training.config import Config
 
 PREFIX = "text:"
 WIKITEXT = "wikitext-103"
@@ -26,35 +35,55 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Dataset):
     """A text in memory: the bytes to train on and the bytes to test on, and how many windows an epoch draws."""
 
-    name: str
     train: Bytes
     test: Bytes
     files: int
     split: str
     windows: int = 1
     test_windows: int | None = None
+    kind: ClassVar[str] = "text"
+    holds: ClassVar[str] = "is text"
+    foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(("patch_size", "image_size", "augment"), "images")
+    default_model: ClassVar[str] = "gpt-tiny"
 
     def sha256(self) -> str:
-        """Return the hash of both parts."""
-        found = hashlib.sha256()
-        for part in (self.train, self.test):
-            found.update(repr(part.shape).encode())
-            found.update(np.ascontiguousarray(part).data)
-        return found.hexdigest()
+        """Return the hash of both splits."""
+        return hash_of(self.train, self.test)
+
+    def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Dataset`."""
+        return {"context": chosen["context"]}
+
+    def kept(self, chosen: Mapping[str, Any]) -> Text:
+        """See `Dataset`."""
+        return self.cut(chosen["context"], chosen["train_images"], chosen["test_images"])
+
+    def counts(self, chosen: Mapping[str, Any]) -> tuple[int, int]:
+        """See `Dataset`."""
+        return self.windows, len(self.test_starts(chosen["context"]))
+
+    def text_facts(self) -> dict[str, Any]:
+        """See `Dataset`."""
+        sizes = {"train_bytes": len(self.train), "test_bytes": len(self.test)}
+        return {"files": self.files, **sizes, "split": self.split}
+
+    def resident(self, config: Config, device: torch.device) -> ResidentText:
+        """See `Dataset`."""
+        return ResidentText(self, config, device)
 
     def cut(self, context: int, windows: int, test_windows: int | None) -> Text:
         """Settle how many windows are drawn an epoch and how many of the test part are measured on.
 
         Raises `UsageError` where a part is too short, or holds fewer windows than asked for.
         """
-        for part, title in ((self.train, "training"), (self.test, "test")):
-            if len(part) <= context:
+        for split, title in ((self.train, "training"), (self.test, "test")):
+            if len(split) <= context:
                 raise UsageError(
-                    f"the {title} part of {self.name} has {len(part)} bytes, too few for a window of {context} and the "
-                    "byte behind it: give a longer text or a smaller --context"
+                    f"the {title} part of {self.name} has {len(split)} bytes, too few for a window of {context} and "
+                    "the byte behind it: give a longer text or a smaller --context"
                 )
         held = len(self.test_starts(context))
         if test_windows is not None and test_windows > held:
@@ -73,15 +102,43 @@ class Text:
         return starts[np.linspace(0, len(starts) - 1, self.test_windows).round().astype(np.int64)]
 
     def tuning(self) -> Text:
-        """Part the training bytes by position: the last tenth is what learning rates are chosen on."""
+        """Split the training bytes by position: the last tenth is what learning rates are chosen on."""
         train, test = parted(self.train)
         return replace(self, name=f"{self.name}, tuning split", train=train, test=test, test_windows=None)
 
 
+class ResidentText:
+    """Bytes; an epoch is a fixed number of windows that begin anywhere, each byte of which is a target."""
+
+    def __init__(self, text: Text, config: Config, device: torch.device) -> None:
+        import torch
+
+        self.context, self.count = config.network.targets_per_item, text.windows
+        self.batch_size, self.device = config.recipe.batch_size, device
+        self.whole = len(text.train) / self.context
+        self.train, test = (torch.from_numpy(split.copy()).to(device) for split in (text.train, text.test))
+        self.test_inputs, self.test_targets = self._windows(test, torch.from_numpy(text.test_starts(self.context)))
+
+    def _windows(self, content: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return bytes ``[window, context]`` and those one further on."""
+        import torch
+
+        positions = starts.to(self.device)[:, None] + torch.arange(self.context, device=self.device)
+        return content[positions], content[positions + 1]
+
+    def epoch(self, seed: int, epoch: int) -> Epoch:
+        """See `attnlens.training.data.on_device.Resident`."""
+        import torch
+
+        drawn = self.count // self.batch_size * self.batch_size
+        starts = generator(seed, epoch, "order").integers(0, len(self.train) - self.context, drawn, dtype=np.int64)
+        return Epoch(*self._windows(self.train, torch.from_numpy(starts)), digest(starts, {}))
+
+
 def parted(content: Bytes) -> tuple[Bytes, Bytes]:
     """Cut the last tenth off."""
-    place = len(content) - len(content) // TEST_SHARE
-    return content[:place], content[place:]
+    end = len(content) - len(content) // TEST_SHARE
+    return content[:end], content[end:]
 
 
 def load_text(name: str, *, data_dir: Path | None = None) -> Text:
@@ -90,44 +147,44 @@ def load_text(name: str, *, data_dir: Path | None = None) -> Text:
     Files are taken as they are, byte for byte, in the order of their paths; the last tenth of the whole is the test
     part. WikiText-103 keeps its own parts. Raises `DatasetError` for what is no text, `UsageError` for no files.
     """
-    place = name.removeprefix(PREFIX)
-    if place == WIKITEXT:
+    pattern = name.removeprefix(PREFIX)
+    if pattern == WIKITEXT:
         return _wikitext(data_dir)
-    found = _files(place if data_dir is None else str(data_dir / place), name)
-    total = sum(path.stat().st_size for path in found)
+    paths = _files(pattern if data_dir is None else str(data_dir / pattern), name)
+    total = sum(path.stat().st_size for path in paths)
     if total > _LARGEST:
         raise DatasetError(f"{name} holds {total} bytes, more than {_LARGEST} can be read: name fewer files")
     try:
-        content = np.frombuffer(b"\n".join(path.read_bytes() for path in found), np.uint8)
+        content = np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8)
     except OSError as error:
         raise DatasetError(f"{name} cannot be read ({error})") from error
     if not content.size:
         raise DatasetError(f"{name} is empty")
     if not content.all():
-        odd = next(path for path in found if b"\0" in path.read_bytes())
+        odd = next(path for path in paths if b"\0" in path.read_bytes())
         raise DatasetError(f"{odd} holds bytes of value 0: that is no text")
     train, test = parted(content)
-    return Text(_title(place), train, test, len(found), "the last tenth of the bytes is the test part")
+    return Text(_title(pattern), train, test, len(paths), "the last tenth of the bytes is the test part")
 
 
-def _files(place: str, name: str) -> list[Path]:
-    path = Path(place)
+def _files(pattern: str, name: str) -> list[Path]:
+    path = Path(pattern)
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-        found = [within(path, file, DatasetError) for file in files]
+        files = [within(path, file, DatasetError) for file in files]
         hint = f"it holds no file ending in {', '.join(SUFFIXES)}"
     elif path.is_file():
-        found, hint = [path], ""
+        files, hint = [path], ""
     else:
-        found = [Path(match) for match in glob.glob(place, recursive=True) if Path(match).is_file()]  # noqa: PTH207
+        files = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]  # noqa: PTH207
         hint = "there is no such file or folder, and no file matches it as a pattern"
-    if not found:
+    if not files:
         raise UsageError(f"--dataset {name}: {hint}. Name a text file, a folder of them, or {PREFIX}{WIKITEXT}")
-    return sorted(found)
+    return sorted(files)
 
 
-def _title(place: str) -> str:
-    return f"{PREFIX}{Path(place).name}"
+def _title(pattern: str) -> str:
+    return f"{PREFIX}{Path(pattern).name}"
 
 
 def _wikitext(cache: Path | None) -> Text:

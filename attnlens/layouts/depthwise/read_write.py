@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from attnlens.errors import CheckpointError
-from attnlens.filters.spec import FilterSpec
 from attnlens.heads import Array
+from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.read_write import Tensors, stored_as, widened
 
 

@@ -1,71 +1,44 @@
-"""What `attnlens init` and `attnlens verify-init` do: build, initialise, write; read, compare, judge."""
+"""The command ``verify-init``: read a network, compare it with an initialiser, judge it."""
 
 from __future__ import annotations
 
 import json
 import math
-import shlex
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from attnlens.cli.console import note, write_stdout
-from attnlens.cli.inspecting import format_layers
-from attnlens.cli.terminal import escape, number, plain_table, print_wide
-from attnlens.errors import UsageError
-from attnlens.inits import Check, VerifyReport, init_file, initialisers, verify_init
-from attnlens.inits.registry import find_initialiser
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import format_layers, note, write_stdout
+from attnlens.cli.init import choose_initialiser
+from attnlens.cli.tables import escape, number, plain_table, print_wide
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from attnlens.inits import Check, VerifyReport
 
 
-def run_init(
-    model: str | None,
-    *,
-    init: str | None,
-    params: Path | None,
-    options: list[str],
-    model_args: list[str],
-    seed: int,
-    output: Path,
-    as_json: bool,
-    command: list[str],
+def verify_init(
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    init: options.InitName = None,
+    params: options.ParamsFile = None,
+    pairs: options.InitOptions = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Compare whole matrices with the draw of this seed. Default: compare statistics."),
+    ] = None,
+    json_: options.Json = False,
 ) -> None:
-    """Write an initialised network; print what was done, and on stderr how to load the file."""
-    name, settled = _chosen(init, params, options)
-    arguments = parse_pairs("--model-arg", model_args)
-    report = init_file(
-        model, output, init=name, seed=seed, model_args=arguments, command=shlex.join(command), **settled
-    )
-    if as_json:
-        write_stdout(json.dumps({"init": name, "seed": seed} if report is None else report.to_json(), indent=1))
-    else:
-        write_stdout(f"default, seed {seed}: timm's own draw" if report is None else str(report))
-    note(f"wrote {output}: timm.create_model({_call(model, arguments, output)})")
+    """Compare attention or filters with what an initialiser makes, and name known mistakes: exit code 1 if it fails.
 
-
-def _call(model: str | None, arguments: dict[str, Any], output: Path) -> str:
-    """Write the arguments of the timm call that loads a file."""
-    name = "local-dir:attnlens/embedded" if model is None else model
-    return ", ".join(
-        [repr(name), *(f"{key}={value!r}" for key, value in arguments.items()), f"checkpoint_path={str(output)!r}"]
-    )
-
-
-def run_verify(
-    model: str | None,
-    checkpoint: Path | None,
-    *,
-    init: str | None,
-    params: Path | None,
-    options: list[str],
-    seed: int | None,
-    as_json: bool,
-) -> None:
-    """Compare a network with an initialiser, print a table or JSON; exit code 1 where a check failed."""
-    name, settled = _chosen(init, params, options, default=None)
-    report = verify_init(model, checkpoint, init=name, seed=seed, **settled)
-    if as_json:
+    A file written by `attnlens init` says itself what to compare it with.
+    """
+    name, given = choose_initialiser(init, params, pairs)
+    report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, **given)
+    if json_:
         write_stdout(json.dumps(report.to_json(), indent=1))
     else:
         print_wide(verify_table(report))
@@ -75,34 +48,6 @@ def run_verify(
         note(f"not compared: {item.name} {item.circuit} {item.reason}".replace("  ", " "))
     if not report.passed:
         raise typer.Exit(1)
-
-
-def _chosen(
-    init: str | None, params: Path | None, options: list[str], default: str | None = "mimetic"
-) -> tuple[Any, dict[str, Any]]:
-    """Return the initialiser's name (``fitted`` where parameters are given) and its options."""
-    settled = parse_pairs("--option", options)
-    if params is not None:
-        chosen = find_initialiser(init or "fitted")
-        if "params" not in chosen.options and not chosen.passes_on:
-            able = [name for name, one in initialisers().items() if "params" in one.options or one.passes_on]
-            raise UsageError(f"--params goes with --init {', '.join(able)}, not with {init!r}")
-        settled["params"] = str(params)
-    return init or ("fitted" if params is not None else default), settled
-
-
-def parse_pairs(option: str, pairs: list[str]) -> dict[str, Any]:
-    """Parse ``name=value``: a JSON value (a number, true, [1, 2]) or else text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise UsageError(f"{option} {pair!r} is not understood: give name=value, e.g. {option} alpha_qk=0.6")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
 
 
 def verify_table(report: VerifyReport) -> Table:
@@ -132,11 +77,13 @@ def verify_table(report: VerifyReport) -> Table:
 
 
 def _pair(rows: list[Check], kind: str) -> str:
+
     alpha, beta = (sum(getattr(row, f"{kind}{name}") for row in rows) / len(rows) for name in ("alpha", "beta"))
     return "" if math.isnan(alpha) else f"{number(alpha)}, {number(beta)}"
 
 
 def _worst(rows: list[Check]) -> str:
+
     errors = [row.matrix_error for row in rows if not math.isnan(row.matrix_tolerance)]
     if errors:
         return f"{max(errors):.1e}"

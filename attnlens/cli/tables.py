@@ -1,21 +1,20 @@
-"""The table on the terminal: a row a layer, the heads as a strip of one mark each."""
+"""Tables on the terminal: how every command shows one, and that of `inspect`, the heads a strip of one mark each."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape as escape_markup
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
-from attnlens.circuits import Fold
-from attnlens.inspection import Inspection
 from attnlens.printable import printable
-from attnlens.statistics.table import ALL_HEADS, StatsTable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from attnlens.circuits import Fold
+    from attnlens.inspection import Inspection
+    from attnlens.statistics.table import StatsTable
 
 # Mark and style of one head by its diagonal prominence; the mark alone tells the sign where there is no colour.
 _MARKS = ((3.0, "▲", "bold blue"), (1.0, "△", "blue"), (-1.0, "·", "dim"), (-3.0, "▽", "red"))
@@ -25,11 +24,16 @@ LEGEND = "▲ > 3, △ > 1, · between, ▽ < -1, ▼ < -3"
 
 def escape(text: str) -> str:
     """Return text out of a file as a table may show it: no markup of rich's, nothing that moves a terminal's cursor."""
+    from rich.markup import escape as escape_markup
+
     return escape_markup(printable(text))
 
 
 def plain_table(title: str, caption: str) -> Table:
     """Return an empty table as every command shows it; the title may hold rich's markup, so `escape` what is a name."""
+    from rich import box
+    from rich.table import Table
+
     return Table(
         title=title,
         caption=caption,
@@ -42,13 +46,11 @@ def plain_table(title: str, caption: str) -> Table:
     )
 
 
-def print_table(inspection: Inspection, fold: Fold) -> None:
-    """Print the table of one fold on stdout, with raw columns beside the effective ones where both are there."""
-    print_wide(layer_table(inspection, fold))
-
-
 def print_wide(table: Table) -> None:
     """Print a table on stdout; where stdout is no terminal the table is as wide as it needs to be."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
     console = Console()
     if not console.is_terminal:
         wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
@@ -76,6 +78,8 @@ def layer_table(inspection: Inspection, fold: Fold) -> Table:
 
 
 def _cells(stats: StatsTable, layer: int, fold: Fold, both: bool) -> Iterator[str | Text]:
+    from attnlens.statistics.table import ALL_HEADS
+
     yield str(layer)
     qk, ov = stats.select(fold=fold, circuit="qk"), stats.select(fold=fold, circuit="ov")
     total, raw = ov.select(head=ALL_HEADS), stats.select(fold="raw", head=ALL_HEADS)
@@ -86,9 +90,12 @@ def _cells(stats: StatsTable, layer: int, fold: Fold, both: bool) -> Iterator[st
 
 
 def _strip(heads: StatsTable) -> Text:
+    from rich.text import Text
+
+    from attnlens.statistics.table import ALL_HEADS
+
     strip = Text()
-    places = [row for row in heads.records() if row["head"] != ALL_HEADS]
-    for record in places:
+    for record in (row for row in heads.records() if row["head"] != ALL_HEADS):
         value = float(record["diagonal_prominence"])
         mark, style = next(((m, s) for limit, m, s in _MARKS if value > limit), _LOWEST)
         strip.append("?" if math.isnan(value) else mark, style=style)

@@ -1,20 +1,16 @@
-"""The command that looks at networks at their start: signal."""
+"""The command ``signal``: measure networks at their start; print a table, write it and a figure."""
 
 from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
-from enum import StrEnum
-from operator import methodcaller
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from attnlens.cli.app import app
-from attnlens.cli.options import Debug, Dpi, FigureFormat, FormatChoice
+from attnlens.cli import options
+from attnlens.cli.console import command_line, note, tracked, write_stdout
+from attnlens.cli.tables import escape, plain_table, print_wide
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,15 +19,6 @@ if TYPE_CHECKING:
     from attnlens.signal.propagation import Propagation
 
 
-class MlpChoice(StrEnum):
-    """What becomes of the MLPs."""
-
-    keep = "keep"
-    tailored = "tailored"
-    none = "none"
-
-
-@app.command(short_help="See how alike tokens become by depth.")
 def signal(
     model: Annotated[
         str | None,
@@ -40,43 +27,45 @@ def signal(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: softmax, value-skipinit, shaped, e-spa, u-spa, and every initialiser that needs no "
-            "option; default: default, mimetic and these five."
+            help="Measure these arms, separated by commas: softmax, value-skipinit, shaped, e-spa, u-spa, and every "
+            "initialiser that needs no option. Default: default, mimetic and these five."
         ),
     ] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Blocks; default: the model's.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Build so many blocks. Default: the model's.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Patches of a ViT, a square, or context; default: the model's.")
+        int | None,
+        typer.Option(min=2, help="Feed so many patches, a square, or so long a context. Default: the model's."),
     ] = None,
-    skips: Annotated[bool, typer.Option("--skips/--no-skips", help="Skips of every block.")] = True,
-    norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Norms of every block.")] = True,
+    skips: Annotated[bool, typer.Option("--skips/--no-skips", help="Keep the skip connections of every block.")] = True,
+    norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Keep the norms of every block.")] = True,
     mlp: Annotated[
-        MlpChoice | None,
-        typer.Option(help="keep, the default with skips; tailored to the depth, the default without; or none."),
+        Literal["keep", "tailored", "none"] | None,
+        typer.Option(
+            help="Keep the MLPs, tailor them to the depth, or drop them. Default: keep with skips, tailored without."
+        ),
     ] = None,
     eta: Annotated[
-        float, typer.Option(min=0, max=1, help="Cosine that tailored MLPs alone would bring orthogonal tokens to.")
+        float,
+        typer.Option(min=0, max=1, help="Tailor MLPs so that alone they bring orthogonal tokens to this cosine."),
     ] = 0.2,
-    options: Annotated[
+    pairs: Annotated[
         list[str] | None,
-        typer.Option("--option", help="Of an arm, name=value: gamma and distance of e-spa, rho of u-spa; several."),
+        typer.Option(
+            "--option",
+            help="Pass name=value to the arms that have it, as often as needed: gamma, distance (e-spa), rho (u-spa).",
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Networks an arm.")] = 5,
-    sequences: Annotated[int, typer.Option(min=1, help="Random sequences of tokens a network.")] = 4,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for figure and tables; default: figures/<model>.")
-    ] = None,
-    format_: FigureFormat = FormatChoice.png,
-    dpi: Dpi = 150,
-    json_: Annotated[bool, typer.Option("--json", help="Print signal.json on stdout in place of the table.")] = False,
-    debug: Debug = False,  # noqa: ARG001  # read from sys.argv in main, listed here for --help
+    seeds: Annotated[int, typer.Option(min=1, help="Draw so many networks an arm.")] = 5,
+    sequences: Annotated[int, typer.Option(min=1, help="Feed so many random sequences of tokens to each network.")] = 4,
+    output: options.ModelFolder = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
     """Measure how alike random tokens become by depth before training, beside theory: table, CSV, JSON and a figure."""
+    from operator import methodcaller
+
     from attnlens.atomic import FileSet
-    from attnlens.cli.console import note, tracked, write_stdout
-    from attnlens.cli.initialising import parse_pairs
-    from attnlens.cli.inspecting import figure_folder
-    from attnlens.cli.terminal import print_wide
     from attnlens.figures import save_figures
     from attnlens.provenance import run_provenance
     from attnlens.signal.arms import ARMS
@@ -85,35 +74,34 @@ def signal(
 
     found = propagate(
         model,
-        ARMS if arms is None else [word.strip() for word in arms.split(",") if word.strip()],
+        ARMS if arms is None else options.split_words(arms),
         depth=depth,
         tokens=tokens,
         seeds=seeds,
         sequences=sequences,
         skips=skips,
         norms=norms,
-        mlp=None if mlp is None else mlp.value,
+        mlp=mlp,
         eta=eta,
-        options=parse_pairs("--option", options or []),
+        options=options.parse_pairs("--option", pairs),
         progress=tracked("networks"),
     )
-    folder = figure_folder(output, found.model)
-    record = {**found.to_json(), "provenance": {**run_provenance(), "command": shlex.join(["attnlens", *sys.argv[1:]])}}
+    folder = options.figure_folder(output, found.model)
+    record = {**found.to_json(), "provenance": {**run_provenance(), "command": command_line()}}
     text = json.dumps(record, indent=1)
     with FileSet() as files:
-        save_figures({"signal": draw_signal(found)}, folder, format_.value, dpi, into=files.write)
+        save_figures({"signal": draw_signal(found)}, folder, format_, dpi, into=files.write)
         files.write(folder / "signal.csv", methodcaller("write", found.table.to_csv().encode()))
         files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))
     if json_:
         write_stdout(text)
     else:
         print_wide(signal_table(found))
-    note(f"wrote signal.csv, signal.json and signal.{format_.value} to {folder}")
+    note(f"wrote signal.csv, signal.json and signal.{format_} to {folder}")
 
 
 def signal_table(found: Propagation) -> Table:
     """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
-    from attnlens.cli.terminal import escape, plain_table
     from attnlens.signal.figure import describe
 
     table = plain_table(

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from attnlens.cli.terminal import escape, plain_table
+from attnlens.cli.tables import escape, plain_table
 from attnlens.filters.closed_form import PARTS
-from attnlens.filters.inspection import FilterInspection
-from attnlens.filters.statistics import DRAWS
-from attnlens.fit.comparison import Comparison
-from attnlens.fit.params import InitParams
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from attnlens.filters.inspection import FilterInspection
+    from attnlens.fit.comparison import Comparison
+    from attnlens.fit.params import InitParams
 
 _STYLES = {"closed form": "bold blue", "structured": "blue", "isotropic": "dim", "zeros": "dim"}
 
 
 def filter_table(filters: FilterInspection, model: str) -> Table:
     """Build the table of one model: a row a layer, what chance gives in brackets."""
+    from attnlens.filters.statistics import DRAWS
+
     table = plain_table(
         f"[bold]{escape(model)}[/bold]: depthwise filters, S = FᵀF / n against its closed form",
         "rank: effective, tr(S)² / tr(S²), with its p; s/k²: width by squared side, (in brackets) where it lies at an\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from attnlens.filters.spec import FilterSpec
+from attnlens.layouts.depthwise.spec import FilterSpec
 
 if TYPE_CHECKING:
     from attnlens.checkpoints import Checkpoint

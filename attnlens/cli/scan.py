@@ -1,50 +1,74 @@
-"""What `attnlens scan` does: measure what is missing, print the table, write tables and the landscape."""
+"""The command ``scan``: measure what is missing, print the table, write tables and the landscape."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.table import Table
+import typer
 
-from attnlens.circuits import Fold
-from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.cli.terminal import escape, number, plain_table, print_wide
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import command_line, note, tracked, write_stdout
+from attnlens.cli.tables import escape, number, plain_table, print_wide
 from attnlens.errors import AttnlensError
-from attnlens.scans.plan import plan_scan
-from attnlens.scans.run import Scan, scan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from attnlens.circuits import Fold
+    from attnlens.scans.run import Scan
 
 _STATISTICS = ("qk_ratio", "qk_diagonal_prominence", "ov_ratio", "ov_diagonal_prominence", "ov_negative_share")
 _HEADINGS = ("QK β/α", "prom", "OV β/α", "prom", "OV β < 0")
 
 
-def run_scan(
-    patterns: Sequence[str],
-    output: Path,
-    *,
-    fold: str,
-    workers: int | None,
-    ray: str | None,
-    retry_failed: bool,
-    only_list: bool,
-    offline: bool,
-    remote: bool,
-    format_: str,
-    dpi: int,
-    as_json: bool,
-    command: list[str],
+def scan(
+    patterns: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATTERN...",
+            help="Names as for inspect; shell patterns over timm's pretrained names: 'vit_*dinov2*'; folders and "
+            "files: 'runs/**'; ARCHITECTURE=FILES for files that do not say what they are of; @FILE, a list of these.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Write results, tables and figure to this folder, or go on in it.")
+    ],
+    fold: options.Folds = "both",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure so many models at a time. Default: one a core, here or of the cluster."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on the Ray cluster at this address, or auto. Default: in processes here.",
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure again what failed. Default: only what is missing.")
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print only the models that would be measured.")] = False,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
-    """Scan, print a row a model (or JSON, or with ``only_list`` the names), write the figure, say what failed."""
-    if only_list:
+    """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
+    from attnlens.scans.plan import plan_scan
+
+    if list_:
         plan = plan_scan(patterns)
         write_stdout("\n".join(job.name for job in plan.jobs))
         for message in plan.notes:
             note(message)
         return
     try:
-        found = scan(
+        found = attnlens.scan(
             patterns,
             output,
             fold=fold,
@@ -53,7 +77,7 @@ def run_scan(
             retry_failed=retry_failed,
             offline=offline,
             remote=remote,
-            command=shlex.join(command),
+            command=command_line(),
             progress=tracked("models"),
         )
     except KeyboardInterrupt:
@@ -62,7 +86,7 @@ def run_scan(
     for message in found.notes:
         note(message)
     shown: Fold = "effective" if "effective" in found.folds else (found.folds or ("raw",))[0]
-    if as_json:
+    if json_:
         write_stdout((output / "scan.json").read_text())
     else:
         print_wide(model_table(found, shown))
@@ -102,6 +126,7 @@ def model_table(found: Scan, fold: Fold) -> Table:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
+
     value = row[name]
     if value is None:
         return ""

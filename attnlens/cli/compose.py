@@ -1,45 +1,52 @@
-"""What `attnlens compose` does: score, print the strongest pairs, write table and figures."""
+"""The command ``compose``: score how heads compose, print the strongest pairs, write table and figures."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-from rich.table import Table
+import typer
 
-from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.cli.inspecting import figure_folder, format_layers, parse_layers
-from attnlens.cli.terminal import escape, plain_table, print_wide
-from attnlens.composition import KINDS, Composed, Composition, compose, save_composition
-from attnlens.inspection import UNSAID
-from attnlens.layouts.flags import FLAGS
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.tables import escape, plain_table, print_wide
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from attnlens.composition import Composed, Composition
 
 
-def run_compose(
-    model: str | None,
-    checkpoint: Path | None,
-    *,
-    output: Path | None,
-    num_heads: int | None,
-    fold: str,
-    layers: str | None,
-    top: int,
-    offline: bool,
-    remote: bool,
-    format_: str,
-    dpi: int,
-    as_json: bool,
-    command: list[str],
+def compose(
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    output: options.ModelFolder = None,
+    num_heads: options.NumHeads = None,
+    fold: Annotated[
+        Literal["raw", "effective", "centred"],
+        typer.Option(help="Compose raw products, effective ones, or centred ones, as inspect has them."),
+    ] = "effective",
+    layers: options.Layers = None,
+    top: Annotated[int, typer.Option(min=0, help="Show so many pairs of each kind in the table.")] = 5,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
 ) -> None:
-    """Score one model, print its strongest pairs (or JSON) on stdout, write table and figures, say where on stderr."""
-    found = compose(
+    """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
+    from attnlens.composition import save_composition
+    from attnlens.inspection import UNSAID
+    from attnlens.layouts.flags import FLAGS
+
+    found = attnlens.compose(
         model,
         checkpoint,
         num_heads=num_heads,
         fold=fold,
-        layers=parse_layers(layers),
+        layers=options.parse_layers(layers),
         offline=offline,
         remote=remote,
         progress=tracked("layers"),
@@ -47,9 +54,9 @@ def run_compose(
     for flag in dict.fromkeys(flag for flags in found.leaves_out.values() for flag in flags if flag not in UNSAID):
         own = [layer for layer, flags in found.leaves_out.items() if flag in flags]
         note(f"{FLAGS[flag]}: layers {format_layers(own)}")
-    folder = figure_folder(output, found.model)
-    save_composition(found, folder, shlex.join(command))
-    if as_json:
+    folder = options.figure_folder(output, found.model)
+    save_composition(found, folder, command_line())
+    if json_:
         write_stdout(json.dumps(found.to_json()))
     else:
         print_wide(strongest_table(found, top))
@@ -61,6 +68,10 @@ def run_compose(
 
 def strongest_table(found: Composition, top: int) -> Table:
     """Build the table: for each kind the pairs of the largest score over baseline, and the median over all pairs."""
+    import numpy as np
+
+    from attnlens.composition import KINDS
+
     table = plain_table(
         title=f"[bold]{escape(found.model)}[/bold]: composition of heads, {found.fold}",
         caption="score over the baseline 1/√d of unrelated directions; heads are layer.head\n"
@@ -90,6 +101,8 @@ def strongest_table(found: Composition, top: int) -> Table:
 
 def _pairs(found: Composition, kind: Composed) -> tuple[np.ndarray, list[tuple[int, int, int, int]], np.ndarray]:
     """Return score over baseline, (earlier layer, head, later layer, head) and deviation of every defined pair."""
+    import numpy as np
+
     ratios, places, deviations = [], [], []
     for (of, first, second), scores in found.scores.items():
         if of != kind:

@@ -1,29 +1,50 @@
-"""What `attnlens list-models` does: select from the catalogue, print a table, tab-separated lines or JSON."""
+"""The command ``list-models``: select from the catalogue; print a table, tab-separated lines or JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
-from attnlens.models.catalogue import Catalogue, Entry, load_catalogue
+
+if TYPE_CHECKING:
+    from attnlens.models.catalogue import Catalogue, Entry
 
 COLUMNS = ("name", "layers", "read", "labelled", "heads", "width", "families", "filters", "kernels", "tags")
 
 
-def run_list(pattern: str | None, *, family: str | None, cached: bool, as_json: bool, rebuild: bool) -> None:
-    """Print the chosen architectures: a table on a terminal, tab-separated lines into a pipe, or JSON."""
+def list_models(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(help="Part of a name (tags count), or a shell pattern for all of it: 'vit_*dinov2*'."),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="List only architectures with attention of this layout family.")
+    ] = None,
+    cached: Annotated[bool, typer.Option("--cached", help="List only those with weights in the local cache.")] = False,
+    json_: options.Json = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build the catalogue of the installed timm anew: this takes minutes.")
+    ] = False,
+) -> None:
+    """List timm's architectures with attention or depthwise filters: heads, kernels, what is read, pretrained tags."""
+    import sys
+    from dataclasses import replace
+
+    from attnlens.models.catalogue import load_catalogue
+
     catalogue = load_catalogue(_announced, rebuild=rebuild)
     entries = catalogue.select(pattern, family)
     if cached:
         from attnlens.checkpoints.hub import cached_tags
 
-        found = ((entry, cached_tags(entry.tags)) for entry in entries)
-        entries = [replace(entry, tags=tags) for entry, tags in found if tags]
-    if as_json:
+        pairs = ((entry, cached_tags(entry.tags)) for entry in entries)
+        entries = [replace(entry, tags=tags) for entry, tags in pairs if tags]
+    if json_:
         write_stdout(json.dumps(to_json(catalogue, entries), indent=1))
     elif sys.stdout.isatty():
         _print_table(catalogue, entries)

@@ -1,0 +1,109 @@
+"""The command ``inspect``: measure one model; print its tables, write tables and figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.filter_tables import filter_table
+from attnlens.cli.tables import layer_table, print_wide
+
+if TYPE_CHECKING:
+    from attnlens.circuits import Fold
+    from attnlens.inspection import Inspection
+
+
+def inspect(
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    output: options.ModelFolder = None,
+    num_heads: options.NumHeads = None,
+    fold: options.Folds = "both",
+    layers: options.Layers = None,
+    layer_spectra: Annotated[
+        bool,
+        typer.Option("--layer-spectra", help="Measure the eigenvalues of layer sums too, which costs O(d^3) a layer."),
+    ] = False,
+    include_channel: Annotated[
+        bool, typer.Option("--include-channel", help="Read channel attention too, labelled as what it is.")
+    ] = False,
+    include_linear: Annotated[
+        bool, typer.Option("--include-linear", help="Read linear attention too, labelled as what it is.")
+    ] = False,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = 150,
+    json_: options.Json = False,
+) -> None:
+    """Fit every head's QK and OV circuit to alpha * noise + beta * identity: table, CSV, JSON and figures.
+
+    Of depthwise convolutions (ConvNeXt, ConvMixer, ...) the covariance of each layer's filters is measured.
+    """
+    from importlib import import_module
+    from threading import Thread
+
+    from attnlens.atomic import FileSet
+    from attnlens.inspection import save_inspection
+
+    Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
+    inspection = attnlens.inspect(
+        model,
+        checkpoint,
+        num_heads=num_heads,
+        fold=fold,
+        layers=options.parse_layers(layers),
+        layer_spectra=layer_spectra,
+        include=[kind for kind, wanted in (("channel", include_channel), ("linear", include_linear)) if wanted],
+        offline=offline,
+        remote=remote,
+        progress=tracked("layers"),
+    )
+    if remote:
+        note(fetched(inspection.provenance))
+    for message in caveats(inspection):
+        note(message)
+    folder = options.figure_folder(output, inspection.model)
+    shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
+    from attnlens.figures import save_figures
+
+    with FileSet() as files:
+        save_figures(inspection.figures(shown, crop), folder, format_, dpi, into=files.write)
+        written = save_inspection(inspection, folder, command_line(), files)
+        text = files.read(written["stats.json"]).decode()
+    if json_:
+        write_stdout(text)
+    else:
+        print_tables(inspection, shown)
+    drawn = f"{shown}, {format_}" if inspection.specs else format_
+    note(f"wrote {', '.join(written)} and figures ({drawn}) to {folder}")
+
+
+def print_tables(inspection: Inspection, fold: Fold) -> None:
+    """Print the table of attention, where any was read, and that of depthwise filters."""
+    if inspection.specs:
+        print_wide(layer_table(inspection, fold))
+    if inspection.filters.specs:
+        print_wide(filter_table(inspection.filters, inspection.model))
+
+
+def fetched(provenance: dict[str, Any]) -> str:
+    """Say how much of a remote file was fetched."""
+    if "bytes_fetched" not in provenance:
+        return "--remote fetched nothing by range: the file was at hand, or had to be downloaded whole"
+    fraction, whole = provenance["bytes_fetched"] / 1e6, provenance["bytes"] / 1e6
+    return f"fetched {fraction:.1f} of {whole:.1f} MB in {provenance['requests']} requests from {provenance['url']}"
+
+
+def caveats(inspection: Inspection) -> list[str]:
+    """Say in words what was refused, guessed or left out of the products: one line a reason."""
+    filters = inspection.filters
+    unread = (*inspection.refused, *filters.refused)
+    lines = [f"not read: {r.path} ({r.module_class}) {r.reason}" for r in unread]
+    lines += [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
+    return lines + [f"{why}: layers of filters {format_layers(own)}" for why, own in filters.left_out().items()]

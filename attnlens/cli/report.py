@@ -1,0 +1,45 @@
+"""The command ``report``: measure one model, write one HTML file, say where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnlens.cli import options
+from attnlens.cli.console import command_line, note, tracked
+
+
+def report(
+    model: options.Model = None,
+    checkpoint: options.Checkpoint = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", metavar="MODEL", help="Show this model beside it; may be repeated."),
+    ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option("--train", metavar="RESULTS_DIR", help="Show the curves in this output folder of train-compare."),
+    ] = None,
+    num_heads: options.NumHeads = None,
+    offline: options.Offline = False,
+    remote: options.Remote = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write this HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about a model: every head's fit, verdict, heatmaps and spectra, by depth."""
+    from attnlens.reports import report as write_report
+
+    page = write_report(
+        model,
+        checkpoint,
+        output=output,
+        compare=compare or [],
+        train=train,
+        num_heads=num_heads,
+        offline=offline,
+        remote=remote,
+        command=command_line(),
+        progress=tracked("layers"),
+    )
+    note(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB: one file, open it in a browser")

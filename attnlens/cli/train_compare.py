@@ -1,0 +1,209 @@
+"""The command ``train-compare``: train, print the report, say how to go on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import attnlens
+from attnlens.cli import options
+from attnlens.cli.console import command_line, note, write_stdout
+from attnlens.errors import UsageError
+
+EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
+
+
+def train_compare(
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Train on digits, cifar10, cifar100, hfds/NAME, or a folder or tar of images in [train/|test/]CLASS "
+            "folders; on text:FILE, text:FOLDER, text:PATTERN or text:wikitext-103."
+        ),
+    ] = "digits",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Read the data set's files from this folder. Default: the cache, or where --dataset says."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from this pre-trained model, as for inspect; or, from drawn weights, convmixer-tiny, timm's "
+            "convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
+        ),
+    ] = None,
+    checkpoint: options.Checkpoint = None,
+    params: options.ParamsFile = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Train these arms, separated by commas. Default: default,mimetic,fitted,pretrained,norm-matched,"
+            "norm-matched-mimetic, or the model's. Also pretrained-attention, mimetic-positive, value-skipinit, "
+            "no-skips-no-norms, e-spa-no-norms, e-spa-no-skips-no-norms, and every initialiser that needs no option."
+        ),
+    ] = None,
+    contrasts: Annotated[
+        str | None,
+        typer.Option(
+            help="Test these contrasts, ARM:OTHER,..., declared beforehand. Default: each arm against default, fits "
+            "against their controls."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=9999, help="Train so many runs an arm; under 6 is called screening.")
+    ] = 6,
+    data_seed: Annotated[
+        int, typer.Option(min=0, help="Count the seeds of order and augmentation from this number.")
+    ] = 0,
+    init_seed: Annotated[int, typer.Option(min=0, help="Count the seeds of the initial weights from this number.")] = 0,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train so many epochs; the last one counts. Default: the data set's."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Take so many items a step. Default: the data set's.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=1e-9, help="Set AdamW's peak learning rate. Default: the data set's.")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Set AdamW's weight decay.")] = 0.05,
+    augment: Annotated[
+        Literal["none", "shift", "flip-shift", "flip-randaugment"] | None,
+        typer.Option(help="Augment images in this way. Default: the data set's."),
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Cut images into patches of this side. Default: the data set's.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images to this side. Default: their own.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Read windows of so many bytes of a text. Default: the data set's.")
+    ] = None,
+    train_images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train on so many images, equal over classes, or windows of a text an epoch. Default: all images, the "
+            "preset's windows.",
+        ),
+    ] = None,
+    test_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Test on so many images, equal over classes, or windows of a text. Default: all."),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=8,
+            help="Count the epochs to this accuracy, or bits per byte, fixed beforehand. Default: the data set's.",
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Measure after so many epochs each. Default: some twenty times in all.")
+    ] = None,
+    tune_lr: Annotated[
+        str | None,
+        typer.Option(help="Choose each arm's rate from these on a tuning split, e.g. 5e-4,1e-3,2e-3. Default: --lr."),
+    ] = None,
+    tune_seeds: Annotated[
+        int, typer.Option(min=1, max=9999, help="Tune with so many seeds, which are used for nothing else.")
+    ] = 2,
+    freeze_filters: Annotated[
+        bool, typer.Option("--freeze-filters", help="Give depthwise filters no update, in any arm.")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Train on this device.")] = "auto",
+    stack: Annotated[
+        int | None, typer.Option(min=1, help="Train so many models as one. Default: 1 on a CPU, the fastest on CUDA.")
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Compile the training step. Default: only on CUDA.", show_default=False
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Train so many runs at once on a CPU. Default: one a core.")
+    ] = None,
+    time_budget: Annotated[float | None, typer.Option(min=0, help="Stop cleanly after so many seconds.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --output, with the same options.")] = False,
+    save_weights: Annotated[bool, typer.Option("--save-weights", help="Keep every run's final weights.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
+    ] = None,
+) -> None:
+    """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
+    command = command_line()
+    found = attnlens.train_compare(
+        dataset=dataset,
+        data_dir=data_dir,
+        model=model,
+        checkpoint=checkpoint,
+        params=params,
+        arms=None if arms is None else _words("--arms", arms),
+        contrasts=None if contrasts is None else [_pair(text) for text in _words("--contrasts", contrasts)],
+        seeds=seeds,
+        data_seed=data_seed,
+        init_seed=init_seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        augment=augment,
+        patch_size=patch_size,
+        image_size=image_size,
+        context=context,
+        train_images=train_images,
+        test_images=test_images,
+        target=target,
+        eval_every=eval_every,
+        tune_lr=() if tune_lr is None else [_rate(text) for text in _words("--tune-lr", tune_lr)],
+        tune_seeds=tune_seeds,
+        freeze_filters=freeze_filters,
+        device=device,
+        stack=stack,
+        compiled=compiled,
+        resume=resume,
+        time_budget=time_budget,
+        workers=workers,
+        save_weights=save_weights,
+        command=command,
+        output=output,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        write_stdout(found.report)
+        note(f"wrote {found.folder}")
+        if found.stopped:
+            again = command if resume else f"{command} --resume"
+            note(f"stopped ({found.stopped}) before all runs were done. To go on: {again}")
+    sys.exit(EXIT_CODES[found.stopped])
+
+
+def _words(option: str, text: str) -> list[str]:
+    words = options.split_words(text)
+    if not words:
+        raise UsageError(f"{option} is empty: separate what you name with commas")
+    return words
+
+
+def _pair(text: str) -> tuple[str, str]:
+    arm, _, other = text.partition(":")
+    if not arm or not other or ":" in other:
+        raise UsageError(f"--contrasts {text} is no pair: write ARM:OTHER, as in mimetic:default")
+    return arm, other
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise UsageError(f"--tune-lr {text} is no number: write rates like 5e-4,1e-3,2e-3") from error
+    if not 0 < value < float("inf"):
+        raise UsageError(f"--tune-lr {text} is no learning rate: pass numbers above 0")
+    return value

@@ -1,0 +1,1 @@
+"""The networks a comparison trains, one file each; `registry` finds them."""
