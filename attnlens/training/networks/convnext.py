@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 @register
 class ConvNeXt(ImageNetwork):
-    """A ConvNeXt by timm's name: 7 x 7 depthwise filters, LayerNorm, four stages, each with half the grid before it.
+    """A ConvNeXt by timm's name: depthwise filters, LayerNorm, stages that each halve the grid.
 
-    Everything but patch, channels and classes is as the entry has it. No statistics run beside the weights.
+    Everything but patch, channels and classes is as the entry has it, and timm's rule of patches holds: at patch 2 the
+    first stage halves too, so that the last one has the grid it has at patch 4. No statistics run beside the weights.
     """
 
     prefix: ClassVar[str] = "convnext"
@@ -30,7 +31,7 @@ class ConvNeXt(ImageNetwork):
 
     @classmethod
     def sizes_of(cls, name: str) -> dict[str, Any]:
-        """Return timm's name, which says all sizes. Raises `ModelNotFoundError`, `UsageError` for a stem of no patches."""
+        """Return timm's name, which says all sizes. Raises `ModelNotFoundError`; `UsageError` where stems overlap."""
         import timm
 
         if not timm.is_model(name):
@@ -44,7 +45,8 @@ class ConvNeXt(ImageNetwork):
     def check(self, dataset: str) -> None:
         """Refuse patches that do not fill the images, and grids that cannot be halved. Raises `UsageError`."""
         super().check(dataset)
-        grid, halvings = self.image_size // self.patch_size, len(_skeleton(self.entry).stages) - 1
+        grid, stages = self.image_size // self.patch_size, _skeleton(self.entry, patch_size=self.patch_size).stages
+        halvings = sum(_halves(stage) for stage in stages)
         if grid % 2**halvings:
             raise UsageError(
                 f"--patch-size {self.patch_size} makes a grid of {grid} x {grid} of {dataset}, and {self.entry} halves "
@@ -56,7 +58,8 @@ class ConvNeXt(ImageNetwork):
         import timm
 
         sizes = {"patch_size": self.patch_size, "in_chans": self.channels, "num_classes": self.classes}
-        module: nn.Module = timm.create_model(self.entry, **sizes)
+        mean = "fastavg"  # timm's pooling by a plain mean: the usual one has no rule for batches of models
+        module: nn.Module = timm.create_model(self.entry, global_pool=mean, **sizes)
         return module
 
     def describe(self) -> str:
@@ -64,9 +67,10 @@ class ConvNeXt(ImageNetwork):
         stages = _skeleton(self.entry).stages
         first = stages[0].blocks[0]
         rows, columns = first.conv_dw.kernel_size
+        widths = ", ".join(str(stage.blocks[0].conv_dw.in_channels) for stage in stages)
+        blocks = ", ".join(str(len(stage.blocks)) for stage in stages)
         return (
-            f"ConvNeXt (timm's {self.entry}), widths {', '.join(str(s.blocks[0].conv_dw.in_channels) for s in stages)}, "
-            f"blocks {', '.join(str(len(s.blocks)) for s in stages)}, depthwise filters {rows} x {columns}, "
+            f"ConvNeXt (timm's {self.entry}), widths {widths}, blocks {blocks}, depthwise filters {rows} x {columns}, "
             f"{type(first.norm).__name__}, patch {self.patch_size} of {self.image_size} px"
         )
 
@@ -81,10 +85,15 @@ class ConvNeXt(ImageNetwork):
         return {"of": "conv-covariance"}
 
 
-def _skeleton(name: str) -> Any:
+def _halves(stage: Any) -> bool:
+    """Whether a stage begins with a convolution of stride 2."""
+    return any(getattr(part, "stride", (1, 1)) == (2, 2) for part in stage.downsample.modules())
+
+
+def _skeleton(name: str, **sizes: int) -> Any:
     """Return timm's entry without weights."""
     import timm
     import torch
 
     with torch.device("meta"):
-        return timm.create_model(name)
+        return timm.create_model(name, **sizes)
