@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import methodcaller
@@ -31,7 +32,8 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal
 from attnlens.layouts.flags import FLAGS, in_words, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, IndexedSpecs, OpenedModel, open_model, unknown_norms
+from attnlens.models.open import named_and_weights, open_model
+from attnlens.models.opened import Access, IndexedSpecs, OpenedModel, unknown_norms
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
@@ -144,6 +146,13 @@ class Inspection:
         """Say what the products leave out of the network, in words, with the layers it is true of."""
         return layers_by_reason((layer, _caveats(spec)) for layer, spec in self.specs)
 
+    def stacks(self) -> dict[str, list[int]]:
+        """Return which layers stand in which stack: paths with ``*`` for their numbers, and the layers of each."""
+        found: dict[str, list[int]] = {}
+        for layer, spec in self.specs:
+            found.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", spec.path), []).append(layer)
+        return found
+
     def _repr_html_(self) -> str:
         """Return what a notebook shows: attention, depthwise filters, or one after the other."""
         about: dict[str, Any] = {"model": self.model, "provenance": self.provenance}
@@ -178,9 +187,13 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike[str] | nn.Module | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | nn.Module | Mapping[str, Any] | None = None,
+    /,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     num_heads: int | None = None,
     fold: str = "both",
     layers: Sequence[int] | None = None,
@@ -192,9 +205,12 @@ def inspect(
 ) -> Inspection:
     """Return the fit of every QK and OV circuit, and of every covariance of depthwise filters, of a model.
 
-    ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
-    None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the
-    architecture. ``num_heads`` reads a file nothing names the architecture of by its tensors' names.
+    ``source`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, a
+    state dict, or None for the small ViT shipped with the package. Where ``checkpoint`` gives the weights, ``source``
+    names the architecture; ``inspect(weights, model=name)`` says the same. ``model_args`` are arguments of timm's
+    architecture where the shapes do not show them; ``input_size`` (a side, or the shape of one input) serves to follow
+    a live network that does not state it. ``num_heads`` reads what nothing names the architecture of, a file, a state
+    dict or a live network, by its tensors' names.
 
     Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
     heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``
@@ -207,7 +223,11 @@ def inspect(
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
-    opened = open_model(model, checkpoint, num_heads, Access(offline=offline, remote=remote), filters=True)
+    architecture, weights = named_and_weights(source, checkpoint, model)
+    access = Access(offline=offline, remote=remote)
+    opened = open_model(
+        architecture, weights, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+    )
     names = parse_folds(fold)
     unwanted = opened.not_asked_for(include)
     if len(unwanted) == len(opened.architecture.specs) and unwanted and not opened.architecture.filters:
@@ -224,7 +244,7 @@ def inspect(
     spectra = {key: values for _, found in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
-        raise UsageError(unknown_norms(opened.name))
+        raise UsageError(unknown_norms(opened))
     return Inspection(
         model=opened.name,
         stats=StatsTable(tuple(row for rows, _ in results for row in rows)),

@@ -26,6 +26,7 @@ def compare(
         list[Path] | None,
         typer.Option("--checkpoint", "-c", help="Take weights from this file: one for each MODEL, in their order."),
     ] = None,
+    model_args: options.ModelArgs = None,
     fold: options.ProductFold = "effective",
     offline: options.Offline = False,
     remote: options.Remote = False,
@@ -35,8 +36,15 @@ def compare(
     json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
-    progress, files = tracked("layers"), checkpoints or []
-    found = attnlens.compare(*models, fold=fold, checkpoints=files, offline=offline, remote=remote, progress=progress)
+    found = attnlens.compare(
+        *models,
+        fold=fold,
+        checkpoints=checkpoints or [],
+        model_args=options.parse_model_args(model_args),
+        offline=offline,
+        remote=remote,
+        progress=tracked("layers"),
+    )
     if json_:
         distances = {"distances": found.distances, "filter_distances": found.filter_distances}
         write_stdout(json.dumps({"fold": fold, "models": found.models, **distances}, indent=1))

@@ -24,6 +24,7 @@ def compose(
     checkpoint: options.Checkpoint = None,
     output: options.ModelFolder = None,
     num_heads: options.NumHeads = None,
+    model_args: options.ModelArgs = None,
     fold: Annotated[
         Literal["raw", "effective", "centred"],
         typer.Option(help="Compose raw products, effective ones, or centred ones, as inspect has them."),
@@ -45,6 +46,7 @@ def compose(
         model,
         checkpoint,
         num_heads=num_heads,
+        model_args=options.parse_model_args(model_args),
         fold=fold,
         layers=options.parse_layers(layers),
         offline=offline,

@@ -39,6 +39,7 @@ def fit_params(
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Set the coverage of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Use this seed for the statistics that are sampled.")] = 0,
     num_heads: options.NumHeads = None,
+    model_args: options.ModelArgs = None,
     shrinkage: Annotated[
         Literal["ledoit-wolf", "oas", "none"],
         typer.Option(help="Shrink covariances of depthwise filters towards equal variances by this estimator."),
@@ -62,6 +63,7 @@ def fit_params(
         level=level,
         seed=seed,
         num_heads=num_heads,
+        model_args=options.parse_model_args(model_args),
         shrinkage=shrinkage,
         offline=offline,
         remote=remote,

@@ -39,6 +39,14 @@ NumHeads = Annotated[
         help="Say how many heads each layer has, to read a file of unknown architecture by its tensors' names."
     ),
 ]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        help="Pass name=value to timm's architecture, as often as needed, e.g. depth=6. Sizes that the weights' shapes "
+        "show need not be given.",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(help="Read only these layers, of attention and of filters, e.g. 0-3,11. Default: all layers."),
@@ -96,6 +104,11 @@ def parse_layers(text: str | None) -> list[int] | None:
             raise UsageError(f"--layers {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return layers
+
+
+def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:
+    """Parse every ``--model-arg name=value``."""
+    return parse_pairs("--model-arg", pairs)
 
 
 def parse_pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def compare(
     *models: Any,
     fold: Fold = "effective",
     checkpoints: Sequence[Any] = (),
+    model_args: dict[str, Any] | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -65,16 +66,22 @@ def compare(
     Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
     Beside it ``log_alpha``: the same of log10(alpha), the difference in noise scale. Models with depthwise filters are
-    compared by these too: `filters.comparison.filter_distances`. ``checkpoints`` are files, one a model; ``offline``
-    and ``remote`` are those of `inspect`. Raises what `inspect` raises, and `UnsupportedAttentionError` where no two
-    models hold layers of one kind.
+    compared by these too: `filters.comparison.filter_distances`. ``checkpoints`` are files, one a model; ``model_args``
+    go to every architecture of timm; ``offline`` and ``remote`` are those of `inspect`. Raises what `inspect` raises,
+    and `UnsupportedAttentionError` where no two models hold layers of one kind.
     """
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
     if checkpoints and len(checkpoints) != len(models):
         raise UsageError(f"{len(checkpoints)} checkpoints for {len(models)} models: give one for each, in their order")
     files = checkpoints or [None] * len(models)
-    how: dict[str, Any] = {"fold": fold, "offline": offline, "remote": remote, "progress": progress}
+    how: dict[str, Any] = {
+        "fold": fold,
+        "model_args": model_args,
+        "offline": offline,
+        "remote": remote,
+        "progress": progress,
+    }
     return compare_inspections([inspect(model, file, **how) for model, file in zip(models, files, strict=True)], fold)
 
 

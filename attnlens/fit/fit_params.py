@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -19,7 +19,8 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.flags import FLAGS, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.depth import Trend, relative_depth
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
@@ -41,13 +42,15 @@ _NEAREST_SHARE_OF_BOUND = 0.99
 
 def fit_params(
     *models: Any,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     per: Per = "head",
     fold: Fold = "effective",
     level: float = 0.95,
     seed: int = 0,
     num_heads: int | None = None,
     shrinkage: Estimator = "ledoit-wolf",
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -60,7 +63,7 @@ def fit_params(
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
-    ``num_heads``, ``offline`` and ``remote`` are those of `attnlens.inspect`.
+    ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are those of `attnlens.inspect`.
 
     Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
     """
@@ -73,7 +76,9 @@ def fit_params(
     filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
-        opened = open_model(model, checkpoint, num_heads, access, filters=True)
+        opened = open_model(
+            model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+        )
         found, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += found
         own, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
@@ -126,7 +131,9 @@ def _fit_model(
         return [], []
     if not specs:
         layer, spec = opened.architecture.indexed()[0]
-        raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold)}")
+        raise UnsupportedAttentionError(
+            f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold, opened.untraced)}"
+        )
     folds = tuple(dict.fromkeys(("raw", fold)))
     stacks: list[_Stack] = []
     heads: list[int] = []
@@ -145,18 +152,18 @@ def _fit_model(
     return [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])], heads
 
 
-def _unread(spec: AttentionSpec, fold: Fold) -> str:
-    """Say why a layer is not fitted, to follow its name; empty for one that is."""
+def _unread(spec: AttentionSpec, fold: Fold, untraced: str = "") -> str:
+    """Say why a layer is not fitted, to follow its name; empty for one that is. ``untraced``: why norms are unknown."""
     if spec.kind in OPT_IN:
         return "is {}: {}".format(*OPT_IN[spec.kind])
     if not spec.has_fold(fold):
-        return f"has norms that are not known, so that it has no {fold} product: use --fold raw"
+        return f"has norms that are not known{untraced}, so that it has no {fold} product: use --fold raw"
     return ""
 
 
 def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str, Any]:
     """Return what of a model is not in its fit: modules that were not read, and what the products leave out."""
-    reasons = [(layer, spec, _unread(spec, fold)) for layer, spec in opened.architecture.indexed()]
+    reasons = [(layer, spec, _unread(spec, fold, opened.untraced)) for layer, spec in opened.architecture.indexed()]
     not_read = [
         *(f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused),
         *unread,

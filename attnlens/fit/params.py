@@ -146,9 +146,9 @@ class InitParams(_Part):
 
     def for_model(self, module: nn.Module) -> tuple[LayerRequest, ...]:
         """Return the requests for every readable layer of a live module, by the transfer rule of `requests`."""
-        from attnlens.models.architecture import describe_module
+        from attnlens.models.live import open_live
 
-        return self.requests(describe_module(module))
+        return self.requests(open_live(module).architecture)
 
     def requests(self, architecture: Architecture) -> tuple[LayerRequest, ...]:
         """Return what to draw each readable layer of an architecture with.

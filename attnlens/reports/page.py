@@ -43,6 +43,8 @@ def report(
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
     num_heads: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -53,9 +55,9 @@ def report(
     Of depthwise filters every layer's statistics and verdict, covariances, spectra and profiles.
 
     With ``output`` the page is also written to this file, whole or not at all.
-    ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
-    names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
-    curves are shown.
+    ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``offline`` and ``remote`` are what
+    `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, ``train`` an output folder
+    of `attnlens train-compare` whose curves are shown.
     ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
     verdicts those of `attnlens.fit_params`; nothing is measured here.
 
@@ -67,11 +69,12 @@ def report(
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    inspection = inspect(model, checkpoint, num_heads=num_heads, **reach)
+    own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
+    inspection = inspect(model, checkpoint, **own, **reach)
     fold = _common_fold(inspection)
     entries, unjudged = list[Entry](), ""
     if inspection.specs:
-        entries, unjudged = _judgements(model, checkpoint=checkpoint, num_heads=num_heads, fold=fold, **reach)
+        entries, unjudged = _judgements(model, checkpoint=checkpoint, fold=fold, **own, **reach)
     others = [inspect(other, **reach) for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
