@@ -11,6 +11,7 @@ import typer
 import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.cli.filter_tables import filter_distance_table
 from attnlens.cli.tables import escape, print_wide
 
 if TYPE_CHECKING:
@@ -47,14 +48,18 @@ def compare(
         progress=tracked("layers"),
     )
     if json_:
-        write_stdout(json.dumps({"fold": fold, "models": found.models, "distances": found.distances}, indent=1))
-    else:
+        distances = {"distances": found.distances, "filter_distances": found.filter_distances}
+        write_stdout(json.dumps({"fold": fold, "models": found.models, **distances}, indent=1))
+    if found.distances and not json_:
         print_wide(distance_table(found))
+    if found.filter_distances and not json_:
+        print_wide(filter_distance_table(found))
     from attnlens.figures import save_figures
 
     folder = options.figure_folder(figures, *found.models)
-    save_figures(found.figures(), folder, format_, dpi)
-    note(f"wrote comparison.{format_} to {folder}")
+    drawn = found.figures()
+    save_figures(drawn, folder, format_, dpi)
+    note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 
 
 def distance_table(comparison: Comparison) -> Table:

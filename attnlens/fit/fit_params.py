@@ -12,7 +12,7 @@ import numpy as np
 from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
-from attnlens.filters.fit import filter_trend, fit_filter_entries
+from attnlens.filters.fit import filter_medians, fit_filter_entries
 from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, Summary, select
 from attnlens.fit.params import InitParams, Per
 from attnlens.heads import Array, HeadWeights
@@ -102,7 +102,7 @@ def fit_params(
     groups = [(circuit, heads) for circuit, heads in _GROUPS if select(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
-        schema_version=2,
+        schema_version=3,
         fold=fold,
         per=per,
         level=level,
@@ -112,7 +112,7 @@ def fit_params(
         layers=list(_layer_summaries(entries)),
         pooled=[_pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
         filters=filters,
-        filter_trend=filter_trend(filters),
+        filter_medians=filter_medians(filters),
     )
 
 

@@ -1,8 +1,8 @@
-"""Attention told by tensor names alone: a state dict nobody named the architecture of, and a head count.
+"""Layers told by tensor names and shapes alone: a state dict nobody named the architecture of, and a head count.
 
-Names say what is q, k, v and output, shapes say how many key/value heads share a head's width. Everything read so
-carries the label ``layout guessed``: rotary positions and masks are not in a file, and the order of packed rows is what
-`row_order` finds the weights to bear out.
+Names say what is q, k, v and output, shapes say how many key/value heads share a head's width, and which tensors are
+depthwise filters. Attention read so carries the label ``layout guessed``: rotary positions and masks are not in a file,
+and the order of packed rows is what `row_order` finds the weights to bear out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from attnlens.checkpoints import Checkpoint
 from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.layouts.depthwise.by_shape import filters_by_shape
 from attnlens.layouts.flags import ATTRIBUTE_FLAGS
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
 from attnlens.models.architecture import Architecture
@@ -117,7 +118,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def describe_names(stored: Checkpoint, num_heads: int, where: str, order: str | None = None) -> Architecture:
-    """Describe a file by its tensors' names, every layer with ``num_heads`` heads.
+    """Describe a file by its tensors' names, every layer with ``num_heads`` heads, and its depthwise filters.
 
     The number of key/value heads follows from the shapes. ``order`` is that of the packed rows of ``stored`` before
     they were read as [role, head, dim], where it is known; else the weights are asked, see `row_order`. Projections
@@ -157,9 +158,7 @@ def describe_names(stored: Checkpoint, num_heads: int, where: str, order: str | 
         )
         for spec in found
     )
-    shapes = {name: list(stored.shape(name)) for spec in specs for name in spec.tensors()}
-    paths = (*(spec.path for spec in specs), *(refusal.path for refusal in refused))
-    return Architecture("guessed", specs, refused, paths, shapes, {})
+    return _guessed(stored, specs, refused)
 
 
 def packed_layers(stored: Checkpoint, groups: list[Group]) -> list[Packed]:
@@ -223,6 +222,22 @@ def _left_out(groups: list[Group], stored: Checkpoint) -> tuple[Refusal, ...]:
         Refusal(path, "tensor names", "unknown", f"holds {', '.join(leaves)}, of which no layout is known: left out")
         for path, leaves in sorted(found.items(), key=lambda item: _natural(item[0]))
     )
+
+
+def describe_filters(stored: Checkpoint) -> Architecture | None:
+    """Describe a file that holds depthwise filters and no attention that names tell of; None for any other."""
+    if find_groups(stored):
+        return None
+    found = _guessed(stored, (), ())
+    return found if found.filters else None
+
+
+def _guessed(stored: Checkpoint, specs: tuple[AttentionSpec, ...], refused: tuple[Refusal, ...]) -> Architecture:
+    filters = filters_by_shape(stored, sorted(stored, key=_natural))
+    tensors = [name for layers in (specs, filters) for layer in layers for name in layer.tensors()]
+    shapes = {name: list(stored.shape(name)) for name in tensors}
+    paths = (*(spec.path for spec in specs), *(refusal.path for refusal in refused))
+    return Architecture("guessed", specs, refused, paths, shapes, {}, filters)
 
 
 def _shape(stored: Checkpoint, name: str) -> tuple[int, int]:

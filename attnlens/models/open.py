@@ -16,6 +16,7 @@ from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
 from attnlens.models.bare import of_lens, open_bare
+from attnlens.models.by_tensor_names import describe_filters
 from attnlens.models.diffusers import describe_diffusers
 from attnlens.models.forms import fitting
 from attnlens.models.live import open_live
@@ -267,7 +268,10 @@ def _open_adapter(
 
 
 def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access) -> OpenedModel:
-    """Open a file that must itself say, in its metadata or a config.json beside it, what architecture it is for."""
+    """Open a file that says itself, in its metadata or a config.json beside it, what architecture it is for.
+
+    A file that says nothing and holds depthwise filters, and no attention, is read by its tensors' shapes.
+    """
     checkpoint = open_checkpoint(path, access.network)
     named = checkpoint.metadata.get("architecture")
     if named:
@@ -287,6 +291,10 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
             architecture, arguments = _of_timm(stated, given, checkpoint)
             source = {"model": path.name, "named_by": "the arguments that the file's training script stored"}
             return OpenedModel(path.stem, architecture, checkpoint, source, timm_args=arguments)
+    filters = describe_filters(checkpoint)
+    if filters is not None:
+        source = {"model": path.name, "layout": "depthwise filters guessed from tensor shapes"}
+        return OpenedModel(path.stem, filters, checkpoint, source)
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
         f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file; it holds "

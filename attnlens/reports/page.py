@@ -16,8 +16,11 @@ from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections
 from attnlens.fit.entries import Entry
+from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
-from attnlens.inspection import Inspection, inspect, need_attention
+from attnlens.inspection import Inspection, inspect
+from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
+from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, corner_size, draw_data
 from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
@@ -52,6 +55,8 @@ def report(
 ) -> str:
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
+    Of depthwise filters every layer's statistics and verdict, covariances, spectra and profiles.
+
     With ``output`` the page is also written to this file, whole or not at all.
     ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline``
     and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it,
@@ -69,9 +74,11 @@ def report(
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
     own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
     own |= {"weights": weights, "row_order": row_order}
-    inspection = need_attention(inspect(model, checkpoint, fold=fold, **own, **reach), "the report")
-    entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **own, **reach)
-    others = [need_attention(inspect(other, fold=fold, **reach), "the report") for other in compare]
+    inspection = inspect(model, checkpoint, fold=fold, **own, **reach)
+    entries, unjudged = list[Entry](), ""
+    if inspection.specs:
+        entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **own, **reach)
+    others = [inspect(other, fold=fold, **reach) for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
     data = {
@@ -98,6 +105,9 @@ def report(
             notes=inspection.left_out(),
             provenance=list(_flat({**inspection.provenance, **({"command": command} if command else {})})),
             comparison=comparison,
+            filters=filter_section(inspection.filters, inspection.model),
+            filter_columns=FILTER_COLUMNS,
+            filter_comparison=_filter_comparison(comparison),
             training=training,
             scripts=scripts(),
             hashes=[script_hash(script) for script in scripts()],
@@ -165,6 +175,13 @@ def _counts(entries: Sequence[Entry]) -> list[tuple[str, str, list[tuple[str, in
         (what, fold, [(verdict.value, count[verdict.value]) for verdict in Verdict])
         for (what, fold), count in groups.items()
     ]
+
+
+def _filter_comparison(comparison: Comparison | None) -> Picture | None:
+    if comparison is None or not comparison.filter_distances:
+        return None
+    caption = "Shares and effective rank of each model's filters, against relative depth."
+    return picture("filter_comparison", draw_filter_comparison(comparison.models, comparison.filter_profiles), caption)
 
 
 def _comparison_data(comparison: Comparison | None) -> dict[str, Any] | None:

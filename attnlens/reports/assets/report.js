@@ -195,8 +195,8 @@
 
   // ---- table ----
 
-  const table = find("table");
-  table.addEventListener("click", (event) => {
+  const table = find("table");  // null where there are filters alone
+  table?.addEventListener("click", (event) => {
     const row = event.target.closest("tbody tr");
     if (row) choose(row.dataset.layer, row.dataset.head, row.dataset.fold, { scroll: true });
   });
@@ -212,8 +212,8 @@
     }
     find("shown").textContent = `${shown} of ${table.tBodies[0].rows.length} rows`;
   }
-  for (const id of ["layer", "kind", "verdict"]) find(id).addEventListener("change", filter);
-  find("fold").addEventListener("change", () => {
+  for (const id of ["layer", "kind", "verdict"]) find(id)?.addEventListener("change", filter);
+  find("fold")?.addEventListener("change", () => {
     filter();
     maps();
     if (chosen && find("fold").value) choose(chosen.layer, chosen.head, find("fold").value);
@@ -328,14 +328,16 @@
     }
   }
 
-  filter();
-  maps();
-  profiles();
-  if (DATA.comparison) comparison(DATA.comparison);
+  if (table) {
+    filter();
+    maps();
+    profiles();
+  }
+  if (DATA.comparison?.profiles.length) comparison(DATA.comparison);
   if (DATA.training) training(DATA.training);
   const linked = /^#head=(\d+)\.(\w+)\.(\w+)$/.exec(location.hash);
   if (linked) choose(linked[1], linked[2], linked[3], { scroll: true });
-  if (!chosen) {  // without an address, the head whose QK product is most like an identity, or the first row
+  if (table && !chosen) {  // without an address, the head whose QK product is most like an identity, or the first row
     const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
     const share = ({ dataset }) => byKey.get(keyOf(dataset.layer, dataset.head, "qk", dataset.fold))?.share ?? -1;
     const first = rows[d3.greatestIndex(rows, share)];
