@@ -15,10 +15,8 @@ _Word = Annotated[str, Field(pattern=r"^[\w.+-]{1,200}$")]
 _Span = Annotated[str, Field(pattern=r"^\d{1,9}(-\d{1,9})?$")]
 _Fold = Literal["raw", "effective", "centred"]
 _Number = float | None
-_Row = tuple[
-    *(_Count, Annotated[float, Field(ge=0, le=1)], Literal["qk", "ov"], _Fold),
-    *(_Number, _Number, _Number, _Number, _Number),
-]
+_Depth = Annotated[float, Field(ge=0, le=1)]
+_Row = tuple[_Count, _Depth, Literal["qk", "ov"], _Fold, _Number, _Number, _Number, _Number, _Number]
 
 
 class _Part(BaseModel):
