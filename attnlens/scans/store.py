@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 from attnlens.atomic import FileSet
+from attnlens.csv_text import csv_text
 from attnlens.errors import AttnlensError
 from attnlens.scans.plan import Job
 from attnlens.scans.result_schema import check_result
@@ -79,18 +78,10 @@ class Store:
         layers = ([name, *row] for name, result in results.items() for row in result.get("table", ()))
         data = {**SCHEMA, "provenance": provenance, "layer_columns": LAYER_COLUMNS, "models": list(results.values())}
         texts = {
-            "scan.csv": _csv(MODEL_COLUMNS, cells),
-            "layers.csv": _csv(("model", *LAYER_COLUMNS), layers),
+            "scan.csv": csv_text(MODEL_COLUMNS, cells),
+            "layers.csv": csv_text(("model", *LAYER_COLUMNS), layers),
             "scan.json": json.dumps(data, indent=1) + "\n",
         }
         with FileSet() as files:
             for name, text in texts.items():
                 files.write(self.folder / name, methodcaller("write", text.encode()))
-
-
-def _csv(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
-    return buffer.getvalue()
