@@ -125,7 +125,7 @@ class NpzFile(_File):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Read an array out of the archive."""
-        with self._opened(name) as file:
+        with self._reading(), self._opened(name) as file:
             stored: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         if stored.dtype == np.dtype("V2"):
             import ml_dtypes
