@@ -295,6 +295,7 @@ def save_inspection(
         data = inspection.to_json()
         data["provenance"] = {**data["provenance"], "command": command}
         text = json.dumps({**data, "files": files.hashes()}, indent=1) + "\n"
+        inspection.opened.checkpoint.check()  # figures are drawn from the weights after these were measured
         files.write(paths["stats.json"], lambda file: file.write(text.encode()))
     return paths
 

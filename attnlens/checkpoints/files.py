@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, array_header, check_archive
 from attnlens.checkpoints.base import _File
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import parse_json
@@ -96,7 +96,7 @@ class NpzFile(_File):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Read an array out of the archive."""
-        with self._opened(name) as file:
+        with self._reading(), self._opened(name) as file:
             stored: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         if stored.dtype == np.dtype("V2"):
             import ml_dtypes
@@ -107,7 +107,7 @@ class NpzFile(_File):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return an array's shape from its header."""
         with self._opened(name) as file:
-            return _array_header(file)[0]
+            return array_header(file)[0]
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[IO[bytes]]:
@@ -115,7 +115,7 @@ class NpzFile(_File):
         member = self._members[name]
         try:
             with self._archive.open(member) as file:
-                shape, kind = _array_header(file)
+                shape, kind = array_header(file)
             if kind.kind not in "biuf" and kind != np.dtype("V2"):
                 raise ValueError(f"its type is {kind.str[:20]}")
             if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > member.file_size:
@@ -138,14 +138,6 @@ class NpzFile(_File):
     def __len__(self) -> int:
         """Return the number of arrays."""
         return len(self._members)
-
-
-def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Read shape and type off the header of a stored array."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, kind = read(file)
-    return tuple(shape), kind
 
 
 _DTYPES = {

@@ -73,7 +73,7 @@ def fetch_weights(
 def _with_shards(path: Path, repo: str, revision: str | None, *, offline: bool) -> Path:
     """Fetch the shards an index lists, so that they lie beside it; any other file is left as it is."""
     if path.name.endswith(INDEX_SUFFIX):
-        for shard in sorted(set(read_index(path).values())):
+        for shard in sorted(set(read_index(path)[0].values())):
             if fetch(repo, shard, _commit(path) or revision, offline=offline) is None:
                 raise ModelNotFoundError(f"{repo} lists the shard {shard} in {path.name} and does not hold it")
     return path

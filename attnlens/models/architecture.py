@@ -20,6 +20,7 @@ from attnlens.atomic import write_text_atomic
 from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError, UsageError
 from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Refusal
+from attnlens.models.bounded import describe_bounded
 from attnlens.models.forward_inputs import check_input_size, forward_inputs
 from attnlens.models.undress import undress
 
@@ -81,7 +82,7 @@ def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -
     cached = _cache_file(name, model_args or {})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Architecture.from_json(json.loads(cached.read_text()))
-    found = _build(name, model_args or {})
+    found = describe_bounded(name, model_args) if model_args else build(name, {})
     with contextlib.suppress(OutputError):  # a read-only cache costs time, nothing else
         write_text_atomic(cached, json.dumps(found.to_json()))
     return found
@@ -169,26 +170,42 @@ def tensor_shapes(skeleton: nn.Module, tensors: Iterable[str]) -> dict[str, list
     return {name: list(stored[name].shape) for name in tensors}
 
 
-def _build(name: str, model_args: dict[str, Any]) -> Architecture:
+def build(name: str, model_args: dict[str, Any]) -> Architecture:
+    """Build a timm architecture on the meta device and describe it; see `describe_architecture`."""
+    try:
+        current, _, tag = _current_name(name).partition(".")
+        model = on_meta(name, model_args)
+        tags = pretrained_tags(current)
+        first = {tag: tags[tag]} if tag in tags else {}
+        return replace(describe_module(model, current), weights={**first, **tags})
+    except AttnlensError:
+        raise
+    except Exception as error:  # any forward pass of timm's, with any arguments a file may name
+        raise _cannot_build(name, model_args, error) from error
+
+
+def on_meta(name: str, model_args: dict[str, Any]) -> nn.Module:
+    """Build a timm architecture on the meta device. Raises `ModelNotFoundError`."""
     import timm
     import torch
 
     if not timm.is_model(name):
         raise ModelNotFoundError(f"timm has no architecture named {name!r}{suggest(name, timm.list_models())}")
-    name, _, tag = _current_name(name).partition(".")
+    name, _, _ = _current_name(name).partition(".")
     try:
         with torch.device("meta"), modules_counted(name):
-            model = timm.create_model(name, pretrained=False, **model_args)
-        tags = pretrained_tags(name)
-        first = {tag: tags[tag]} if tag in tags else {}
-        return replace(describe_module(model, name), weights={**first, **tags})
+            return timm.create_model(name, pretrained=False, **model_args)
     except AttnlensError:
         raise
     except Exception as error:  # any constructor of timm's, with any arguments a file may name
-        raise ModelNotFoundError(
-            f"timm cannot build {name} with model_args {model_args} ({type(error).__name__}: {error}): fix the "
-            "--model-arg, config.json or metadata they come from"
-        ) from error
+        raise _cannot_build(name, model_args, error) from error
+
+
+def _cannot_build(name: str, model_args: dict[str, Any], error: Exception) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"timm cannot build {name} with model_args {model_args} ({type(error).__name__}: {error}): fix the "
+        "--model-arg, config.json or metadata they come from"
+    )
 
 
 def _current_name(name: str) -> str:

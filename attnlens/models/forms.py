@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from attnlens.checkpoints import Checkpoint
 from attnlens.checkpoints.networks import ChosenNetwork
-from attnlens.errors import CheckpointError, UsageError
+from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.models.architecture import Architecture, describe_architecture
+from attnlens.models.bounded import check_cheap
 from attnlens.models.opened import OpenedModel
 from attnlens.models.renamed import as_timm_names
 from attnlens.models.sizes import in_words, shown_arguments
@@ -63,8 +64,9 @@ def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
 
     if opened.timm_args is not None:
         try:
+            check_cheap(opened.architecture.name, opened.timm_args)
             converted = convert(opened.architecture.name, opened.timm_args, opened.checkpoint)
-        except CheckpointError as error:
+        except (CheckpointError, ModelNotFoundError) as error:
             told.append(str(error))
         else:
             yield replace(opened, checkpoint=converted)

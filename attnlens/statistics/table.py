@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlens.atomic import write_text_atomic
+from attnlens.csv_text import csv_text
 from attnlens.heads import Array
 from attnlens.statistics.diagonal import DiagonalFit
 from attnlens.statistics.gains import GainStatistics
@@ -76,11 +74,7 @@ class StatsTable:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the table as CSV; also write it to ``path`` when given."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([_csv_cell(value) for value in row] for row in self.rows)
-        return _written(buffer.getvalue(), path)
+        return _written(csv_text(self.columns, self.rows), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the rows as a JSON list of objects; also write it to ``path`` when given."""
@@ -99,10 +93,6 @@ class StatsTable:
 
 def _json_row(record: dict[str, Value]) -> dict[str, Any]:
     return {name: finite_or_none(value) for name, value in record.items()}
-
-
-def _csv_cell(value: Value) -> Value:
-    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _written(text: str, path: str | Path | None) -> str:

@@ -1,6 +1,6 @@
 """Hostile input: ``python -m benchmarks.trust.hostile --inputs N --seed S`` fills "hostile" in trust.json.
 
-Every case of `handmade`, then N mutations of valid files of thirteen formats, each read under `guard`. A violation is
+Every case of `handmade`, then N mutations of valid files of fourteen formats, each read under `guard`. A violation is
 printed with what was done to the file, and makes the exit code 1.
 """
 
@@ -40,6 +40,7 @@ SHARES = {
     "shard index": 4,
     "params.json": 5,
     "results folder": 6,
+    "scan folder": 4,
     "image folder": 3,
     "image tar": 4,
     "decoded cache": 2,

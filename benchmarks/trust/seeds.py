@@ -7,13 +7,20 @@ import io
 import json
 import lzma
 import tarfile
+import tempfile
+from dataclasses import asdict
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from attnlens import fit_params
+from attnlens.scans.store import Store
+from attnlens.scans.worker import Settings, measure
+from attnlens.state import DIGEST, sealed
 from benchmarks.trust.guard import Case
-from benchmarks.trust.readers import CONFIG, loaded_stack
+from benchmarks.trust.readers import CONFIG, SCANNED, loaded_stack
 
 MODEL_ARGS = {
     "img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3,
@@ -37,6 +44,19 @@ GEMMA = {
     "head_dim": 4,
     "query_pre_attn_scalar": 16,
 }
+
+
+def state_file(data: dict[str, Any]) -> bytes:
+    """Return a JSON file of state with a digest that is right."""
+    return json.dumps(sealed({name: value for name, value in data.items() if name != DIGEST})).encode()
+
+
+def scan_folder() -> dict[str, bytes]:
+    """Return the folder of a scan of the shipped network."""
+    result = measure(asdict(SCANNED), asdict(Settings()), 1)
+    with tempfile.TemporaryDirectory() as place:
+        Store(Path(place), Settings()).save(SCANNED, result)
+        return {f"models/{path.name}": path.read_bytes() for path in Path(place, "models").iterdir()}
 
 
 @cache
@@ -249,7 +269,7 @@ def results() -> dict[str, bytes]:
         "summary.json": json.dumps(summarise(CONFIG, runs).to_json()).encode(),
         "checkpoints/default-1.pt": pth(state),
         **{
-            f"runs/{name}.json": json.dumps({"config": CONFIG.sha256(), "records": lines}).encode()
+            f"runs/{name}.json": state_file({"config": CONFIG.sha256(), "records": lines})
             for name, lines in runs.items()
         },
     }
@@ -319,6 +339,7 @@ def valid() -> list[Case]:
         Case("shard index", "bin", index(hf, "bin")),
         Case("params.json", "fitted", {"params.json": params()}, "params.json"),
         Case("results folder", "three of four runs", results()),
+        Case("scan folder", "one model", scan_folder()),
         Case("image folder", "five formats", images()),
         Case("image tar", "plain", {"data.tar": plain}, "data.tar"),
         *(Case("image tar", end, {f"data.tar.{end}": pack(plain)}, f"data.tar.{end}") for end, pack in packed.items()),
