@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ class FactoredProduct:
         return self.A.shape[-2] == self.B.shape[-2]
 
     @cached_property
-    def unit(self) -> tuple[Self, NDArray[np.int_]]:
+    def unit(self) -> tuple[FactoredProduct, NDArray[np.int_]]:
         """The products at a scale at which no power of their entries is lost, and the exponents of 2 taken out.
 
         M = 2^exponent * unit, exactly; the product itself, and zeros, where it is at such a scale already.
@@ -156,10 +156,10 @@ class FactoredProduct:
             parts=self.parts and self.parts.scaled(rows, cols),
         )
 
-    def balanced(self) -> Self:
+    def balanced(self) -> FactoredProduct:
         """Return diag(r)^-1 @ M @ diag(c)^-1 with the `gains` r and c that `balance` finds; signs stay."""
         gains = balance(self)
-        return replace(self.scaled(1 / gains.rows, 1 / gains.cols), gains=gains)  # type: ignore[return-value]
+        return replace(self.scaled(1 / gains.rows, 1 / gains.cols), gains=gains)
 
     def centred(self, rows: bool, cols: bool) -> FactoredProduct:
         """Project the all-ones direction out of rows and/or columns: C M C with C = I - 11^T/d."""
@@ -195,7 +195,7 @@ class WholeProduct(FactoredProduct):
         return cls(M, np.eye(M.shape[-1]), inner)
 
     @cached_property
-    def unit(self) -> tuple[Self, NDArray[np.int_]]:
+    def unit(self) -> tuple[FactoredProduct, NDArray[np.int_]]:
         """The product at a safe scale, as of any product: of M alone, B stays the identity."""
         exponent = _exponent(self.A)
         if np.abs(exponent).max(initial=0) <= _SAFE_EXPONENT:

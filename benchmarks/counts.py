@@ -36,7 +36,7 @@ from attnlens.atomic import write_text_atomic
 from attnlens.checkpoints.files import SafetensorsFile
 from attnlens.circuits import FactoredProduct, layer_ov
 from attnlens.heads import HeadWeights
-from attnlens.models.architecture import describe_architecture
+from attnlens.models.described import describe_architecture
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import fit_diagonal
 

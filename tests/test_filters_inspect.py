@@ -21,7 +21,8 @@ from attnlens.inits import init_, init_file
 from attnlens.layouts.depthwise import FilterSpec, filter_modules, filter_parameters, read_filters, write_filters
 from attnlens.layouts.spec import Refusal
 from attnlens.models import architecture
-from attnlens.models.architecture import describe_architecture, describe_module
+from attnlens.models.architecture import describe_module
+from attnlens.models.described import describe_architecture
 from attnlens.scans.worker import measure
 from attnlens.training.source import Source
 from tests.filter_models import CONVNEXT, both, convmixer, convnext

@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = (
-    *("printable", "errors", "provenance", "threads", "atomic", "strict_json", "templates"),
+    *(
+        "printable",
+        "errors",
+        "provenance",
+        "threads",
+        "atomic",
+        "strict_json",
+        "csv_text",
+        "patterns",
+        "state",
+        "templates",
+    ),
     *("heads", "balance", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
     *("inspection", "composition", "fit", "inits", "reports", "scans", "gpt", "signal", "training", "cli"),
 )

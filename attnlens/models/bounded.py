@@ -19,12 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 from threading import Lock
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from attnlens.errors import AttnlensError, ModelNotFoundError, UnsupportedAttentionError
-
-if TYPE_CHECKING:
-    from attnlens.models.architecture import Architecture
+from attnlens.models.architecture import Architecture, build, on_meta
 
 SECONDS = 5
 """Processor seconds that building and tracing may take; the largest architectures of timm take 1.5."""
@@ -49,8 +47,6 @@ def describe_bounded(name: str, model_args: dict[str, Any]) -> Architecture:
 
     Raises `ModelNotFoundError` where it takes more, and what describing raises.
     """
-    from attnlens.models.architecture import Architecture, build
-
     if not _bounds(name):
         return build(name, model_args)
     return Architecture.from_json(_ask({"do": "describe", "name": name, "model_args": model_args}))
@@ -221,8 +217,6 @@ def _limit() -> None:
 
 
 def _found(request: dict[str, Any]) -> dict[str, Any]:
-    from attnlens.models.architecture import build, on_meta
-
     if request["do"] == "describe":
         return build(request["name"], request["model_args"]).to_json()
     on_meta(request["name"], request["model_args"])

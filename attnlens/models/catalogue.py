@@ -23,7 +23,8 @@ from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.errors import ModelNotFoundError, OutputError, UsageError, first_line
 from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Slot
-from attnlens.models.architecture import cache_folder, pretrained_tags, rules_digest, suggest
+from attnlens.models.architecture import pretrained_tags, suggest
+from attnlens.models.described import cache_folder, rules_digest
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Shapes = Mapping[str, Sequence[int]]

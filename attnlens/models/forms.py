@@ -9,8 +9,9 @@ from dataclasses import replace
 from attnlens.checkpoints import Checkpoint
 from attnlens.checkpoints.networks import ChosenNetwork
 from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
-from attnlens.models.architecture import Architecture, describe_architecture
+from attnlens.models.architecture import Architecture
 from attnlens.models.bounded import check_cheap
+from attnlens.models.described import describe_architecture
 from attnlens.models.opened import OpenedModel
 from attnlens.models.renamed import as_timm_names
 from attnlens.models.sizes import in_words, shown_arguments

@@ -14,9 +14,10 @@ from attnlens.checkpoints.applied import unread_beside
 from attnlens.checkpoints.formats import refuse_folder
 from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
-from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
+from attnlens.models.architecture import Architecture, check_model_args
 from attnlens.models.bare import of_lens, open_bare
 from attnlens.models.by_tensor_names import describe_filters
+from attnlens.models.described import describe_architecture
 from attnlens.models.diffusers import describe_diffusers
 from attnlens.models.forms import fitting
 from attnlens.models.live import open_live

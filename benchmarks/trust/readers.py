@@ -21,7 +21,7 @@ from attnlens.cli.scan import model_table
 from attnlens.cli.tables import layer_table
 from attnlens.errors import AttnlensError
 from attnlens.fit.params import InitParams
-from attnlens.models.architecture import describe_architecture
+from attnlens.models.described import describe_architecture
 from attnlens.models.open import EMBEDDED
 from attnlens.reports.training import read_training
 from attnlens.scans.plan import Job

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from attnlens.layouts.depthwise.spec import FilterSpec
-
-if TYPE_CHECKING:
-    from attnlens.checkpoints import Checkpoint
 
 LABEL = "told from tensor shapes: stride is not known, and filters of a single input channel look the same"
 _WEIGHT = "weight"
 
 
-def filters_by_shape(stored: Checkpoint, names: list[str]) -> tuple[FilterSpec, ...]:
+def filters_by_shape(stored: Any, names: list[str]) -> tuple[FilterSpec, ...]:
     """Describe the tensors that are shaped like depthwise filters, in the order of ``names``.
 
     ``[filters, 1, height, width]`` with more than one filter and more than one position, under a name that ends in
