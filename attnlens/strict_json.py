@@ -1,4 +1,4 @@
-"""Reading what strangers wrote: JSON that is plain, and files that lie where they say."""
+"""Reading untrusted files: JSON that is plain, and files that lie where they say."""
 
 from __future__ import annotations
 

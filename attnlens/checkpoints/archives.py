@@ -1,4 +1,4 @@
-"""Zip archives of strangers: what a member says of its size is held against the size of the file before it is read."""
+"""Untrusted zip archives: what a member says of its size is held against the size of the file before it is read."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from attnlens.checkpoints.networks import ChosenNetwork
 from attnlens.errors import CheckpointError, UsageError
 from attnlens.models.architecture import Architecture, describe_architecture
 from attnlens.models.opened import OpenedModel
+from attnlens.models.renamed import as_timm_names
+from attnlens.models.sizes import in_words, shown_arguments
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
@@ -58,7 +60,6 @@ def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
     What a conversion says where it fails is added to ``told``.
     """
     from attnlens.checkpoints.converted import below_prefix, convert
-    from attnlens.models.renamed import as_timm_names
 
     if opened.timm_args is not None:
         try:
@@ -86,8 +87,6 @@ def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
 
 def _resized(opened: OpenedModel, weights: Checkpoint) -> Iterator[OpenedModel]:
     """Yield the model at the sizes that the shapes of the weights show."""
-    from attnlens.models.sizes import in_words, shown_arguments
-
     name, given = opened.architecture.name, opened.timm_args or {}
     arguments = shown_arguments(name, given, {key: weights.shape(key) for key in weights})
     if arguments is not None:

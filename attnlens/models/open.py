@@ -16,8 +16,12 @@ from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args, describe_architecture
 from attnlens.models.bare import of_lens, open_bare
+from attnlens.models.diffusers import describe_diffusers
 from attnlens.models.forms import fitting
+from attnlens.models.live import open_live
 from attnlens.models.opened import ONLINE, Access, OpenedModel, StrPath, Weights
+from attnlens.models.sizes import in_words, shown_arguments
+from attnlens.models.transformers import describe_transformers, told_model_type
 from attnlens.models.weights import is_weight_name, parse_object, weights_in, weights_of
 from attnlens.strict_json import within
 
@@ -150,8 +154,6 @@ def _open_live(
     input_size: int | tuple[int, ...] | None,
     access: Access,
 ) -> OpenedModel:
-    from attnlens.models.live import open_live
-
     architecture, own = open_live(module, num_heads=num_heads, input_size=input_size)
     weights = own if checkpoint is None else weights_of(checkpoint, access)
     source = {"model": architecture.name}
@@ -170,8 +172,6 @@ def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dic
         tags = ", ".join(known for known in architecture.weights if known) or "none"
         raise ModelNotFoundError(f"{base} has no pretrained tag {tag!r}: timm knows {tags}")
     if weights is not None:
-        from attnlens.models.sizes import in_words
-
         source = {"model": name, **in_words(arguments, given)}
         return OpenedModel(base, architecture, weights, source, timm_args=arguments)
     if not architecture.weights:
@@ -184,8 +184,6 @@ def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dic
 
 def _of_timm(name: str, given: dict[str, Any], weights: Checkpoint | None) -> tuple[Architecture, dict[str, Any]]:
     """Describe an architecture with arguments that may build a network only beside those that the weights show."""
-    from attnlens.models.sizes import shown_arguments
-
     try:
         return describe_architecture(name, given), given
     except ModelNotFoundError:
@@ -318,11 +316,7 @@ def _configured(
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
     if isinstance(data.get("_class_name"), str):
-        from attnlens.models.diffusers import describe_diffusers
-
         return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, str(config)), weights, source)
-    from attnlens.models.transformers import describe_transformers, told_model_type
-
     if "model_type" not in data:
         told = told_model_type(data, weights)
         data = {**data, "model_type": told}

@@ -1,4 +1,4 @@
-"""Images out of folders and tars of strangers: nothing outside is followed, nothing small becomes large, nothing runs.
+"""Images out of untrusted folders and tars: nothing outside is followed, nothing small becomes large, nothing runs.
 
 Bound: for each byte of file at most `DECODED` bytes of pixels, and `ALLOWANCE` beside that; of a compressed tar at most
 `EXPANDS` bytes, and `ALLOWANCE`. ``--image-size`` adds the pixels it asks for, image by image.
