@@ -114,6 +114,8 @@ class TorchFile(_File):
     def _check(self) -> None:
         """Refuse tensors that are larger than the file they came from, or reach out of the run they are a view of."""
         total = 0
+        if any(begin + length > self._status.st_size for begin, length in self._places.values()):
+            raise ValueError("a run of its numbers reaches out of the file")
         for ref in self._tensors.values():
             if not isinstance(ref, TensorRef):
                 continue
