@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from attnlens.balance import Gains, balance
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array, HeadWeights, expand_groups
+
+if TYPE_CHECKING:  # checked at every call while tests run
+    from jaxtyping import Complex, Float
 
 Kind = Literal["qk", "ov"]
 Fold = Literal["raw", "effective", "centred", "balanced"]
@@ -33,8 +36,8 @@ _SAFE_EXPONENT = 60  # fourth powers of products of factors within 2^+-60 are fa
 class FactoredProduct:
     """A stack of products M = A @ B.T kept apart: A ``[..., rows, rank]``, B ``[..., cols, rank]``, float64."""
 
-    A: Array
-    B: Array
+    A: Float[Array, "*stack rows inner"]
+    B: Float[Array, "... cols inner"]
     gains: Gains | None = field(default=None, kw_only=True, repr=False)
     """What was divided out of the rows and columns of a balanced product"""
     parts: FactoredProduct | None = field(default=None, kw_only=True, repr=False)
@@ -69,24 +72,24 @@ class FactoredProduct:
         parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
         return replace(self, A=A, B=B, parts=parts), exponent
 
-    def diagonal(self) -> Array:
+    def diagonal(self) -> Float[Array, "*stack rows"]:
         """Return diag(M)_i = <A_i, B_i>, shape ``[..., rows]``."""
         return np.einsum("...ir,...ir->...i", self.A, self.B)
 
-    def total(self) -> Array:
+    def total(self) -> Float[Array, "*stack"]:
         """Return the sum of all entries, <1^T A, 1^T B>."""
-        return np.einsum("...r,...r->...", self.A.sum(-2), self.B.sum(-2))
+        return np.asarray(np.einsum("...r,...r->...", self.A.sum(-2), self.B.sum(-2)))
 
-    def squared_norm(self) -> Array:
+    def squared_norm(self) -> Float[Array, "*stack"]:
         """Return ||M||_F^2 = <A^T A, B^T B>."""
         return np.asarray((self.grams[0] * self.grams[1]).sum((-2, -1)))
 
-    def squared_trace(self) -> Array:
+    def squared_trace(self) -> Float[Array, "*stack"]:
         """Return tr(M @ M) = tr((B^T A)^2)."""
-        return np.einsum("...rs,...sr->...", self.core, self.core)
+        return np.asarray(np.einsum("...rs,...sr->...", self.core, self.core))
 
     @cached_property
-    def grams(self) -> tuple[Array, Array]:
+    def grams(self) -> tuple[Float[Array, "*stack inner inner"], Float[Array, "*stack inner inner"]]:
         """A^T A and B^T B, each ``[..., rank, rank]``."""
         return _gram(self.A), _gram(self.B)
 
@@ -101,15 +104,15 @@ class FactoredProduct:
         return FactoredProduct(self.B, self.A)
 
     @cached_property
-    def core(self) -> Array:
+    def core(self) -> Float[Array, "*stack inner inner"]:
         """B^T A, ``[..., rank, rank]``: its non-zero eigenvalues are those of M."""
         return np.matmul(np.swapaxes(self.B, -1, -2), self.A)
 
-    def eigenvalues(self) -> NDArray[np.complex128]:
+    def eigenvalues(self) -> Complex[NDArray[np.complex128], "*stack inner"]:
         """Return the rank eigenvalues of M that can be non-zero, those of B^T A."""
         return np.asarray(np.linalg.eigvals(self.core), dtype=np.complex128)
 
-    def singular_values(self) -> Array:
+    def singular_values(self) -> Float[Array, "*stack rank"]:
         """Return the singular values of M that can be non-zero, largest first: those of R_A @ R_B^T.
 
         R_A and R_B are the triangular factors of thin QRs of A and B. Source: ``s(A B^T) = s(R_A R_B^T)`` as the Q
@@ -120,15 +123,15 @@ class FactoredProduct:
         values = np.linalg.svd(np.matmul(R_A, np.swapaxes(R_B, -1, -2)), compute_uv=False)
         return np.ldexp(values, exponent[..., None])
 
-    def spectral_norm(self) -> Array:
+    def spectral_norm(self) -> Float[Array, "*stack"]:
         """Return the largest singular value of each product."""
         return np.asarray(self.singular_values()[..., 0])
 
-    def dense(self, size: int | None = None) -> Array:
+    def dense(self, size: int | None = None) -> Float[Array, "*stack corner_rows corner_cols"]:
         """Form the top-left ``size x size`` corner of M (the whole of M when size is None)."""
         return np.matmul(self.A[..., :size, :], np.swapaxes(self.B[..., :size, :], -1, -2))
 
-    def offdiagonal_squares(self, weights: Array) -> Array:
+    def offdiagonal_squares(self, weights: Float[Array, "*stack cols"]) -> Float[Array, "*stack rows"]:
         """Return sum_{j != i} M_ij^2 w_j for every row i, over every j where M is not square, ``[..., rows]``.
 
         It is A_i (B^T diag(w) B) A_i^T - M_ii^2 w_i, O(d k^2), and zero where no more than rounding is left.
@@ -169,7 +172,7 @@ class FactoredProduct:
             parts=self.parts and self.parts.centred(rows, cols),
         )
 
-    def head(self, index: int | NDArray[np.bool_]) -> FactoredProduct:
+    def head(self, index: int | tuple[int, ...] | NDArray[np.bool_]) -> FactoredProduct:
         """Return one product of a stack, or those a mask chooses."""
         return FactoredProduct(self.A[index], self.B[index], gains=self.gains and self.gains.head(index))
 
@@ -208,32 +211,32 @@ class WholeProduct(FactoredProduct):
         """Largest rank the product can have."""
         return min(self.inner, *self.shape[-2:])
 
-    def diagonal(self) -> Array:
+    def diagonal(self) -> Float[Array, "*stack rows"]:
         """Return diag(M)."""
         return np.diagonal(self.A, axis1=-2, axis2=-1)
 
-    def total(self) -> Array:
+    def total(self) -> Float[Array, "*stack"]:
         """Return the sum of all entries."""
         return np.asarray(self.A.sum((-2, -1)))
 
-    def squared_norm(self) -> Array:
+    def squared_norm(self) -> Float[Array, "*stack"]:
         """Return ||M||_F^2."""
         return np.asarray(np.vdot(self.A, self.A))
 
-    def squared_trace(self) -> Array:
+    def squared_trace(self) -> Float[Array, "*stack"]:
         """Return tr(M @ M)."""
         return np.asarray((self.A * self.A.T).sum())
 
     @cached_property
-    def core(self) -> Array:
+    def core(self) -> Float[Array, "*stack inner inner"]:
         """M itself."""
         return self.A
 
-    def singular_values(self) -> Array:
+    def singular_values(self) -> Float[Array, "*stack rank"]:
         """Return the singular values of M, largest first."""
         return np.asarray(np.linalg.svd(self.A, compute_uv=False)[..., : self.rank_bound])
 
-    def spectral_norm(self) -> Array:
+    def spectral_norm(self) -> Float[Array, "*stack"]:
         """Return the largest singular value by Lanczos iteration on M^T M, from a fixed start vector.
 
         The eigenvalue's error is the square of the residual asked for: 1e-7 gives it to machine precision.
@@ -251,7 +254,7 @@ class WholeProduct(FactoredProduct):
         square = eigsh(operator, k=1, v0=start, tol=1e-7, return_eigenvectors=False)[0]
         return np.asarray(np.ldexp(np.sqrt(square), exponent))
 
-    def dense(self, size: int | None = None) -> Array:
+    def dense(self, size: int | None = None) -> Float[Array, "*stack corner_rows corner_cols"]:
         """Return the top-left ``size x size`` corner of M (the whole of M when size is None)."""
         return self.A[..., :size, :size]
 
@@ -260,7 +263,7 @@ class WholeProduct(FactoredProduct):
         """The transposed product."""
         return WholeProduct.of(np.swapaxes(self.A, -1, -2), self.inner)
 
-    def head(self, index: int | NDArray[np.bool_]) -> WholeProduct:
+    def head(self, index: int | tuple[int, ...] | NDArray[np.bool_]) -> WholeProduct:
         """Return one product of a stack, or those a mask chooses."""
         return WholeProduct(self.A[index], self.B, self.inner)
 
@@ -268,7 +271,7 @@ class WholeProduct(FactoredProduct):
         """Return the products in a stack of one dimension, ``[n, rows, cols]``."""
         return WholeProduct(self.A.reshape(-1, *self.A.shape[-2:]), self.B, self.inner)
 
-    def offdiagonal_squares(self, weights: Array) -> Array:
+    def offdiagonal_squares(self, weights: Float[Array, "*stack cols"]) -> Float[Array, "*stack rows"]:
         """Return sum_{j != i} M_ij^2 w_j for every row i, ``[..., rows]``, from the entries themselves."""
         squares = self.A**2
         if self.is_square:

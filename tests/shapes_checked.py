@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 
 import attnlens  # noqa: F401
 
-CHECKED = ("attnlens.heads", "attnlens.circuits", "attnlens.statistics.diagonal")
+CHECKED = ("attnlens.heads", "attnlens.circuits")
 
 with install_import_hook(CHECKED, "beartype.beartype"):
     typing.TYPE_CHECKING = True
