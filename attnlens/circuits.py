@@ -7,22 +7,26 @@ Orientation (row vectors): W_QK = W_Q @ W_K.T acts on x W_QK x^T, W_OV = W_V @ W
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnlens.balance import Gains, balance
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array, HeadWeights, expand_groups
 
 Kind = Literal["qk", "ov"]
-Fold = Literal["raw", "effective", "centred"]
-FOLDS: tuple[Fold, ...] = ("raw", "effective", "centred")
+Fold = Literal["raw", "effective", "centred", "balanced"]
+FOLDS: tuple[Fold, ...] = ("raw", "effective", "centred", "balanced")
 
 # CholeskyQR loses eps * condition^2 of a factor; above this ratio of pivots the slower Householder QR is used.
 _CHOLESKY_PIVOT_RATIO = 1e-4
+_ROUNDING = 8 * np.finfo(np.float64).eps
+_SAFE_EXPONENT = 60  # fourth powers of products of factors within 2^+-60 are far from overflow and underflow
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class FactoredProduct:
 
     A: Array
     B: Array
+    gains: Gains | None = field(default=None, kw_only=True, repr=False)
+    """What was divided out of the rows and columns of a balanced product"""
+    parts: FactoredProduct | None = field(default=None, kw_only=True, repr=False)
+    """Stack of the products that this one is the sum of, each with factors of its own"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,6 +54,20 @@ class FactoredProduct:
     def is_square(self) -> bool:
         """Whether M has as many rows as columns, so that a diagonal and a trace mean something."""
         return self.A.shape[-2] == self.B.shape[-2]
+
+    @cached_property
+    def unit(self) -> tuple[Self, NDArray[np.int_]]:
+        """The products at a scale at which no power of their entries is lost, and the exponents of 2 taken out.
+
+        M = 2^exponent * unit, exactly; the product itself, and zeros, where it is at such a scale already.
+        """
+        exponents = _exponent(self.A), _exponent(self.B)
+        if max(np.abs(exponent).max(initial=0) for exponent in exponents) <= _SAFE_EXPONENT:
+            return self, np.zeros_like(exponents[0])
+        A, B = (np.ldexp(f, -e[..., None, None]) for f, e in zip((self.A, self.B), exponents, strict=True))
+        exponent = exponents[0] + exponents[1]
+        parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
+        return replace(self, A=A, B=B, parts=parts), exponent
 
     def diagonal(self) -> Array:
         """Return diag(M)_i = <A_i, B_i>, shape ``[..., rows]``."""
@@ -93,8 +115,10 @@ class FactoredProduct:
         R_A and R_B are the triangular factors of thin QRs of A and B. Source: ``s(A B^T) = s(R_A R_B^T)`` as the Q
         factors have orthonormal columns.
         """
-        R_A, R_B = self.triangles
-        return np.linalg.svd(np.matmul(R_A, np.swapaxes(R_B, -1, -2)), compute_uv=False)
+        unit, exponent = self.unit
+        R_A, R_B = unit.triangles
+        values = np.linalg.svd(np.matmul(R_A, np.swapaxes(R_B, -1, -2)), compute_uv=False)
+        return np.ldexp(values, exponent[..., None])
 
     def spectral_norm(self) -> Array:
         """Return the largest singular value of each product."""
@@ -104,22 +128,55 @@ class FactoredProduct:
         """Form the top-left ``size x size`` corner of M (the whole of M when size is None)."""
         return np.matmul(self.A[..., :size, :], np.swapaxes(self.B[..., :size, :], -1, -2))
 
+    def offdiagonal_squares(self, weights: Array) -> Array:
+        """Return sum_{j != i} M_ij^2 w_j for every row i, over every j where M is not square, ``[..., rows]``.
+
+        It is A_i (B^T diag(w) B) A_i^T - M_ii^2 w_i, O(d k^2), and zero where no more than rounding is left.
+        """
+        gram = _gram(self.B * np.sqrt(weights)[..., None])
+        sums = np.einsum("...ir,...ir->...i", np.matmul(self.A, gram), self.A)
+        if self.is_square:
+            sums -= self._squared_diagonal * weights
+        noise = _ROUNDING * self._squared_rows * np.trace(gram, axis1=-2, axis2=-1)[..., None]
+        return np.where(sums > noise, sums, 0.0)
+
+    @cached_property
+    def _squared_diagonal(self) -> Array:
+        return self.diagonal() ** 2
+
+    @cached_property
+    def _squared_rows(self) -> Array:
+        return np.einsum("...ir,...ir->...i", self.A, self.A)
+
     def scaled(self, rows: Array | None, cols: Array | None) -> FactoredProduct:
         """Return diag(rows) @ M @ diag(cols); None leaves that side alone."""
         return FactoredProduct(
-            self.A if rows is None else self.A * rows[:, None], self.B if cols is None else self.B * cols[:, None]
+            self.A if rows is None else self.A * rows[..., None],
+            self.B if cols is None else self.B * cols[..., None],
+            parts=self.parts and self.parts.scaled(rows, cols),
         )
+
+    def balanced(self) -> Self:
+        """Return diag(r)^-1 @ M @ diag(c)^-1 with the `gains` r and c that `balance` finds; signs stay."""
+        gains = balance(self)
+        return replace(self.scaled(1 / gains.rows, 1 / gains.cols), gains=gains)  # type: ignore[return-value]
 
     def centred(self, rows: bool, cols: bool) -> FactoredProduct:
         """Project the all-ones direction out of rows and/or columns: C M C with C = I - 11^T/d."""
         return FactoredProduct(
             self.A - self.A.mean(-2, keepdims=True) if rows else self.A,
             self.B - self.B.mean(-2, keepdims=True) if cols else self.B,
+            parts=self.parts and self.parts.centred(rows, cols),
         )
 
-    def head(self, index: int) -> FactoredProduct:
-        """Return one product of a stack."""
-        return FactoredProduct(self.A[index], self.B[index])
+    def head(self, index: int | NDArray[np.bool_]) -> FactoredProduct:
+        """Return one product of a stack, or those a mask chooses."""
+        return FactoredProduct(self.A[index], self.B[index], gains=self.gains and self.gains.head(index))
+
+    def stacked(self) -> FactoredProduct:
+        """Return the products in a stack of one dimension, ``[n, rows, cols]``."""
+        rank = self.A.shape[-1]
+        return FactoredProduct(*(factor.reshape(-1, factor.shape[-2], rank) for factor in (self.A, self.B)))
 
 
 @dataclass(frozen=True)
@@ -136,6 +193,15 @@ class WholeProduct(FactoredProduct):
     def of(cls, M: Array, inner: int) -> WholeProduct:
         """Wrap a formed matrix ``[rows, cols]``."""
         return cls(M, np.eye(M.shape[-1]), inner)
+
+    @cached_property
+    def unit(self) -> tuple[Self, NDArray[np.int_]]:
+        """The product at a safe scale, as of any product: of M alone, B stays the identity."""
+        exponent = _exponent(self.A)
+        if np.abs(exponent).max(initial=0) <= _SAFE_EXPONENT:
+            return self, np.zeros_like(exponent)
+        parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
+        return replace(self, A=np.ldexp(self.A, -exponent[..., None, None]), parts=parts), exponent
 
     @property
     def rank_bound(self) -> int:
@@ -174,28 +240,57 @@ class WholeProduct(FactoredProduct):
         """
         from scipy.sparse.linalg import LinearOperator, eigsh
 
-        M = self.A
+        unit, exponent = self.unit
+        M = unit.A
         if min(M.shape) < 8:  # too small for a Krylov space
             return np.asarray(self.singular_values()[0])
         operator = LinearOperator((M.shape[1],) * 2, matvec=lambda x: (M @ x) @ M, dtype=np.float64)
         start = operator @ np.random.default_rng(0).standard_normal(M.shape[1])
         if not start.any():
             return np.zeros(())
-        return np.asarray(np.sqrt(eigsh(operator, k=1, v0=start, tol=1e-7, return_eigenvectors=False)[0]))
+        square = eigsh(operator, k=1, v0=start, tol=1e-7, return_eigenvectors=False)[0]
+        return np.asarray(np.ldexp(np.sqrt(square), exponent))
 
     def dense(self, size: int | None = None) -> Array:
         """Return the top-left ``size x size`` corner of M (the whole of M when size is None)."""
         return self.A[..., :size, :size]
 
+    @property
+    def T(self) -> WholeProduct:
+        """The transposed product."""
+        return WholeProduct.of(np.swapaxes(self.A, -1, -2), self.inner)
+
+    def head(self, index: int | NDArray[np.bool_]) -> WholeProduct:
+        """Return one product of a stack, or those a mask chooses."""
+        return WholeProduct(self.A[index], self.B, self.inner)
+
+    def stacked(self) -> WholeProduct:
+        """Return the products in a stack of one dimension, ``[n, rows, cols]``."""
+        return WholeProduct(self.A.reshape(-1, *self.A.shape[-2:]), self.B, self.inner)
+
+    def offdiagonal_squares(self, weights: Array) -> Array:
+        """Return sum_{j != i} M_ij^2 w_j for every row i, ``[..., rows]``, from the entries themselves."""
+        squares = self.A**2
+        if self.is_square:
+            index = np.arange(squares.shape[-1])
+            squares[..., index, index] = 0.0
+        return np.matmul(squares, weights[..., None])[..., 0]
+
     def scaled(self, rows: Array | None, cols: Array | None) -> WholeProduct:
         """Return diag(rows) @ M @ diag(cols); None leaves that side alone."""
-        M = self.A if rows is None else self.A * rows[:, None]
-        return WholeProduct(M if cols is None else M * cols, self.B, self.inner)
+        M = self.A if rows is None else self.A * rows[..., None]
+        parts = self.parts and self.parts.scaled(rows, cols)
+        return WholeProduct(M if cols is None else M * cols[..., None, :], self.B, self.inner, parts=parts)
 
     def centred(self, rows: bool, cols: bool) -> WholeProduct:
         """Project the all-ones direction out of rows and/or columns: C M C with C = I - 11^T/d."""
         M = self.A - self.A.mean(-2, keepdims=True) if rows else self.A
-        return WholeProduct(M - M.mean(-1, keepdims=True) if cols else M, self.B, self.inner)
+        parts = self.parts and self.parts.centred(rows, cols)
+        return WholeProduct(M - M.mean(-1, keepdims=True) if cols else M, self.B, self.inner, parts=parts)
+
+
+def _exponent(factor: Array) -> NDArray[np.int_]:
+    return np.asarray(np.frexp(np.abs(factor).max((-2, -1), initial=0.0))[1], dtype=np.int_)
 
 
 def _gram(factor: Array) -> Array:
@@ -219,6 +314,8 @@ def fold_qk(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> Facto
     if fold == "raw":
         return product
     product = product.scaled(weights.gain("q"), weights.gain("k"))
+    if fold == "balanced":
+        return product.balanced()
     return product.centred(*(weights.input_norm(role).centres for role in ("q", "k"))) if fold == "centred" else product
 
 
@@ -227,6 +324,8 @@ def fold_ov(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> Facto
     if fold == "raw":
         return product
     product = product.scaled(weights.gain("v"), weights.gain("o"))
+    if fold == "balanced":
+        return product.balanced()
     return product.centred(weights.input_norm("v").centres, False) if fold == "centred" else product
 
 
@@ -235,8 +334,9 @@ def qk_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
 
     ``effective`` gives diag(g_q) W_QK diag(g_k) with g the gain of the norm that q and k read (one norm in most
     networks). ``centred`` also projects out the all-ones direction where that norm is a LayerNorm: C diag(g) W_QK
-    diag(g) C with C = I - 11^T/d (an RMSNorm does not centre: there it equals ``effective``). The logit scale and the
-    bias terms are left out.
+    diag(g) C with C = I - 11^T/d (an RMSNorm does not centre: there it equals ``effective``). ``balanced`` divides one
+    positive gain a row and one a column out of the effective product, so that its off-diagonal entries are equal in
+    scale: see `balance`. The logit scale and the bias terms are left out.
     """
     return fold_qk(FactoredProduct(weights.W_Q, expand_groups(weights.W_K, weights.num_heads)), weights, fold)
 
@@ -246,12 +346,16 @@ def ov_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
 
     ``effective`` gives diag(g) W_OV diag(s), g the gain of the norm that v reads and s the LayerScale behind.
     ``centred`` projects the all-ones direction out of the input side, the side a LayerNorm stands on:
-    C diag(g) W_OV diag(s). Raises `UnsupportedAttentionError` for a layer without W_O.
+    C diag(g) W_OV diag(s). ``balanced`` balances the effective product. Raises `UnsupportedAttentionError` for a layer
+    without W_O.
     """
     if weights.W_O is None:
         raise UnsupportedAttentionError(f"{weights.name} has no output projection: there is no OV circuit to form")
     values = expand_groups(weights.W_V, weights.num_value_heads)
     return fold_ov(FactoredProduct(values, np.swapaxes(weights.W_O, -1, -2)), weights, fold)
+
+
+CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
 
 
 def layer_ov(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
@@ -265,7 +369,18 @@ def layer_ov(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
     inner = heads.A.shape[0] * heads.A.shape[2]
     A, B = side_by_side(heads.A), side_by_side(heads.B)
     narrow = inner < min(A.shape[0], B.shape[0])
-    return fold_ov(FactoredProduct(A, B) if narrow else WholeProduct.of(A @ B.T, inner), weights, fold)
+    total = FactoredProduct(A, B) if narrow else WholeProduct.of(A @ B.T, inner)
+    return fold_ov(replace(total, parts=heads), weights, fold)
+
+
+def sum_of(heads: FactoredProduct, weights: HeadWeights, fold: Fold) -> FactoredProduct:
+    """Return a layer's summed OV product for its diagonal and corners alone, given those of its heads under ``fold``.
+
+    The heads' factors side by side where the fold is linear in the product; a balanced sum is no sum of balanced heads.
+    """
+    if fold == "balanced":
+        return layer_ov(weights, fold)
+    return FactoredProduct(side_by_side(heads.A), side_by_side(heads.B))
 
 
 def side_by_side(factors: Array) -> Array:
@@ -275,10 +390,10 @@ def side_by_side(factors: Array) -> Array:
 
 
 def parse_folds(fold: str) -> tuple[Fold, ...]:
-    """Return the folds that ``raw``, ``effective``, ``centred``, ``both`` (the first two) or ``all`` asks for."""
+    """Return the folds that one's name, ``both`` (raw and effective) or ``all`` asks for."""
     if fold in ("both", "all"):
         return FOLDS if fold == "all" else FOLDS[:2]
     chosen = tuple(name for name in FOLDS if name == fold)
     if not chosen:
-        raise UsageError(f"fold {fold!r} is not known: use raw, effective, centred, both or all")
+        raise UsageError(f"fold {fold!r} is not known: use {', '.join(FOLDS)}, both or all")
     return chosen

@@ -22,7 +22,8 @@ from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.spec import Slot
-from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import Row, StatsTable
 from attnlens.strict_json import finite_or_none
@@ -167,11 +168,15 @@ class Composition:
 
 def compose(
     model: str | os.PathLike[str] | nn.Module | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     num_heads: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     fold: str = "effective",
     layers: Sequence[int] | None = None,
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -194,7 +199,13 @@ def compose(
     chosen = parse_folds(fold)
     if len(chosen) != 1:
         raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
-    opened = open_model(model, checkpoint, num_heads, access=Access(offline=offline, remote=remote))
+    if chosen[0] == "balanced":
+        raise UsageError(
+            "fold 'balanced' divides gains of its own out of each product, so that no two compose: use raw, effective "
+            "or centred"
+        )
+    access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
+    opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
     specs = opened.choose(layers, chosen[0])
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
@@ -289,6 +300,8 @@ class _Work:
         found: dict[Composed, Half] = {"q": Half.of(qk.T), "k": Half.of(qk)}
         if "latent_query" in weights.leaves_out:
             del found["q"]
+        if "cross" in weights.leaves_out:  # keys and values read the other stream
+            return {"q": found["q"]}
         return found if weights.W_O is None else {**found, "v": Half.of(ov_circuit(weights, self._fold).T)}
 
 

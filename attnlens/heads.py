@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # the shapes are checked at every call while tests run: tests/conftest.py
+    from jaxtyping import Float
 
 Array = NDArray[np.float64]
 Role = Literal["q", "k", "v", "o"]
@@ -17,7 +20,7 @@ Role = Literal["q", "k", "v", "o"]
 class InputNorm:
     """What a norm does to a projection's input: ``gain`` multiplies its coordinates, ``centres`` takes the mean out."""
 
-    gain: Array | None = None
+    gain: Float[Array, " embed_dim"] | None = None
     centres: bool = False
 
 
@@ -45,18 +48,18 @@ class HeadWeights:
 
     layer: int
     name: str
-    W_Q: Array
-    W_K: Array
-    W_V: Array
-    W_O: Array | None
-    b_Q: Array | None = None
-    b_K: Array | None = None
-    b_V: Array | None = None
-    b_O: Array | None = None
-    norm_gain: Array | None = None
+    W_Q: Float[Array, "head embed_dim head_dim"]
+    W_K: Float[Array, "kv_head key_embed_dim head_dim"]
+    W_V: Float[Array, "value_head value_embed_dim value_dim"]
+    W_O: Float[Array, "out_head value_dim out_dim"] | None
+    b_Q: Float[Array, "head head_dim"] | None = None
+    b_K: Float[Array, "kv_head head_dim"] | None = None
+    b_V: Float[Array, "value_head value_dim"] | None = None
+    b_O: Float[Array, " out_dim"] | None = None
+    norm_gain: Float[Array, " normed_dim"] | None = None
     norm_centres: bool = False
     own_norms: Mapping[str, InputNorm] = field(default_factory=dict)
-    layer_scale: Array | None = None
+    layer_scale: Float[Array, " out_dim"] | None = None
     scale: float = 1.0
     leaves_out: tuple[str, ...] = field(default=())
 
@@ -119,7 +122,7 @@ class HeadWeights:
         return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
 
 
-def expand_groups(weights: Array, num_heads: int) -> Array:
+def expand_groups(weights: Float[Array, "kv_head ..."], num_heads: int) -> Float[Array, "head ..."]:
     """Repeat key/value heads ``[kv_head, ...]`` so that row h is the one query head h uses: kv head h // (H / H_kv)."""
     groups = weights.shape[0]
     return weights if groups == num_heads else np.repeat(weights, num_heads // groups, axis=0)

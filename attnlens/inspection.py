@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import methodcaller
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlens.atomic import FileSet
+from attnlens.balance import Gains
 from attnlens.circuits import (
+    CIRCUITS,
     FactoredProduct,
     Fold,
     Kind,
@@ -24,6 +27,7 @@ from attnlens.circuits import (
     ov_circuit,
     parse_folds,
     qk_circuit,
+    sum_of,
 )
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.inspection import FilterInspection, inspect_filters
@@ -31,9 +35,11 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal
 from attnlens.layouts.flags import FLAGS, in_words, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, IndexedSpecs, OpenedModel, open_model, unknown_norms
+from attnlens.models.open import named_and_weights, open_model
+from attnlens.models.opened import Access, IndexedSpecs, OpenedModel, unknown_norms
 from attnlens.provenance import run_provenance
-from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.gains import describe_gains, gain_profiles
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
 from attnlens.threads import Progress, over_threads
 
@@ -45,8 +51,8 @@ if TYPE_CHECKING:
 UNSAID = frozenset({"qk_bias"})
 """Flags too common to be said of every model; the table holds them all the same."""
 
-CIRCUITS: dict[Kind, Callable[[HeadWeights, Fold], FactoredProduct]] = {"qk": qk_circuit, "ov": ov_circuit}
 SpectrumKey = tuple[int, Kind, Fold]
+GainsKey = tuple[int, Kind, str]
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Inspection:
     opened: OpenedModel = field(repr=False)
     spectra: dict[SpectrumKey, Array] = field(repr=False)
     """Singular values of every head's product, ``[head, rank]``, by (layer, circuit, fold)."""
+    gains: dict[GainsKey, Gains] = field(repr=False)
+    """Row and column gains of balanced products by (layer, circuit, ``each`` head or ``all`` summed)."""
     filters: FilterInspection
 
     @property
@@ -99,12 +107,13 @@ class Inspection:
     def figures(self, fold: Fold | None = None, size: int = 64) -> dict[str, Figure]:
         """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
+        Where balanced products were measured, ``gains`` too.
         Where depthwise filters were, ``filter_covariance``, ``filter_profile`` and ``filter_spectra``.
         The heatmaps show the top-left ``size x size`` corner of every product under ``fold`` (effective where it was
         measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured. Raises
         `UsageError` for a fold that was not measured or a size below 1.
         """
-        from attnlens.figures import heatmaps, profiles, spectra, style
+        from attnlens.figures import gains, heatmaps, profiles, spectra, style
 
         fold = fold or ("effective" if "effective" in self.folds else self.folds[0])
         if fold not in self.folds:
@@ -122,6 +131,7 @@ class Inspection:
                 "ov_heatmap": heatmaps.draw_heatmap(*self.corners("ov", fold, size), circuit="ov", fold=fold, **about),
                 "depth_profile": profiles.draw_profile(self.stats, self.folds, **about),
                 "spectra": spectra.draw_spectra(self.spectra, fold, **about),
+                **({"gains": gains.draw_gains(gain_profiles(self.gains), **about)} if self.gains else {}),
                 **filters,
             }
 
@@ -134,15 +144,24 @@ class Inspection:
         for layer in self.layers:
             if (layer, circuit, fold) not in self.spectra:  # no W_O, or a norm that is not known
                 continue
-            products = self.circuits(layer, circuit=circuit, fold=fold)
-            stack = products.dense(size)
-            corners[layer] = dict(enumerate(stack)) | ({ALL_HEADS: stack.sum(0)} if circuit == "ov" else {})
+            weights = self.heads(layer)
+            products = CIRCUITS[circuit](weights, fold)
+            corners[layer] = dict(enumerate(products.dense(size)))
+            if circuit == "ov":
+                corners[layer][ALL_HEADS] = sum_of(products, weights, fold).dense(size)
             shapes[layer] = (products.shape[-2], products.shape[-1])
         return corners, shapes
 
     def left_out(self) -> dict[str, list[int]]:
         """Say what the products leave out of the network, in words, with the layers it is true of."""
         return layers_by_reason((layer, _caveats(spec)) for layer, spec in self.specs)
+
+    def stacks(self) -> dict[str, list[int]]:
+        """Return which layers stand in which stack: paths with ``*`` for their numbers, and the layers of each."""
+        found: dict[str, list[int]] = {}
+        for layer, spec in self.specs:
+            found.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", spec.path), []).append(layer)
+        return found
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: attention, depthwise filters, or one after the other."""
@@ -178,26 +197,37 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike[str] | nn.Module | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | nn.Module | Mapping[str, Any] | None = None,
+    /,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     num_heads: int | None = None,
     fold: str = "both",
     layers: Sequence[int] | None = None,
     layer_spectra: bool = False,
     include: Sequence[str] = (),
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
 ) -> Inspection:
     """Return the fit of every QK and OV circuit, and of every covariance of depthwise filters, of a model.
 
-    ``model`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, or
-    None for the small ViT shipped with the package; ``checkpoint`` gives the weights and ``model`` then names the
-    architecture. ``num_heads`` reads a file nothing names the architecture of by its tensors' names.
+    ``source`` is a timm name, an ``hf-hub:`` or ``local-dir:`` name, a path to a checkpoint, a live ``nn.Module``, a
+    state dict, or None for the small ViT shipped with the package. Where ``checkpoint`` gives the weights, ``source``
+    names the architecture; ``inspect(weights, model=name)`` says the same. ``model_args`` are arguments of timm's
+    architecture where the shapes do not show them; ``input_size`` (a side, or the shape of one input) serves to follow
+    a live network that does not state it. ``num_heads`` reads what nothing names the architecture of, a file, a state
+    dict or a live network, by its tensors' names. ``weights`` names one of several networks in a file, by its prefix or
+    key; ``row_order`` the order of packed rows, from the outermost axis: ``qkv,head,dim``, ``head,dim,qkv``, ...
 
     Statistics: per head W_QK = W_Q @ W_K.T and W_OV = W_V @ W_O, per layer the sum of W_OV over its
-    heads; see `DiagonalFit`. ``fold`` is raw, effective, centred, both (raw and effective) or all. ``layer_spectra``
+    heads; see `DiagonalFit` and `GainStatistics`. ``fold`` is raw, effective, centred, balanced, both (raw and
+    effective) or all. ``layer_spectra``
     also fills the statistics of the layer sums that need every eigenvalue, an O(embed_dim^3) cost a layer.
     ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
     only on request. ``offline`` uses no network; ``remote`` fetches of a safetensors file on a hub, unless it is in the
@@ -207,7 +237,11 @@ def inspect(
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
-    opened = open_model(model, checkpoint, num_heads, Access(offline=offline, remote=remote), filters=True)
+    architecture, held = named_and_weights(source, checkpoint, model)
+    access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
+    opened = open_model(
+        architecture, held, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+    )
     names = parse_folds(fold)
     unwanted = opened.not_asked_for(include)
     if len(unwanted) == len(opened.architecture.specs) and unwanted and not opened.architecture.filters:
@@ -216,18 +250,20 @@ def inspect(
     specs = opened.choose(layers, include=include, or_filters=True)
     filters = inspect_filters(opened.architecture, opened.filters, layers, progress)
 
-    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[list[Row], dict[SpectrumKey, Array]]:
+    def measure(
+        indexed: tuple[int, AttentionSpec],
+    ) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
         return measure_layer(opened.heads(indexed[0]), names, layer_spectra=layer_spectra)
 
     largest = max((opened.bytes_of(spec) for _, spec in specs), default=0)
     results = over_threads(measure, specs, progress, largest=largest) if specs else []
-    spectra = {key: values for _, found in results for key, values in found.items()}
+    spectra = {key: values for _, found, _ in results for key, values in found.items()}
     measured = tuple(name for name in names if not specs or any(key[2] == name for key in spectra))
     if not measured:
-        raise UsageError(unknown_norms(opened.name))
+        raise UsageError(unknown_norms(opened))
     return Inspection(
         model=opened.name,
-        stats=StatsTable(tuple(row for rows, _ in results for row in rows)),
+        stats=StatsTable(tuple(row for rows, _, _ in results for row in rows)),
         folds=measured,
         depth=len(opened.architecture.order),
         specs=specs,
@@ -235,6 +271,7 @@ def inspect(
         provenance={**opened.provenance(), **run_provenance()},
         opened=opened,
         spectra=spectra,
+        gains={key: gains for _, _, found in results for key, gains in found.items()},
         filters=filters,
     )
 
@@ -258,16 +295,18 @@ def save_inspection(
         data = inspection.to_json()
         data["provenance"] = {**data["provenance"], "command": command}
         text = json.dumps({**data, "files": files.hashes()}, indent=1) + "\n"
+        inspection.opened.checkpoint.check()  # figures are drawn from the weights after these were measured
         files.write(paths["stats.json"], lambda file: file.write(text.encode()))
     return paths
 
 
 def measure_layer(
     weights: HeadWeights, folds: Sequence[Fold], *, layer_spectra: bool = False
-) -> tuple[list[Row], dict[SpectrumKey, Array]]:
-    """Fit every circuit of one layer: the table's rows, and the singular values ``[head, rank]`` of each stack."""
+) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
+    """Fit every circuit of one layer: table rows, singular values ``[head, rank]`` and balanced products' gains."""
     rows: list[Row] = []
     spectra: dict[SpectrumKey, Array] = {}
+    gains: dict[GainsKey, Gains] = {}
     raw = {"qk": qk_circuit(weights)}
     if weights.W_O is not None:
         raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
@@ -277,17 +316,20 @@ def measure_layer(
         for name, product in raw.items():
             circuit: Kind = "qk" if name == "qk" else "ov"
             folded = (fold_qk if name == "qk" else fold_ov)(product, weights, fold)
-            if name == "sum":
-                fit = fit_diagonal(folded, folded.singular_values() if layer_spectra else None)
-                rows += _rows(weights, (ALL_HEADS,), circuit, fold, fit)
-            else:
-                singular = spectra[weights.layer, circuit, fold] = folded.singular_values()
-                rows += _rows(weights, range(folded.shape[0]), circuit, fold, fit_diagonal(folded, singular))
-    return rows, spectra
+            heads: Iterable[int | str] = (ALL_HEADS,) if name == "sum" else range(folded.shape[0])
+            singular = folded.singular_values() if name != "sum" or layer_spectra else None
+            if name != "sum" and singular is not None:
+                spectra[weights.layer, circuit, fold] = singular
+            if folded.gains is not None:
+                gains[weights.layer, circuit, ALL_HEADS if name == "sum" else "each"] = folded.gains
+            rows += _rows(weights, heads, circuit, fold, (fit_diagonal(folded, singular), describe_gains(folded)))
+    return rows, spectra, gains
 
 
-def _rows(weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, fit: DiagonalFit) -> list[Row]:
-    statistics = [np.atleast_1d(getattr(fit, name)).tolist() for name in DiagonalFit.names()]
+def _rows(
+    weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, found: Sequence[Any]
+) -> list[Row]:
+    statistics = [np.atleast_1d(getattr(each, name)).tolist() for each in found for name in each.names()]
     about = (weights.num_heads, weights.name, " ".join(weights.leaves_out))
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)

@@ -1,9 +1,10 @@
-"""Reading what strangers wrote: JSON that is plain, and files that lie where they say."""
+"""Reading untrusted files: JSON that is plain, and files that lie where they say."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def within(folder: Path, path: Path, refusal: type[AttnlensError]) -> Path:
     The hub's cache links a snapshot's files to the ``blobs`` folder of the same repository: those are followed.
     """
     try:
-        home, real = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a null character
+        home, real = folder.resolve(), path.resolve(strict=os.path.lexists(path))
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links to nothing or in a circle, a null character
         raise refusal(f"{path} cannot be followed ({error}): give a plain file") from error
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
     if not any(real.is_relative_to(place) for place in homes):

@@ -6,7 +6,8 @@ writes `benchmarks/results/coverage.json` in about five minutes of CPU time on o
 - `coverage`: share of 95% intervals that hold the alpha and beta of the `estimand`, with the mean standard error over
   the estimator's actual standard deviation (1 is right, above 1 is too wide); `coverage_summary` pools it by kind;
 - `nulls`: share of p-values below 0.05 and 0.005 and the p-value of a Kolmogorov-Smirnov test of uniformity, for the
-  sign-flip null (saddlepoint and Monte Carlo), random pairing of rows, and random rotation of the factors' columns;
+  test that decides, for coin-flip signs (saddlepoint and Monte Carlo), random pairing of rows, and random rotation of
+  the factors' columns (`benchmarks.null_level` has the structures under which signs fail);
 - `fresh`: corrected p-values of whole networks as timm initialises them; `families`: the same of many networks of
   normal draws;
 - `power`: rejection at 0.05 and verdicts, uncorrected, against beta in units of alpha / d (a noise diagonal's standard
@@ -42,7 +43,8 @@ from attnlens.statistics.nulls import (
     sign_flip_p_value,
     squared_margins,
 )
-from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, verdicts
+from attnlens.statistics.trace import trace_p_value
+from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, judge
 
 SEED = 0
 DRAWS = {64: 600, 192: 200, 384: 60}
@@ -126,7 +128,7 @@ def measure_coverage(rng: Generator) -> list[dict[str, Any]]:
             off = product.squared_norm() - (diagonal**2).sum()  # what fit_diagonal does, without the singular values
             values = (
                 (math.sqrt(off / (case["d"] - 1)), diagonal.mean()),
-                (inference.alpha_stderr, diagonal.std(ddof=1) / math.sqrt(case["d"])),
+                (inference.alpha_stderr, inference.beta_stderr),
                 (inference.alpha_low, inference.beta_low),
                 (inference.alpha_high, inference.beta_high),
                 truth,
@@ -225,6 +227,7 @@ def measure_nulls(rng: Generator) -> list[dict[str, Any]]:
                 margins = squared_margins(product, A.T @ A, B.T @ B)
                 own = own_diagonal(product, margins)
                 found.append({
+                    "decides": float(trace_p_value(product.balanced())[1]),
                     "sign_flip": float(sign_flip_p_value(own)),
                     "sign_flip_draws": float(sign_flip_draws(own, RANDOM_SIGNS, draw)),
                     "pairing": float(pairing_p_value(product, margins[0].sum())),
@@ -277,8 +280,7 @@ def measure_families(rng: Generator, d: int = 192, k: int = 64, heads: int = 3, 
             W_Q, W_K, W_V, W_O = rng.standard_normal((4, heads, d, k))
             total = np.einsum("hik,hjk->ij", W_V, W_O, optimize=True)
             products = FactoredProduct(W_Q, W_K), FactoredProduct(W_V, W_O), WholeProduct.of(total, d)
-            own = (own_diagonal(product, squared_margins(product, *product.grams)) for product in products)
-            p += [np.ravel(sign_flip_p_value(terms)) for terms in own]
+            p += [np.ravel(trace_p_value(product.balanced())[1]) for product in products]
         smallest.append(corrected(np.concatenate(p)).min())
     rate = share(np.array(smallest) < LEVEL)
     return {"d": d, "k": k, "circuits": depth * (2 * heads + 1), "families": FAMILIES, "rate_below_0.05": rate}
@@ -294,12 +296,13 @@ def measure_power(rng: Generator) -> list[dict[str, Any]]:
                 planted = effect / math.sqrt(d * k)  # beta = planted k, alpha = sqrt(d k): effect = beta d / alpha
                 product = FactoredProduct(A, B + planted * A)
                 inference = infer(product)
-                rejected.append((inference.p_value < 0.05, inference.pairing_p_value < 0.05))
-                named += verdicts(fit_diagonal(product, product.singular_values()), inference, inference.p_value)
-            flip, pairing = np.mean(rejected, axis=0)
+                rejected.append((inference.p_value < 0.05, inference.sign_p_value < 0.05))
+                fit = fit_diagonal(product, None)
+                named += [judgement.verdict for judgement in judge(fit, inference, inference.p_value)]
+            decides, flip = np.mean(rejected, axis=0)
             share = {word.value: round(named.count(word) / n, 3) for word in Verdict}
             row = {"d": d, "k": k, "n": n, "beta_d_over_alpha": effect}
-            rows.append(row | {"sign_flip": round(float(flip), 3), "pairing": round(float(pairing), 3)} | share)
+            rows.append(row | {"decides": round(float(decides), 3), "sign_flip": round(float(flip), 3)} | share)
     return rows
 
 

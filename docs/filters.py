@@ -27,11 +27,12 @@ def network(dim, depth, kernel_size):
 
 
 def layers_of(model, title):
-    print(f"{title}\n  layer  rank (chance)  s/side²  isotropic  explained  mean filter  verdict")
+    print(f"{title}\n  layer  rank (chance)  s/side²  blur  slope  contrast  explained  covariances  verdict")
     for row in attnlens.inspect(model).filters.stats.records():
         ranks = f"{row['effective_rank']:4.1f}  ({row['effective_rank_null']:4.1f})"
-        form = f"{row['relative_s']:8.3f}  {row['isotropic_share']:9.2f}  {row['explained']:9.2f}"
-        print(f"  {row['layer']:5}  {ranks}  {form}  {row['mean_share']:11.3f}  {row['verdict']}")
+        shares = f"{row['blur_share']:4.2f}  {row['slope_share']:5.2f}  {row['contrast_share']:8.2f}"
+        gained = f"{row['explained']:9.2f}  {row['explained_covariances']:11.2f}"
+        print(f"  {row['layer']:5}  {ranks}  {row['relative_s']:7.3f}  {shares}  {gained}  {row['verdict']}")
 
 
 # 1. Train: a plain loop on 1,437 digits, the last 360 held out.

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attnlens.atomic import write_text_atomic
-from attnlens.inits import initialisers
 from attnlens.layouts.describe import rules_by_class
 from attnlens.layouts.flags import FLAGS
 from attnlens.layouts.registry import REFUSED
@@ -91,15 +90,6 @@ def foreign_table() -> str:
 def flags_table() -> str:
     """Return every flag with what it says."""
     return table(("flag", "what the product leaves out"), [(f"`{name}`", text) for name, text in FLAGS.items()])
-
-
-def inits_table() -> str:
-    """Return the initialisers with their options."""
-    rows = []
-    for name, found in initialisers().items():
-        options = ", ".join(f"`{option}`" for option in found.options) or "none"
-        rows.append((f"`{name}`", found.summary, options))
-    return table(("name", "what it does", "options"), rows)
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {

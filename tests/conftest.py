@@ -8,6 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tests import shapes_checked  # noqa: F401  # before any module of the core is imported
+
+# isort: split
 from attnlens import cli
 from attnlens.heads import HeadWeights
 from tests.hub_server import Hub, serve
@@ -24,8 +27,18 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def dinov2_file() -> Path:
     """Return the DINOv2-family ViT-S in shared/data, or skip."""
+    return _real("vit_small_patch14_dinov2.safetensors")
+
+
+@pytest.fixture(scope="session")
+def lite0_file() -> Path:
+    """Return the depthwise filters of EfficientNet-Lite0 in shared/data, or skip."""
+    return _real("efficientnet_lite0_depthwise.safetensors")
+
+
+def _real(name: str) -> Path:
     folder = Path(os.environ.get("ATTNLENS_TEST_DATA", ROOT.parent / "shared" / "data"))
-    path = folder / "vit_small_patch14_dinov2.safetensors"
+    path = folder / name
     if not path.is_file():
         pytest.skip(f"real weights are not at hand: {path.name} is neither in ../shared/data nor in ATTNLENS_TEST_DATA")
     return path

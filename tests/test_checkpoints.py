@@ -1,5 +1,6 @@
 """Weight files: every type is widened, nothing in them runs, broken ones are told in one line."""
 
+import io
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from attnlens.checkpoints import ModuleWeights, open_checkpoint
+from attnlens.checkpoints.archives import array_header
 from attnlens.errors import CheckpointError
 
 
@@ -115,3 +117,35 @@ def test_a_live_module_is_read_as_it_is_at_the_time():
     with torch.no_grad():
         layer.weight.fill_(7)
     assert weights["weight"].unique().tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros(()), np.zeros(3, "f2"), np.zeros((2, 3, 0), "i8"), np.zeros((2, 3), order="F"), np.zeros((1,) * 20)],
+    ids=["scalar", "half", "empty", "Fortran", "many axes"],
+)
+def test_headers_that_numpy_writes_are_read(array):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array)
+    file.seek(0)
+    assert array_header(file) == (array.shape, array.dtype)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }[",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1, " * 3000,
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1" * 9000,
+        "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (3,), }",
+        "{'descr': '<f4', 'shape': (3,), }",
+        "(" * 9000,
+        "",
+    ],
+    ids=["open bracket", "many lengths", "one length", "fields", "two entries", "brackets", "nothing"],
+)
+def test_a_header_that_numpy_does_not_write_is_refused_before_it_is_parsed(text, monkeypatch):
+    monkeypatch.setattr("ast.literal_eval", lambda _: pytest.fail("it was parsed"))
+    content = text.encode()
+    with pytest.raises(ValueError, match="its header is"):
+        array_header(io.BytesIO(b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content))

@@ -126,6 +126,6 @@ def test_layer_ov_is_the_sum_over_heads():
 
 
 def test_an_unknown_fold_is_refused_with_the_accepted_ones():
-    with pytest.raises(UsageError, match="raw, effective, centred, both or all"):
+    with pytest.raises(UsageError, match="raw, effective, centred, balanced, both or all"):
         parse_folds("folded")
     assert parse_folds("both") == ("raw", "effective")

@@ -54,3 +54,28 @@ def test_every_local_link_leads_somewhere():
     for page in (README, *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tree_in_the_readme_names_every_room_of_the_package():
+    tree = README.read_text().partition("```\nattnlens/")[2].partition("```")[0]
+    rooms = {path.name for path in (ROOT / "attnlens").iterdir() if not path.name.startswith("_")} - {"py.typed"}
+    assert {name for name in rooms if name not in re.findall(r"[\w.]+", tree)} == set()
+
+
+def test_the_readme_counts_the_initialisers():
+    from attnlens.inits import initialisers
+
+    assert re.findall(r"Of (\d+) initialisers", README.read_text()) == [str(len(initialisers()))]
+
+
+def test_the_page_of_initialisers_names_each_with_its_options():
+    from attnlens.inits import initialisers
+
+    lines = [
+        line.split("|")[1:-1] for line in (ROOT / "docs" / "inits.md").read_text().splitlines() if line[:3] == "| `"
+    ]
+    told = {name: cells[-1] for cells in lines for name in re.findall(r"`([\w-]+)`", cells[0])}
+    assert set(initialisers()) <= set(told)
+    for name, known in initialisers().items():
+        missing = [option for option in known.options if f"`{option}`" not in told[name] and option not in told[name]]
+        assert "..." in told[name] or not missing, name

@@ -322,37 +322,98 @@ def test_a_comparison_whose_folder_is_removed_says_so(tmp_path):
 # Inputs that change while they are read.
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize(
-    ("act", "told"),
-    [
-        (lambda path: path.unlink(), "was removed while it was read"),
-        (lambda path: os.truncate(path, path.stat().st_size // 2), "was replaced or cut while it was read"),
-        (
-            lambda path: (path.with_name("b").write_bytes(path.read_bytes()), path.with_name("b").replace(path)),
-            "replaced",
-        ),
-        (lambda path: (path.write_bytes(path.read_bytes()), os.utime(path, (1, 1))), "changed while it was read"),
-    ],
-    ids=["removed", "cut", "replaced", "rewritten"],
-)
-def test_a_weight_file_that_changes_while_it_is_read_is_told_in_one_line(tmp_path, suffix, act, told):
+def _keeping_times(act):
+    """Do something to a file and put its times back."""
+
+    def acted(path):
+        status = path.stat()
+        act(path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    return acted
+
+
+CHANGES = {
+    "removed": (lambda path: path.unlink(), "was removed while it was read"),
+    "cut": (lambda path: os.truncate(path, path.stat().st_size // 2), "was replaced, cut or changed"),
+    "replaced": (
+        lambda path: (path.with_name("b").write_bytes(path.read_bytes()), path.with_name("b").replace(path)),
+        "was replaced, cut or changed",
+    ),
+    "rewritten": (
+        lambda path: (path.write_bytes(path.read_bytes()), os.utime(path, (1, 1))),
+        "was replaced, cut or changed",
+    ),
+    "overwritten at its length and time": (
+        _keeping_times(lambda path: path.write_bytes(path.read_bytes()[::-1])),
+        "was replaced, cut or changed",
+    ),
+}
+
+
+def _weights(path, prefix=""):
+    """Write the weights of a small ViT."""
+    import timm
     import torch
 
-    path = tmp_path / f"weights{suffix}"
-    if suffix == ".pt":
-        torch.save({"weight": torch.ones(64, 64)}, path)
+    torch.manual_seed(0)
+    state = timm.create_model("vit_tiny_patch16_224", **NETWORK).state_dict()
+    state = {prefix + name: value.contiguous() for name, value in state.items()}
+    if path.suffix == ".pt":
+        torch.save(state, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: value.numpy() for name, value in state.items()})
     else:
-        save_file({"weight": np.ones((64, 64), np.float32)}, path)
+        save_file({name: value.numpy() for name, value in state.items()}, path)
+
+
+NETWORK = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}
+QKV = "blocks.1.attn.qkv.weight"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_file_that_changes_while_it_is_read_is_told_at_the_next_read(tmp_path, suffix, change):
+    path = tmp_path / f"weights{suffix}"
+    _weights(path)
     opened = open_checkpoint(path)
+    opened[QKV].sum()
+    act, told = CHANGES[change]
     act(path)
+    for read in (lambda: opened[QKV], opened.provenance, opened.check):
+        with pytest.raises(CheckpointError, match=told):
+            read()
 
-    def read():
-        opened["weight"].sum()
-        opened.provenance()
 
-    with pytest.raises(CheckpointError, match=told):
-        read()
+@pytest.mark.parametrize("prefix", ["visual.trunk.", "odd."], ids=["converted", "below a prefix"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_so_is_one_that_was_converted(tmp_path, suffix, change, prefix):
+    from attnlens.models.open import open_model
+
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": NETWORK}))
+    path = tmp_path / f"weights{suffix}"
+    _weights(path, prefix)
+    opened = open_model(path, None)
+    assert "converted" in opened.provenance()
+    act, told = CHANGES[change]
+    act(path)
+    for read in (lambda: opened.checkpoint[QKV], opened.provenance, opened.checkpoint.check):
+        with pytest.raises(CheckpointError, match=told):
+            read()
+
+
+def test_nothing_is_written_of_a_file_that_changed_after_it_was_measured(tmp_path):
+    from attnlens.inspection import inspect, save_inspection
+
+    path = tmp_path / "weights.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": NETWORK}))
+    _weights(path)
+    found = inspect(path)
+    CHANGES["overwritten at its length and time"][0](path)
+    with pytest.raises(CheckpointError, match="was replaced, cut or changed"):
+        save_inspection(found, tmp_path / "out", "attnlens inspect")
+    assert not list((tmp_path / "out").glob("*"))
 
 
 # Disks.

@@ -11,7 +11,8 @@ from torch import nn
 
 import attnlens
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.filters.closed_form import closed_form, mixture
+from attnlens.filters.closed_form import Shape, closed_form
+from attnlens.filters.trained import trained_shape
 from attnlens.inits import create_model, init_, verify_init
 from attnlens.inits.random import Streams
 from attnlens.layouts.depthwise import filter_parameters
@@ -36,14 +37,14 @@ def copied(model):
 # What is drawn.
 
 
-@pytest.mark.parametrize("options", [{}, {"s_first": 0.1, "isotropic": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"relative_s": 0.1, "blur": 0.5, "slope": 0.0, "contrast": 0.2}])
 def test_the_sample_covariance_is_sigma_within_what_sampling_allows(options):
     """Every entry within five of its standard errors, the whole within three of its expected error; iid is neither."""
     count, kernel = 20_000, (3, 5)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(count, count, kernel, groups=count), nn.Conv2d(2, 2, 3, groups=2))
     scale = float((filters_of(model)[0] ** 2).sum(1).mean())
-    wanted = mixture(kernel, options.get("s_first", 0.02) * 25, options.get("isotropic", 0.0)) * scale
+    wanted = closed_form(kernel, trained_shape(strided=False)._replace(**options).at(kernel)) * scale
     stderr = np.sqrt((np.outer(np.diag(wanted), np.diag(wanted)) + wanted**2) / count)
 
     def away(flat):
@@ -74,21 +75,28 @@ def test_every_layer_keeps_its_sum_of_squares_and_biases_become_zero():
     assert not any(block[0].fn[0].bias.any() for block in model.blocks)
 
 
-def test_widths_grow_with_depth():
-    model = convmixer(dim=600, kernel_size=7)
-    init_(model, NAME, s_first=0.03, s_last=0.24)
-    stats = attnlens.inspect(model).filters.stats
-    np.testing.assert_allclose(stats.column("relative_s"), [0.03, 0.06, 0.12, 0.24], rtol=0.06)
-    assert (stats.column("explained") > 0.97).all()
+def test_an_option_holds_for_all_layers_and_what_is_not_given_is_of_the_layers_kind():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(2000, 2000, 5, stride, groups=2000) for stride in (1, 2, (1, 2))))
+    init_(model, NAME, relative_s=0.1)
+    rows = list(attnlens.inspect(model).filters.stats.records())
+    np.testing.assert_allclose([row["relative_s"] for row in rows], 0.1, rtol=0.1)
+    for row, strided in zip(rows, (False, True, True), strict=True):
+        wanted = trained_shape(strided)[1:]
+        np.testing.assert_allclose([row[f"{part}_share"] for part in ("blur", "slope", "contrast")], wanted, atol=0.03)
+        assert row["explained_covariances"] > 0.9
+    init_(model, NAME, blur=0.2, slope=0.3, contrast=0.1)
+    for row in attnlens.inspect(model).filters.stats.records():
+        assert (row["blur_share"], row["slope_share"]) == pytest.approx((0.2, 0.3), abs=0.03)
 
 
 def test_several_filters_a_channel_and_oblong_kernels_are_drawn_alike():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(300, 1200, (1, 7), groups=300))
-    init_(model, NAME, s_first=0.1, s_last=0.1)
+    init_(model, NAME, relative_s=0.1, blur=0.5, slope=0.2, contrast=0.2)
     flat = filters_of(model)[0]
     S = flat.T @ flat
-    np.testing.assert_allclose(S / np.trace(S), closed_form((1, 7), 4.9), atol=0.03)
+    np.testing.assert_allclose(S / np.trace(S), closed_form((1, 7), Shape(4.9, 0.5, 0.2, 0.2)), atol=0.03)
 
 
 # What is left alone.
@@ -127,10 +135,10 @@ def test_no_stream_of_filters_is_one_of_attention():
 
 
 def test_a_layers_draw_depends_on_nothing_but_its_place():
-    """The same seed gives a layer of a deeper network the same draw, up to what depth does to its width."""
+    """The same seed gives a layer of a deeper network the same draw."""
     short, long = convmixer(depth=2), convmixer(depth=5)
     for model in (short, long):
-        init_(model, NAME, seed=2, s_first=0.1, s_last=0.1)
+        init_(model, NAME, seed=2)
     one, other = filters_of(short)[1], filters_of(long)[1]
     np.testing.assert_allclose(one / np.linalg.norm(one), other / np.linalg.norm(other), atol=1e-7)
     assert abs(np.vdot(filters_of(long)[0], filters_of(long)[1])) < 0.3 * np.vdot(one, one)
@@ -215,7 +223,8 @@ def test_a_file_says_itself_what_it_should_be(run):
     assert done.code == 0, done.err
     assert "depthwise filters, whole matrices" in done.out
     assert "passed: 12 of 12 checks" in done.out
-    done = run("verify-init", "net.safetensors", "--init", NAME, "--option", "s_last=0.02")
+    others = [f"--option={name}={value}" for name, value in (("blur", 0.8), ("slope", 0.1), ("contrast", 0.0))]
+    done = run("verify-init", "net.safetensors", "--init", NAME, *others)
     assert done.code == 1
     assert "the error of the covariance is" in done.out
 
@@ -238,10 +247,12 @@ def test_parameters_go_to_every_initialiser_that_takes_them(run, tmp_path):
     [
         ({"form": "full"}, "needs params"),
         ({"form": "half"}, "'full' or 'parametric'"),
-        ({"s_first": 0}, "at least 0.001"),
-        ({"s_last": 11}, "from 0.001 to 10"),
-        ({"isotropic": 1.1}, "from 0 to 1"),
-        ({"s_frist": 1}, "did you mean s_first"),
+        ({"relative_s": 0}, "above 0 and up to 1"),
+        ({"relative_s": 1.5}, "above 0 and up to 1"),
+        ({"blur": -0.1}, "at least 0"),
+        ({"contrast": 1.1}, "from 0 to 1"),
+        ({"blur": 0.9}, "come to 1 at most, name all three"),
+        ({"blurr": 1}, "did you mean blur"),
     ],
 )
 def test_options_that_are_wrong_are_named(options, text):
@@ -250,8 +261,8 @@ def test_options_that_are_wrong_are_named(options, text):
 
 
 def test_widths_and_parameters_exclude_each_other():
-    with pytest.raises(UsageError, match="go without params"):
-        init_(convmixer(), NAME, params=attnlens.fit_params(convmixer()), s_first=0.1)
+    with pytest.raises(UsageError, match="measured in the params"):
+        init_(convmixer(), NAME, params=attnlens.fit_params(convmixer()), relative_s=0.1)
 
 
 def test_a_network_without_layers_of_the_kind_is_refused():
@@ -286,5 +297,5 @@ def test_the_report_is_plain_json():
     report = init_(convmixer(), NAME)
     data = json.loads(json.dumps(report.to_json()))
     assert [row["kernel"] for row in data["filters"]] == [[5, 5]] * 4
-    assert data["options"] == {"s_first": 0.02, "s_last": 0.25, "isotropic": 0.0}
+    assert data["options"] == {}
     assert "filters: 96 in 4 layers" in str(report)

@@ -13,7 +13,7 @@ from torch import nn
 import attnlens
 from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import CheckpointError, UnsupportedAttentionError, UsageError
-from attnlens.filters.closed_form import mixture
+from attnlens.filters.closed_form import Shape, closed_form
 from attnlens.filters.covariance import second_moment
 from attnlens.filters.figures import Covariance, colour_limit, draw_mosaics, mosaic
 from attnlens.filters.statistics import COLUMNS, fit_filters
@@ -83,6 +83,48 @@ def test_filters_written_are_filters_read():
         read_filters(mix, {"mix.weight": np.zeros((2, 2))})
 
 
+def test_a_bare_file_is_read_by_the_shapes_of_its_tensors(run, tmp_path):
+    """The same layers, in the same order and with the same statistics, as the network that wrote the file."""
+    from safetensors.torch import save_file
+
+    model = convmixer(depth=11, in_chans=3)
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    found, wanted = attnlens.inspect(tmp_path / "bare.safetensors").filters, attnlens.inspect(model).filters
+    place = COLUMNS.index("leaves_out")
+    assert [row[:place] for row in found.stats.rows] == [row[:place] for row in wanted.stats.rows]
+    assert [spec.bias for _, spec in found.specs] == [f"blocks.{layer}.0.fn.0.bias" for layer in range(11)]
+    assert all("stride is not known" in label for label in found.left_out())
+    assert run("inspect", "bare.safetensors", "-o", "out").out.count("5×5") == 11
+
+
+def test_filters_of_one_input_channel_cannot_be_told_apart_in_a_bare_file_and_the_label_says_so(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(convmixer().state_dict(), tmp_path / "bare.safetensors")
+    filters = attnlens.inspect(tmp_path / "bare.safetensors").filters
+    assert [spec.path for _, spec in filters.specs][-1] == "stem.0"
+    assert all("single input channel look the same" in spec.label for _, spec in filters.specs)
+
+
+def test_a_bare_file_with_attention_needs_a_head_count_and_has_both_then(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(both().state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(UsageError, match="give --num-heads"):
+        attnlens.inspect(tmp_path / "bare.safetensors")
+    inspection = attnlens.inspect(tmp_path / "bare.safetensors", num_heads=3)
+    assert [spec.path for _, spec in inspection.filters.specs] == ["mix", "widen"]
+    assert inspection.layers == (0,)
+
+
+def test_a_bare_file_without_either_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(nn.Conv2d(4, 4, 3).state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(UsageError, match="does not say which architecture"):
+        attnlens.inspect(tmp_path / "bare.safetensors")
+
+
 # What is said of a layer.
 
 
@@ -140,11 +182,12 @@ def test_filters_that_are_all_alike_are_their_mean():
 
 
 def test_filters_of_the_closed_form_are_named_so_and_others_structured():
-    covariance = mixture((5, 5), 1.5, 0.3)
+    covariance = closed_form((5, 5), Shape(1.5, 0.2, 0.3, 0.2))
     fit, _ = fit_filters(drawn(covariance, 400, (5, 5)))
     assert fit.verdict == "closed form"
     assert fit.s == pytest.approx(1.5, rel=0.1)
     assert fit.isotropic_share == pytest.approx(0.3, abs=0.06)
+    assert fit.explained_covariances > 0.8
     assert 1 - 2 * fit.noise_share < fit.explained < 1
     edges = np.diag([1.0, *[0.02] * 23, 1.0])  # all in two corners
     fit, _ = fit_filters(drawn(edges, 400, (5, 5)))
@@ -152,14 +195,25 @@ def test_filters_of_the_closed_form_are_named_so_and_others_structured():
     assert fit.explained < 0.2
 
 
+def test_what_is_explained_of_variances_alone_is_no_closed_form():
+    """Variances that fall off from the centre as smoothing has them, and covariances of another kind."""
+    window = np.diag(closed_form((5, 5), Shape(1.0, 0.7, 0.0, 0.3)))
+    signs = np.random.default_rng(0).choice([-1, 1], 25)
+    common = np.outer(signs, signs) * np.sqrt(np.outer(window, window))
+    fit, _ = fit_filters(drawn(0.8 * np.diag(window) + 0.2 * common, 900, (5, 5)))
+    assert fit.explained > 0.5
+    assert fit.explained_covariances < 0.2
+    assert fit.verdict == "structured"
+
+
 def test_what_chance_gives_is_what_isotropic_filters_have():
     """Of 40 layers without structure, few have p at or below .05, and means agree with the null's."""
     rng = np.random.default_rng(1)
-    fits = [fit_filters(rng.normal(size=(60, 3, 3)), seed)[0] for seed in range(40)]
+    fits = [fit_filters(rng.normal(size=(60, 3, 3)), seed=seed)[0] for seed in range(40)]
     assert sum(fit.p_value <= 0.05 for fit in fits) <= 7  # binomial(40, .05): 8 or more once in 2,000
     assert 0.2 < np.mean([fit.p_value for fit in fits]) < 0.8
     assert sum(fit.verdict == "isotropic" for fit in fits) >= 38
-    for name in ("effective_rank", "cosine", "mean_share"):
+    for name in ("effective_rank", "explained", "mean_share"):
         found, null = (np.array([getattr(fit, column) for fit in fits]) for column in (name, f"{name}_null"))
         assert found.mean() == pytest.approx(null.mean(), rel=4 * found.std() / found.mean() / math.sqrt(40)), name
 
@@ -210,17 +264,8 @@ def test_zeros_are_called_zeros():
     nn.init.zeros_(model.blocks[1][0].fn[0].weight)
     inspection = attnlens.inspect(model)
     assert [row["verdict"] == "zeros" for row in inspection.filters.stats.records()] == [False, True, False, False]
-    assert inspection.to_json()["filters"]["stats"][1]["cosine"] is None
+    assert inspection.to_json()["filters"]["stats"][1]["explained"] is None
     inspection.figures()
-
-
-def test_compare_and_report_say_that_they_are_of_attention():
-    from attnlens import reports
-
-    with pytest.raises(UnsupportedAttentionError, match="the report is of attention"):
-        reports.report(convmixer())
-    with pytest.raises(UnsupportedAttentionError, match="compare is of attention"):
-        attnlens.compare(convmixer(), convmixer(1))
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from torch import nn
 
 import attnlens
 from attnlens.errors import ParamsError, UsageError
-from attnlens.filters.closed_form import mixture
+from attnlens.filters.closed_form import Shape, closed_form
 from attnlens.filters.covariance import second_moment
 from attnlens.filters.entries import triangle
 from attnlens.filters.fit import shrunk
+from attnlens.filters.trained import trained_shape
 from attnlens.fit.params import InitParams
 from attnlens.inits import init_, init_file
 from tests.filter_models import CONVNEXT, both, convmixer, vit
@@ -22,7 +23,7 @@ from tests.filter_models import CONVNEXT, both, convmixer, vit
 @pytest.fixture(scope="module")
 def source():
     model = convmixer(dim=200)
-    init_(model, "conv-covariance", s_first=0.05, s_last=0.2, isotropic=0.3, seed=1)
+    init_(model, "conv-covariance", relative_s=0.1, blur=0.3, slope=0.2, contrast=0.2, seed=1)
     return model
 
 
@@ -66,26 +67,69 @@ def test_shrinkage_is_towards_equal_variances_by_the_estimator_that_is_named(sou
         attnlens.fit_params(source, shrinkage="lasso")
 
 
-def test_the_trend_follows_the_width_and_can_be_asked_at_any_depth(params):
-    for depth in (0.0, 0.21, 0.5, 1.0):
-        relative, isotropic = params.filter_trend.at(depth)
-        assert relative == pytest.approx(0.05 ** (1 - depth) * 0.2**depth, rel=0.2)
-        assert isotropic == pytest.approx(0.3, abs=0.12)
+def test_what_carries_over_are_medians_over_layers_of_stride_1_and_of_those_above():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(500, 500, 5, stride, groups=500) for stride in (1, 2, 1, 1, 2, (2, 1))))
+    init_(model, "conv-covariance", seed=1)
+    params = attnlens.fit_params(model)
+    one, above = params.filter_medians
+    assert (one.strided, one.layers, one.widths) == (False, 3, 3)
+    assert (above.strided, above.layers, above.widths) == (True, 3, 3)
+    for found in (one, above):
+        own = [entry for entry in params.filters if entry.strided == found.strided]
+        assert found.blur == pytest.approx(np.median([entry.blur_share for entry in own]))
+        assert found.relative_s == pytest.approx(np.median([entry.relative_s for entry in own]))
+        put_in = trained_shape(found.strided)
+        assert found.relative() == pytest.approx(put_in, abs=0.04)
+        np.testing.assert_allclose(
+            params.filter_covariance(0.3, (7, 7), "parametric", found.strided),
+            closed_form((7, 7), found.relative().at((7, 7))),
+        )
+
+
+def test_a_layer_is_drawn_from_layers_of_its_own_kind_of_stride_where_there_are_any(params):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(300, 300, 5, stride, groups=300) for stride in (1, 2, 1)))
+    init_(model, "conv-covariance", seed=1)
+    mixed = attnlens.fit_params(model)
+    found = mixed.filter_covariance(0.1, (5, 5), "full", True)
+    np.testing.assert_allclose(found, mixed.filters[1].matrix(), rtol=1e-7)
+    ends = (mixed.filters[0].matrix() + mixed.filters[2].matrix()) / 2
+    np.testing.assert_allclose(mixed.filter_covariance(0.5, (5, 5), "full", False), ends, rtol=1e-7)
+    for form in ("full", "parametric"):  # the source has layers of stride 1 alone
+        np.testing.assert_array_equal(
+            params.filter_covariance(0.4, (5, 5), form, True), params.filter_covariance(0.4, (5, 5), form, False)
+        )
+
+
+def test_a_width_at_an_end_of_its_range_enters_no_median():
+    model = convmixer(dim=400)
+    for block, s in zip(model.blocks, (1.0, 2.0, 400.0, 400.0), strict=True):
+        root = np.linalg.cholesky(closed_form((5, 5), Shape(s, 0.3, 0.2, 0.2)))
+        normal = np.random.default_rng(0).normal(size=(400, 25)) @ root.T
+        with torch.no_grad():
+            block[0].fn[0].weight.copy_(torch.from_numpy(normal.reshape(400, 1, 5, 5)))
+    params = attnlens.fit_params(model)
+    assert [entry.s_bound for entry in params.filters] == ["", "", "upper", "upper"]
+    (found,) = params.filter_medians
+    assert (found.layers, found.widths) == (4, 2)
+    assert 1.0 < found.relative_s * 25 < 2.0
 
 
 def test_layers_without_structure_have_no_width():
     model = convmixer(dim=100)
     layer = model.blocks[0][0].fn[0]
-    wide = mixture((5, 5), 5.0, 0.0)
+    wide = closed_form((5, 5), Shape(5.0, 0.6, 0.2, 0.2))
     root = np.linalg.cholesky(wide + 1e-9 * np.eye(25))
     drawn = np.random.default_rng(0).normal(size=(100, 25)) @ root.T
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(drawn.reshape(100, 1, 5, 5)))
     params = attnlens.fit_params(model)
     assert [entry.verdict for entry in params.filters] == ["closed form", *["isotropic"] * 3]
-    assert params.filter_trend.n == 1
-    assert params.filter_trend.at(1.0)[0] == pytest.approx(0.2, rel=0.2)
-    assert params.filter_trend.at(1.0)[1] > 0.8
+    (found,) = params.filter_medians
+    assert (found.layers, found.widths) == (4, 1)
+    assert found.relative_s == pytest.approx(0.2, rel=0.2)
+    assert found.blur + found.slope + found.contrast < 0.2
 
 
 def test_a_layer_of_zeros_is_left_out_and_said():
@@ -110,11 +154,43 @@ def test_a_saved_file_loads_to_the_same_parameters(params, tmp_path):
 def test_a_file_of_version_1_still_loads():
     now = attnlens.fit_params(vit())
     old = json.loads(now.to_json())
-    del old["filters"], old["filter_trend"]
+    del old["filters"], old["filter_medians"]
     old["schema_version"] = 1
     for source in old["sources"]:
         del source["num_filter_layers"]
     assert InitParams.parse(json.dumps(old)) == now
+
+
+def of_version_2(params):
+    """The file as version 2 had it: the same covariances, another closed form beside them."""
+    old = json.loads(params.to_json())
+    del old["filter_medians"]
+    trend = {"coefficients": [0.1], "residual_sd": 0.0}
+    old |= {"schema_version": 2, "filter_trend": {"log_relative_s": trend, "isotropic_share": trend, "n": 4}}
+    kept = {"source", "layer", "name", "depth", "kernel", "filters", "rms", "estimator", "shrinkage", "covariance"}
+    kept |= {"effective_rank", "p_value", "verdict"}
+    other = {"s": 9.0, "relative_s": 0.36, "isotropic_share": 0.1, "cosine": 0.5, "explained": 0.2, "explained_null": 0}
+    old["filters"] = [{name: entry[name] for name in kept} | other for entry in old["filters"]]
+    return old
+
+
+def test_a_file_of_version_2_loads_with_the_closed_form_fitted_to_its_covariances(params):
+    loaded = InitParams.parse(json.dumps(of_version_2(params)))
+    assert [entry.matrix().tolist() for entry in loaded.filters] == [
+        entry.matrix().tolist() for entry in params.filters
+    ]
+    for found, wanted in zip(loaded.filters, params.filters, strict=True):
+        assert found.shape[:4] == pytest.approx(wanted.shape[:4], rel=1e-3)
+        assert (found.verdict, found.stride, found.explained_null) == (wanted.verdict, (1, 1), None)
+    assert loaded.filter_medians[0].relative() == pytest.approx(params.filter_medians[0].relative(), rel=1e-3)
+    assert InitParams.parse(loaded.to_json()) == loaded
+
+
+def test_a_file_of_version_2_that_holds_no_covariance_is_refused_by_field(params):
+    old = of_version_2(params)
+    old["filters"][1]["covariance"].pop()
+    with pytest.raises(ParamsError, match=r"filters\.1: .*has 324 numbers, not 325"):
+        InitParams.parse(json.dumps(old))
 
 
 def edited(params, change):
@@ -131,7 +207,7 @@ def edited(params, change):
         (lambda d: d["filters"][0].update(kernel=[3, 3]), "3 x 3 filters has 325 numbers, not 45"),
         (lambda d: d["filters"][0].update(source=1), r"filters\.0\.source is 1, but there are 1 sources"),
         (lambda d: d.update(filters=[]), "entries and filters are both empty"),
-        (lambda d: d.update(filter_trend=None), "go together"),
+        (lambda d: d.update(filter_medians=[]), "go together"),
         (lambda d: d["filters"][2].update(s=0), r"filters\.2\.s"),
     ],
 )
@@ -164,8 +240,7 @@ def test_deeper_wider_and_larger_networks_have_the_widths_of_the_source(params, 
     target = convmixer(dim=800, depth=7, kernel_size=7)
     init_(target, "conv-covariance", params=params, form=form)
     found = attnlens.inspect(target).filters.stats.column("relative_s")
-    expected = 0.05 ** (1 - np.arange(7) / 6) * 0.2 ** (np.arange(7) / 6)
-    np.testing.assert_allclose(found, expected, rtol=0.35)
+    np.testing.assert_allclose(found, 0.1, rtol=0.35)
 
 
 def test_covariances_are_positive_semi_definite_at_any_depth_and_kernel(params):

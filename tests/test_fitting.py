@@ -50,10 +50,11 @@ def test_entries_hold_the_fit_and_inference_of_every_circuit_in_both_folds():
             ):
                 entries = params.select(circuit, head, layer, fold)
                 fit, inference = fit_diagonal(product, None), infer(product)
-                for name in ("alpha", "beta", "beta_stderr"):
+                for name in ("alpha", "beta"):
                     expected = np.ravel(getattr(fit, name))
                     np.testing.assert_allclose([getattr(entry, name) for entry in entries], expected, rtol=1e-12)
-                for name in ("alpha_low", "alpha_high", "beta_low", "beta_high", "null_sd", "share_low_rank"):
+                intervals = ("alpha_low", "alpha_high", "beta_stderr", "beta_low", "beta_high")
+                for name in (*intervals, "null_sd", "share_low_rank"):
                     expected = np.ravel(getattr(inference, name))
                     np.testing.assert_allclose([getattr(entry, name) for entry in entries], expected, rtol=1e-12)
                 alone = [entry.p_value_alone for entry in entries]
@@ -224,6 +225,9 @@ def test_dinov2_has_none_exactly_where_the_null_is_not_rejected(dinov2):
     assert {entry.verdict for entry in dinov2.entries} == {
         "identity",
         "negative identity",
+        "identity + low rank",
+        "negative identity + low rank",
+        "mixed diagonal",
         "none",
         "not described by this model",
     }
@@ -232,7 +236,8 @@ def test_dinov2_has_none_exactly_where_the_null_is_not_rejected(dinov2):
             assert entry.p_value >= 0.05
         elif "identity" in entry.verdict:
             assert entry.p_value < 0.05
-            assert (entry.beta > 0) == (entry.verdict == "identity")
+            assert entry.beta_low > 0 or entry.beta_high < 0
+            assert (entry.beta > 0) == (not entry.verdict.startswith("negative"))
     assert any(entry.verdict == "none" for entry in dinov2.select("qk", "each"))
 
 
@@ -266,7 +271,7 @@ def test_fit_params_prints_tables_and_writes_file_and_figures(run, folders, tmp_
 def test_the_file_says_where_every_number_came_from(run, folders, tmp_path):
     assert run("fit-params", *folders, "--figures", "f")[0] == 0
     data = json.loads((tmp_path / "params.json").read_text())
-    assert (data["schema"], data["schema_version"]) == ("attnlens.params", 2)
+    assert (data["schema"], data["schema_version"]) == ("attnlens.params", 3)
     assert set(data["created"]) == {"versions", "time", "command"}
     assert data["created"]["command"].startswith("attnlens fit-params ")
     assert set(data["created"]["versions"]) >= {"python", "attnlens", "numpy", "scipy", "timm"}

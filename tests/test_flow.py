@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = (
     *("printable", "errors", "provenance", "threads", "atomic", "strict_json", "templates"),
-    *("heads", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
+    *("heads", "balance", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
     *("inspection", "composition", "fit", "inits", "reports", "scans", "gpt", "signal", "training", "cli"),
 )
 """From the ground up; the root ``attnlens`` itself names the public functions and is imported for its version alone."""

@@ -190,11 +190,12 @@ def test_wrappers_and_prefixes_of_training_scripts_are_taken_off(tmp_path, nest,
     assert converted == (None if bare else f"prefix {prefix!r} taken off")
 
 
-def test_two_copies_below_two_prefixes_are_not_chosen_between(tmp_path):
+def test_of_two_copies_below_two_prefixes_the_first_is_read_and_named(tmp_path):
     model = Model(tmp_path, "vit_tiny_patch16_224")
     save_file(renamed(model.state(), ("^", "a.")) | renamed(model.state(), ("^", "b.")), tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight is missing"):
-        model.opened(tmp_path / "a.safetensors")
+    opened = model.opened(tmp_path / "a.safetensors")
+    assert opened.name.endswith(" [a]")
+    assert opened.provenance()["networks"] == ["a", "b"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -79,12 +79,21 @@ def test_a_link_is_followed_inside_its_folder_and_in_a_hub_cache_only(tmp_path):
     for folder in (snapshot, blobs):
         folder.mkdir(parents=True)
     (blobs / "1").write_text("x")
+    (tmp_path / "secret").write_text("x")
     (snapshot / "in.json").write_text("x")
-    for name, target in {"own": "in.json", "hub": "../../blobs/1", "out": "../../secret", "circle": "circle"}.items():
+    for name, target in {
+        "own": "in.json",
+        "hub": "../../blobs/1",
+        "out": "../../secret",
+        "circle": "circle",
+        "no": "x",
+    }.items():
         (snapshot / name).symlink_to(target)
     assert within(snapshot, snapshot / "own", CheckpointError)
     assert within(snapshot, snapshot / "hub", CheckpointError)
     with pytest.raises(CheckpointError, match="is a link that leaves"):
         within(snapshot, snapshot / "out", CheckpointError)
-    with pytest.raises(CheckpointError, match="cannot be followed"):
-        within(snapshot, snapshot / "circle", CheckpointError)
+    for name in ("circle", "no"):
+        with pytest.raises(CheckpointError, match="cannot be followed"):
+            within(snapshot, snapshot / name, CheckpointError)
+    assert within(snapshot, snapshot / "absent", CheckpointError)

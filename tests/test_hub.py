@@ -15,7 +15,8 @@ from safetensors.numpy import save
 from attnlens.checkpoints.download import cached_path, fetch_url
 from attnlens.checkpoints.hub import cached_tags, fetch, fetch_weights, find_weights, open_weights
 from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
-from attnlens.models.open import Access, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import Access
 from tests.hub_server import COMMIT, OLD_COMMIT
 
 FILE = "model.safetensors"

@@ -22,8 +22,11 @@ def traced(name: str) -> dict[str, AttentionSpec]:
 
 def complete(model: nn.Module, size: tuple[int, ...]) -> dict[str, AttentionSpec]:
     specs = [spec for spec in attention_modules(model) if isinstance(spec, AttentionSpec)]
-    around = trace_surroundings(model, [spec.path for spec in specs], (1, *size))
-    return {spec.path: with_surroundings(spec, around and around[spec.path], model) for spec in specs}
+    around = trace_surroundings(model, specs, [(torch.zeros(1, *size, device="meta"),)])
+    return {
+        spec.path: with_surroundings(spec, around[spec.path] if isinstance(around, dict) else None, model)
+        for spec in specs
+    }
 
 
 @pytest.mark.parametrize(

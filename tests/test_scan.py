@@ -297,7 +297,7 @@ def test_the_command_prints_a_row_a_model_and_says_what_failed(run, planted, sca
     assert not (tmp_path / "nothing").exists()
 
 
-def test_names_of_strangers_move_nothing_on_the_terminal(run, tmp_path):
+def test_untrusted_names_move_nothing_on_the_terminal(run, tmp_path):
     plant(tmp_path / "models", 1, corrupt=False)
     (folder,) = (path for path in (tmp_path / "models").iterdir() if path.is_dir())
     folder.rename(folder.with_name("evil\x1b[2Jname"))

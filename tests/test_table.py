@@ -15,7 +15,7 @@ from tests.conftest import random_heads
 
 @pytest.fixture(scope="module")
 def table():
-    rows, _ = measure_layer(random_heads(), ("raw", "effective"))
+    rows, *_ = measure_layer(random_heads(), ("raw", "effective"))
     return StatsTable(tuple(rows))
 
 

@@ -349,3 +349,16 @@ def test_a_tiny_cifar_comparison_runs_over_every_arm(tiny_cifar, tmp_path):
     assert found.exit_code == 0, found.exception
     assert "10 of 10 runs finished" in found.stdout
     assert "cifar10-jpeg75: 200 training and 100 test images" in found.stdout
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("compressed", ["", "gz", "xz"])
+@pytest.mark.parametrize("member", ["readme.txt", "train/cat/0.png"])
+@pytest.mark.parametrize("size", [2**62, 2**40, 2**33])
+def test_a_member_that_declares_more_than_there_is_ends_the_reading(size, member, compressed, kind, tmp_path):
+    info = tarfile.TarInfo(member)
+    info.size = size
+    with tarfile.open(tmp_path / "images.tar", f"w:{compressed}", format=kind) as archive:
+        archive.fileobj.write(info.tobuf(kind))
+    with pytest.raises(DatasetError, match=r"cannot be read as a tar|that is no image"):
+        load_dataset(str(tmp_path / "images.tar"), cache=tmp_path)

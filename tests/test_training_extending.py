@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.main import get_command
 
 import attnlens
-from attnlens.cli.app import app
+from attnlens.cli.app import load_command
 from attnlens.inits import registry as initialisers
 from attnlens.training.config import Config
 from attnlens.training.data import images
@@ -45,7 +44,7 @@ def test_results_of_earlier_comparisons_give_the_same_summary_and_report(name):
 
 
 def test_the_arguments_of_train_compare_are_the_options_of_the_command():
-    command = get_command(app).commands["train-compare"]
+    command = load_command("train-compare")
     options = {parameter.name for parameter in command.params} - {"debug", "help"}
     arguments = python_inspect.signature(attnlens.train_compare).parameters
     assert set(arguments) - NOT_OPTIONS == options

@@ -18,6 +18,7 @@ from attnlens.training.engine import Stack
 from attnlens.training.networks import convmixer
 from attnlens.training.networks.base import PLAIN, Wiring
 from attnlens.training.networks.convmixer import ConvMixer
+from attnlens.training.networks.convnext import ConvNeXt
 from attnlens.training.networks.gpt import Gpt
 from attnlens.training.source import Source
 from attnlens.training.trainer import units_of
@@ -26,9 +27,11 @@ from tests.training_setup import SHAPE, compare, config, small, write_source
 
 CPU = torch.device("cpu")
 CONV = ConvMixer(image_size=8, patch_size=2, channels=1, classes=10, dim=7, depth=2, kernel_size=3)
+NEXT = ConvNeXt(image_size=16, patch_size=1, channels=1, classes=10, entry="test_convnext")
 GPT = Gpt(context=5, embed_dim=12, depth=2, num_heads=3)
 CASES = [
     pytest.param(CONV, PLAIN, id="convmixer"),
+    pytest.param(NEXT, PLAIN, id="convnext"),
     pytest.param(GPT, PLAIN, id="gpt"),
     pytest.param(GPT, Wiring("shaped", skips=False, norms=False), id="gpt-shaped-skipless"),
     pytest.param(SHAPE, Wiring("e-spa", skips=False, norms=False), id="vit-e-spa-skipless"),
@@ -270,6 +273,37 @@ def test_sizes_come_from_timms_own_entries():
     }
     with pytest.raises(ModelNotFoundError, match="no ConvMixer is named 'convmixer-tny': choose from convmixer-tiny"):
         ConvMixer.sizes_of("convmixer-tny")
+
+
+def test_a_convnext_is_timms_entry_at_another_patch_size_and_its_arms_differ_in_depthwise_filters():
+    assert ConvNeXt.sizes_of("convnext_atto") == {"entry": "convnext_atto"}
+    network = ConvNeXt(image_size=32, patch_size=2, channels=3, classes=5, entry="convnext_atto")
+    network.check("photos")
+    module = network.build(0)
+    assert module.stem[0].stride == (2, 2)
+    assert module.head.fc.out_features == 5
+    filters = set(filter_parameters(module))
+    assert len(filters) == 12
+    assert all(module.get_parameter(name).shape[2:] == (7, 7) for name in filters)
+    assert "depthwise filters 7 x 7, LayerNorm2d, patch 2 of 32 px" in network.describe()
+    default, start = (
+        initial_state(arm, 0, network, Source.of("convnext_atto")) for arm in ("default", "conv-covariance")
+    )
+    assert {name for name in default if not torch.equal(default[name], start[name])} == filters
+
+
+def test_a_convnext_that_does_not_fit_is_refused():
+    with pytest.raises(ModelNotFoundError, match="no ConvNeXt is named 'convnext_ato': choose from convnext_atto"):
+        ConvNeXt.sizes_of("convnext_ato")
+    with pytest.raises(UsageError, match="convnext_atto_ols has no patches"):
+        ConvNeXt.sizes_of("convnext_atto_ols")
+    sizes = {"image_size": 32, "channels": 3, "classes": 5, "entry": "convnext_atto"}
+    with pytest.raises(UsageError, match=r"a grid of 4 x 4 of photos, .* halves it 3 times: .* multiple of 8"):
+        ConvNeXt(patch_size=4, **{**sizes, "image_size": 16}).check("photos")
+    with pytest.raises(UsageError, match="does not divide the images of photos"):
+        ConvNeXt(patch_size=5, **sizes).check("photos")
+    with pytest.raises(UsageError, match=r"a grid of 4 x 4 of photos, and convnext_atto halves it 4 times"):
+        ConvNeXt(patch_size=2, **{**sizes, "image_size": 8}).check("photos")  # at patch 2 every stage halves
 
 
 def test_the_plain_arms_of_a_vit_and_rewired_ones_train_side_by_side(tmp_path):

@@ -1,12 +1,18 @@
-"""Zip archives of strangers: what a member says of its size is held against the size of the file before it is read."""
+"""Untrusted zip archives: what a member says of its size is held against the size of the file before it is read."""
 
 from __future__ import annotations
 
+import io
+import re
 import struct
 import tokenize
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EXPANDS = 32
 """Bytes of content an archive may hold for each byte on disk: weights shrink by a tenth, bombs by a thousand."""
@@ -18,6 +24,12 @@ DAMAGED_ARRAY = (
     *(SyntaxError, tokenize.TokenError, MemoryError, RuntimeError, OverflowError),
 )
 """What zipfile, zlib and numpy raise for a damaged array; numpy parses a header as Python literals."""
+
+_SHAPE = rb"\((\d{1,20}L?(, ?\d{1,20}L?){0,63})?,?\)"
+_ENTRY = rb"'(descr': '[<>|=]?[a-zA-Z]\d{0,9}'|fortran_order': (True|False)|shape': %b)" % _SHAPE
+_HEADER = re.compile(rb"\{(%b, ?){2}%b,? ?\}[ ]*\n?" % (_ENTRY, _ENTRY))
+_LONGEST_HEADER = 10_000
+"""Bytes of an array's header; numpy reads no longer one without being told to."""
 
 _DAMAGE = (ValueError, EOFError, OSError, NotImplementedError, RuntimeError, OverflowError, struct.error)
 
@@ -44,6 +56,26 @@ def check_archive(path: Path, *, stored: bool = False) -> list[zipfile.ZipInfo]:
     if content > (size if stored else EXPANDS * size + ALLOWANCE):
         raise zipfile.BadZipFile(f"{size} bytes on disk claim to hold {content}")
     return members
+
+
+def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type off the header of a stored array of one plain type.
+
+    numpy parses headers as Python; of what is no literal, the parser looks for the source, as a file of the name
+    ``<string>``. So a header is held against what numpy writes before numpy is asked. Raises `ValueError`.
+    """
+    from numpy.lib import format as stored
+
+    version = stored.read_magic(file)
+    width = 2 if version == (1, 0) else 4
+    prefix = file.read(width)
+    length = int.from_bytes(prefix, "little")
+    content = file.read(min(length, _LONGEST_HEADER + 1))
+    if len(prefix) < width or len(content) != length or not _HEADER.fullmatch(content):
+        raise ValueError(f"its header is {content[:60]!r}")
+    read = stored.read_array_header_1_0 if version == (1, 0) else stored.read_array_header_2_0
+    shape, _, kind = read(io.BytesIO(prefix + content))
+    return tuple(shape), kind
 
 
 def data_offset(path: Path, member: zipfile.ZipInfo) -> int:

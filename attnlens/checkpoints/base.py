@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,12 @@ class Checkpoint(Mapping[str, Any]):
     """Stored tensors by name; a value is read only when it is asked for."""
 
     metadata: Mapping[str, str] = {}
+    title: str = ""
+    """Which network of a file this is, where the file holds several or one was asked for."""
+    computed: tuple[str, ...] = ()
+    """How tensors are made of stored ones, where they are not stored themselves."""
+    keys_in_front: Mapping[str, str] = {}
+    """By name, the keys of dictionaries that stand in front of a name in its state dict, each with a dot behind it."""
 
     def provenance(self) -> dict[str, Any]:
         """Return where the weights came from, JSON-ready; for a file its name, size and sha256."""
@@ -36,8 +43,17 @@ class Checkpoint(Mapping[str, Any]):
         """Return the bytes on disk, 0 where nothing is on disk."""
         return 0
 
+    def check(self) -> None:
+        """Raise `CheckpointError` where what is on disk is not what was opened, as it was then."""
+
     def expect(self, names: Iterable[str]) -> None:
         """Take note of which tensors will be asked for, where reading several together saves something."""
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what is another where a file was replaced, cut or written over, its old time put back or not."""
+    changed = 0 if os.name == "nt" else status.st_ctime_ns  # there, the time a file was made
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed
 
 
 class _File(Checkpoint):
@@ -54,26 +70,30 @@ class _File(Checkpoint):
     def provenance(self) -> dict[str, Any]:
         """Return the file's name, size and sha256. Raises `CheckpointError` where it changed since it was opened."""
         with self._reading(), self.path.open("rb") as file:
+            self._compare(os.fstat(file.fileno()))
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            changed = self.path.stat().st_mtime_ns != self._status.st_mtime_ns
-        if changed:
-            raise CheckpointError(f"{self.path} changed while it was read: run again when nothing writes it")
         return {"file": self.path.name, "bytes": self._status.st_size, "sha256": digest}
+
+    def check(self) -> None:
+        """Raise `CheckpointError` where the file is not the one that was opened, as it was then."""
+        try:
+            self._compare(self.path.stat())
+        except OSError as error:
+            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
+
+    def _compare(self, now: os.stat_result) -> None:
+        if _identity(now) != _identity(self._status):
+            raise CheckpointError(f"{self.path} was replaced, cut or changed while it was read: run again")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Read only from the file that was opened, at its length: a mapped page beyond a file's end is a bus error."""
+        self.check()
         try:
-            now = self.path.stat()
-            if (now.st_dev, now.st_ino, now.st_size) != (
-                self._status.st_dev,
-                self._status.st_ino,
-                self._status.st_size,
-            ):
-                raise CheckpointError(f"{self.path} was replaced or cut while it was read: run again")
             yield
         except OSError as error:
             raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
+        self.check()
 
 
 class ModuleWeights(Checkpoint):

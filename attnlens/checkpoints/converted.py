@@ -44,8 +44,17 @@ class ConvertedWeights(Checkpoint):
         return {**self._origin.provenance(), "converted": self.how}
 
     def __getitem__(self, name: str) -> Any:
-        """Return a converted tensor."""
+        """Return a converted tensor, which may be pages of the origin's file: that is looked at first."""
+        self._origin.check()
         return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a converted tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` where the origin is not what was opened."""
+        self._origin.check()
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the tensors' names after conversion."""
@@ -94,9 +103,13 @@ def convert(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> Co
     State dicts go through the architecture's ``checkpoint_filter_fn``, JAX/Flax archives through the model's
     ``load_pretrained``. Raises `CheckpointError` when timm has neither for the architecture, or it fails.
     """
+    checkpoint.check()
     if isinstance(checkpoint, NpzFile) and any("/" in key for key in checkpoint):
-        return ConvertedWeights(_loaded(name, model_args, checkpoint), checkpoint, LOADER)
-    return ConvertedWeights(_filtered(name, model_args, checkpoint), checkpoint, FILTER)
+        found, how = _loaded(name, model_args, checkpoint), LOADER
+    else:
+        found, how = _filtered(name, model_args, checkpoint), FILTER
+    checkpoint.check()
+    return ConvertedWeights(found, checkpoint, how)
 
 
 def _filtered(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Weights by tensor name: safetensors through a memory map, state dicts with weights_only, npz, live modules."""
+"""Weights by tensor name: safetensors through a memory map, numpy's archives without pickles."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, array_header, check_archive
 from attnlens.checkpoints.base import _File
-from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import parse_json
-
-if TYPE_CHECKING:
-    pass
-
-# Names a state dict is nested under in training checkpoints, in the order they are preferred.
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher", "module", "encoder")
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 class SafetensorsFile(_File):
@@ -86,27 +78,6 @@ class SafetensorsFile(_File):
         return len(self._header)
 
 
-class TorchFile(_File):
-    """A pickled PyTorch checkpoint, read with ``weights_only=True``: no code in it runs."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._tensors = _clean(load_pickle(path, CheckpointError), path)
-
-    def __getitem__(self, name: str) -> Any:
-        """Return a torch tensor (memory-mapped where the file's format allows)."""
-        with self._reading():
-            return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the tensors' names."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._tensors)
-
-
 class NpzFile(_File):
     """A numpy archive, read without pickles; two-byte void arrays are bfloat16, as JAX writes them.
 
@@ -125,7 +96,7 @@ class NpzFile(_File):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Read an array out of the archive."""
-        with self._opened(name) as file:
+        with self._reading(), self._opened(name) as file:
             stored: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         if stored.dtype == np.dtype("V2"):
             import ml_dtypes
@@ -136,7 +107,7 @@ class NpzFile(_File):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return an array's shape from its header."""
         with self._opened(name) as file:
-            return _array_header(file)[0]
+            return array_header(file)[0]
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[IO[bytes]]:
@@ -144,7 +115,7 @@ class NpzFile(_File):
         member = self._members[name]
         try:
             with self._archive.open(member) as file:
-                shape, kind = _array_header(file)
+                shape, kind = array_header(file)
             if kind.kind not in "biuf" and kind != np.dtype("V2"):
                 raise ValueError(f"its type is {kind.str[:20]}")
             if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > member.file_size:
@@ -167,14 +138,6 @@ class NpzFile(_File):
     def __len__(self) -> int:
         """Return the number of arrays."""
         return len(self._members)
-
-
-def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Read shape and type off the header of a stored array."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, kind = read(file)
-    return tuple(shape), kind
 
 
 _DTYPES = {
@@ -212,30 +175,3 @@ def _numpy_type(stored: str, name: str) -> np.dtype[Any]:
     raise CheckpointError(
         f"{name} is stored as {stored}, which cannot be read: convert the file to float16 or bfloat16"
     )
-
-
-def _clean(loaded: Any, path: Path) -> dict[str, Any]:
-    """Find the state dict inside what a training script saved and strip the wrappers' prefixes."""
-    import torch
-
-    loaded = _plain(loaded)
-    for name in _NESTED:
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded = _plain(loaded[name])
-            break
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
-    if any("\ud800" <= character <= "\udfff" for name in tensors if not name.isascii() for character in name):
-        raise CheckpointError(f"{path} holds names that are no text: corrupt, or not plain data")
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors: save model.state_dict()")
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
-
-
-def _plain(value: Any) -> Any:
-    """Return a dictionary free of the attributes a pickle may have given it, which hide its own methods."""
-    return {key: dict.__getitem__(value, key) for key in dict.__iter__(value)} if isinstance(value, dict) else value

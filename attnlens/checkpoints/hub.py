@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attnlens.checkpoints.base import INDEX_SUFFIX, Checkpoint
 from attnlens.checkpoints.download import cached_path, is_whole
-from attnlens.checkpoints.open import open_checkpoint
+from attnlens.checkpoints.open import as_read, open_checkpoint
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES, read_index
 from attnlens.checkpoints.transport import _offline_advice, ask, explained, is_offline
 from attnlens.errors import CheckpointError, ModelNotFoundError
@@ -44,7 +44,7 @@ def open_weights(
         for name in (filename,) if filename else WEIGHT_FILES:
             found = open_remote(repo, name, revision) if name.endswith(".safetensors") else None
             if found is not None:
-                return found, {"hub": repo}
+                return as_read(found), {"hub": repo}
     path = cached or fetch_weights(repo, filename, revision, offline=offline)
     return open_checkpoint(path), {"hub": repo, "revision": _commit(path)}
 
@@ -73,7 +73,7 @@ def fetch_weights(
 def _with_shards(path: Path, repo: str, revision: str | None, *, offline: bool) -> Path:
     """Fetch the shards an index lists, so that they lie beside it; any other file is left as it is."""
     if path.name.endswith(INDEX_SUFFIX):
-        for shard in sorted(set(read_index(path).values())):
+        for shard in sorted(set(read_index(path)[0].values())):
             if fetch(repo, shard, _commit(path) or revision, offline=offline) is None:
                 raise ModelNotFoundError(f"{repo} lists the shard {shard} in {path.name} and does not hold it")
     return path

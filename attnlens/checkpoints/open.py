@@ -1,38 +1,71 @@
-"""From a path to the `Checkpoint` that reads it."""
+"""From a path to the `Checkpoint` that reads it: what the file is, the network in it, the weights that one applies."""
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
-from attnlens.checkpoints.files import NpzFile, SafetensorsFile, TorchFile
+from attnlens.checkpoints.applied import as_applied
+from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.files import NpzFile, SafetensorsFile
+from attnlens.checkpoints.formats import ACCEPTED, PACKED, kind_of, refuse_folder
+from attnlens.checkpoints.networks import choose_network
 from attnlens.checkpoints.shards import ShardedFile
+from attnlens.checkpoints.torch_files import TorchFile
 from attnlens.errors import CheckpointError
+from attnlens.strict_json import read_json, within
 
-_ACCEPTED = "a .safetensors, .pth, .bin or .npz file, or a shard index (.index.json)"
 
+def open_checkpoint(path: str | os.PathLike[str], network: str | None = None) -> Checkpoint:
+    """Open a weight file: safetensors, what `torch.save` wrote, a TorchScript archive, ``.npz``, an index of shards.
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a weight file by its suffix: safetensors, a state dict (``.pth``, ``.pt``, ``.bin``, ...) or ``.npz``.
-
-    The index of a sharded checkpoint (``.index.json``) opens the shards beside it as one. Raises `CheckpointError`
-    when the file is missing, truncated, corrupt, of another format, or a pickle that holds more than weights.
+    Tensors have the names and values of the network that the file is of: `networks.choose_network` tells which of
+    several, ``network`` chooses one, `applied.as_applied` says what is computed. Raises `CheckpointError` when the file
+    is missing, truncated, corrupt, of another format, or a pickle that only code could read, `UsageError` for a network
+    it does not hold.
     """
     path = Path(path)
+    return as_read(open_stored(path), network, path.parent)
+
+
+def as_read(stored: Checkpoint, network: str | None = None, folder: Path | None = None) -> Checkpoint:
+    """Return one network of stored tensors, as it applies them; configurations in ``folder`` state scales."""
+    return choose_network(as_applied(stored, cache(lambda: _beside(folder))), network)
+
+
+def open_stored(path: Path) -> Checkpoint:
+    """Open the tensors of a file as they are stored."""
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not there"
-        raise CheckpointError(f"{path} is {kind}: give {_ACCEPTED}")
-    suffix = path.suffix.lower()
+        if path.is_dir():
+            refuse_folder(path)
+        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give {ACCEPTED}")
     try:
-        if suffix in SAFETENSORS_SUFFIXES:
+        kind = kind_of(path)
+        if kind == "safetensors":
             return SafetensorsFile(path)
-        if suffix in TORCH_SUFFIXES:
-            return TorchFile(path)
-        if suffix in NUMPY_SUFFIXES:
+        if kind == "npz":
             return NpzFile(path)
-        if path.name.endswith(INDEX_SUFFIX):
-            return ShardedFile(path, open_checkpoint)
+        if kind == "index":
+            return ShardedFile(path, open_stored)
+        if kind == "torch":
+            return TorchFile(path)
+        raise CheckpointError(f"{path} is {PACKED[kind]}: unpack it and give the weight file in it")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    raise CheckpointError(f"{path} has suffix {suffix!r}: give {_ACCEPTED}")
+
+
+def _beside(folder: Path | None) -> dict[str, Any]:
+    """Return what a model's configuration and an adapter's in the same folder say; nothing where there is none."""
+    found: dict[str, Any] = {}
+    for name, key in (("config.json", "quantization_config"), ("adapter_config.json", "adapter")):
+        if folder is None or not (folder / name).is_file():
+            continue
+        try:
+            data = read_json(within(folder, folder / name, CheckpointError))
+        except (ValueError, OSError):
+            continue  # who reads the file for its own sake says what is wrong with it
+        if isinstance(data, dict):
+            found[key] = data.get(key) if key != "adapter" else data
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from attnlens.checkpoints.base import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
 from attnlens.errors import CheckpointError
-from attnlens.strict_json import read_json, within
+from attnlens.strict_json import parse_json, within
 
 TRANSFORMERS_FILES = (
     "model.safetensors",
@@ -26,7 +26,7 @@ class ShardedFile(Checkpoint):
 
     def __init__(self, path: Path, opener: Callable[[Path], Checkpoint]) -> None:
         self.path, self._open = path, opener
-        self._shard_of = read_index(path)
+        self._shard_of, self._digest = read_index(path)
         folder, names = path.parent, sorted(set(self._shard_of.values()))
         self._paths = {name: within(folder, folder / name, CheckpointError) for name in names}
         absent = [name for name, shard in self._paths.items() if not shard.is_file()]
@@ -39,8 +39,12 @@ class ShardedFile(Checkpoint):
 
     def provenance(self) -> dict[str, Any]:
         """Return the index's name and sha256, and name, size and sha256 of every shard."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return {"file": self.path.name, "sha256": digest, "shards": self._shard_provenance}
+        return {"file": self.path.name, "sha256": self._digest, "shards": self._shard_provenance}
+
+    def check(self) -> None:
+        """Raise `CheckpointError` where a shard that was opened is not what it was then."""
+        for shard in self._opened.values():
+            shard.check()
 
     @cached_property
     def _shard_provenance(self) -> list[dict[str, Any]]:
@@ -84,10 +88,14 @@ class ShardedFile(Checkpoint):
         return len(self._shard_of)
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Return which file holds each tensor, ``{tensor: file}``; every file name is checked to stay beside the index."""
+def read_index(path: Path) -> tuple[dict[str, str], str]:
+    """Return which file holds each tensor, ``{tensor: file}``, and the index's sha256.
+
+    Every file name is checked to stay beside the index.
+    """
     try:
-        data = read_json(path)
+        content = path.read_bytes()
+        data = parse_json(content)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is no shard index ({error}): download it again") from error
     places = data.get("weight_map") if isinstance(data, dict) else None
@@ -95,7 +103,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names: it is no shard index")
     for name in set(places.values()):
         _check_name(path, name)
-    return places
+    return places, hashlib.sha256(content).hexdigest()
 
 
 def _check_name(index: Path, name: str) -> None:

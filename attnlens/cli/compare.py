@@ -11,6 +11,7 @@ import typer
 import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.cli.filter_tables import filter_distance_table
 from attnlens.cli.tables import escape, print_wide
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def compare(
         list[Path] | None,
         typer.Option("--checkpoint", "-c", help="Take weights from this file: one for each MODEL, in their order."),
     ] = None,
+    model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
     fold: options.ProductFold = "effective",
     offline: options.Offline = False,
     remote: options.Remote = False,
@@ -34,17 +37,29 @@ def compare(
     json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
-    progress, files = tracked("layers"), checkpoints or []
-    found = attnlens.compare(*models, fold=fold, checkpoints=files, offline=offline, remote=remote, progress=progress)
+    found = attnlens.compare(
+        *models,
+        fold=fold,
+        checkpoints=checkpoints or [],
+        model_args=options.parse_model_args(model_args),
+        weights=weights,
+        offline=offline,
+        remote=remote,
+        progress=tracked("layers"),
+    )
     if json_:
-        write_stdout(json.dumps({"fold": fold, "models": found.models, "distances": found.distances}, indent=1))
-    else:
+        distances = {"distances": found.distances, "filter_distances": found.filter_distances}
+        write_stdout(json.dumps({"fold": fold, "models": found.models, **distances}, indent=1))
+    if found.distances and not json_:
         print_wide(distance_table(found))
+    if found.filter_distances and not json_:
+        print_wide(filter_distance_table(found))
     from attnlens.figures import save_figures
 
     folder = options.figure_folder(figures, *found.models)
-    save_figures(found.figures(), folder, format_, dpi)
-    note(f"wrote comparison.{format_} to {folder}")
+    drawn = found.figures()
+    save_figures(drawn, folder, format_, dpi)
+    note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 
 
 def distance_table(comparison: Comparison) -> Table:

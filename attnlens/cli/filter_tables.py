@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attnlens.cli.tables import escape, plain_table
+from attnlens.filters.closed_form import PARTS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from attnlens.filters.inspection import FilterInspection
+    from attnlens.fit.comparison import Comparison
     from attnlens.fit.params import InitParams
 
 _STYLES = {"closed form": "bold blue", "structured": "blue", "isotropic": "dim", "zeros": "dim"}
@@ -22,19 +24,20 @@ def filter_table(filters: FilterInspection, model: str) -> Table:
     from attnlens.filters.statistics import DRAWS
 
     table = plain_table(
-        f"[bold]{escape(model)}[/bold]: depthwise filters, S = FᵀF / n against (1 - w) C(s) + w I / p",
-        "rank: effective, tr(S)² / tr(S²), with its p; mean: share of the mean filter; s/k²: C's width by squared\n"
-        "side; explained: share beyond isotropy; noise: share that sampling makes; (in brackets): chance, filters of\n"
+        f"[bold]{escape(model)}[/bold]: depthwise filters, S = FᵀF / n against its closed form",
+        "rank: effective, tr(S)² / tr(S²), with its p; s/k²: width by squared side, (in brackets) where it lies at an\n"
+        "end of its range; blur, slope, contrast: shares of the trace, the rest is isotropic; explained: share beyond\n"
+        "isotropy, and of covariances alone; noise: share that sampling makes; other (brackets): chance, filters of\n"
         f"the same norms in random directions, {DRAWS} draws",
     )
-    for name in ("layer", "filters", "kernel", "rank", "p", "mean", "s/k²", "w", "cosine", "explained", "noise"):
+    for name in _MEASURED:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in filters.stats.records():
         cells = [str(row["layer"]), str(row["filters"]), f"{row['height']}×{row['width']}"]
         if row["verdict"] != "zeros":
             cells += _measured(row)
-        table.add_row(*cells, *[""] * (11 - len(cells)), _verdict(str(row["verdict"])))
+        table.add_row(*cells, *[""] * (len(_MEASURED) - len(cells)), _verdict(str(row["verdict"])))
     return table
 
 
@@ -43,21 +46,51 @@ def fit_filter_table(params: InitParams, source: int) -> Table:
     entries = [entry for entry in params.filters if entry.source == source]
     table = plain_table(
         f"[bold]{escape(params.sources[source].model)}[/bold]: filter covariances "
-        f"({entries[0].estimator}), and (1 - w) C(s) + w I / p",
-        "full: the covariance, shrunk by c towards equal variances; parametric: s and w;\n"
-        "trend: of s/k² and w by depth, all models; explained: share beyond isotropy",
+        f"({entries[0].estimator}), and their closed form",
+        "full: the covariance, shrunk by c towards equal variances; parametric: s/k² and shares of blur, slope and\n"
+        "contrast, of which medians over layers of stride 1 and of stride above 1, all models, carry over; explained:\n"
+        "share beyond isotropy, and of covariances alone",
     )
-    for name in ("layer", "kernel", "filters", "rank", "c", "s", "s/k²", "w", "trend s/k²", "w", "explained"):
+    for name in ("layer", "kernel", "stride", "filters", "rank", "c", *_SHAPE):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    assert params.filter_trend is not None
     for entry in entries:
-        relative, isotropic = params.filter_trend.at(entry.depth)
-        cells = [str(entry.layer), f"{entry.kernel[0]}×{entry.kernel[1]}", str(entry.filters)]
-        cells += [f"{entry.effective_rank:.1f}", f"{entry.shrinkage:.3f}", f"{entry.s:.3g}"]
-        cells += [f"{entry.relative_s:.3g}", f"{entry.isotropic_share:.2f}", f"{relative:.3g}", f"{isotropic:.2f}"]
-        table.add_row(*cells, f"{entry.explained:.2f}", _verdict(entry.verdict))
+        cells = [str(entry.layer), f"{entry.kernel[0]}×{entry.kernel[1]}", f"{entry.stride[0]}×{entry.stride[1]}"]
+        cells += [str(entry.filters), f"{entry.effective_rank:.1f}", f"{entry.shrinkage:.3f}", *_shape(vars(entry))]
+        cells += [f"{entry.explained:.2f}", f"{entry.explained_covariances:.2f}"]
+        table.add_row(*cells, _verdict(entry.verdict))
+    for medians in params.filter_medians:
+        table.add_section()
+        shares = (f"{share:.2f}" for share in (medians.blur, medians.slope, medians.contrast))
+        kind = "above 1" if medians.strided else "1"
+        table.add_row("median", "", kind, f"{medians.layers}", "", "", f"{medians.relative_s:.3g}", *shares, "", "", "")
     return table
+
+
+def filter_distance_table(comparison: Comparison) -> Table:
+    """Build the table of distances between the filters of each pair of models."""
+    table = plain_table(
+        "Distance between depthwise filters",
+        "shares: rms over depth of the distance between blur, slope, contrast and isotropic share, 0 to 1.41\n"
+        "rank: the same of the difference in effective rank / positions, 0 to 1",
+    )
+    for name in ("first", "second", "shares", "rank"):
+        table.add_column(name, justify="right" if name in ("shares", "rank") else "left")
+    for row in comparison.filter_distances:
+        names = (escape(row[name]) for name in ("first", "second"))
+        table.add_row(*names, f"{row['shares']:.3f}", f"{row['effective_rank']:.3f}")
+    return table
+
+
+_SHAPE = ("s/k²", *PARTS, "explained", "covariances")
+_MEASURED = ("layer", "filters", "kernel", "rank", "p", "s/k²", *PARTS, "explained", "covariances", "noise")
+
+
+def _shape(found: Mapping[str, Any]) -> list[str]:
+    """Format the width, in brackets where none was found, and the shares of the closed form's parts."""
+    width = f"{found['relative_s']:.3g}"
+    shares = [f"{found[f'{part}_share']:.2f}" for part in PARTS]
+    return [f"({width})" if found["s_bound"] else width, *shares]
 
 
 def _measured(row: Mapping[str, Any]) -> list[str]:
@@ -65,11 +98,9 @@ def _measured(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{row['effective_rank']:.1f} ({row['effective_rank_null']:.1f})",
         f"{row['p_value']:.3f}",
-        f"{row['mean_share']:.3f} ({row['mean_share_null']:.3f})",
-        f"{row['relative_s']:.3g}",
-        f"{row['isotropic_share']:.2f}",
-        f"{row['cosine']:.2f} ({row['cosine_null']:.2f})",
+        *_shape(row),
         f"{row['explained']:.2f} ({row['explained_null']:.2f})",
+        f"{row['explained_covariances']:.2f} ({row['explained_covariances_null']:.2f})",
         "" if math.isnan(row["noise_share"]) else f"{row['noise_share']:.2f}",
     ]
 

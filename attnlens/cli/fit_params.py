@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from attnlens.fit.entries import Entry, Source
     from attnlens.fit.params import InitParams
 
-_MARKS = {"identity": "+", "negative identity": "-", "none": "·", "not described by this model": "?"}
+_MARKS = {
+    "identity": "+",
+    "negative identity": "-",
+    "identity + low rank": "p",
+    "negative identity + low rank": "n",
+    "mixed diagonal": "±",
+    "none": "·",
+    "not described by this model": "?",
+}
 _LEGEND = "  ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
 
 
@@ -39,6 +47,9 @@ def fit_params(
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Set the coverage of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Use this seed for the statistics that are sampled.")] = 0,
     num_heads: options.NumHeads = None,
+    model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
+    row_order: options.RowOrder = None,
     shrinkage: Annotated[
         Literal["ledoit-wolf", "oas", "none"],
         typer.Option(help="Shrink covariances of depthwise filters towards equal variances by this estimator."),
@@ -62,6 +73,9 @@ def fit_params(
         level=level,
         seed=seed,
         num_heads=num_heads,
+        model_args=options.parse_model_args(model_args),
+        weights=weights,
+        row_order=row_order,
         shrinkage=shrinkage,
         offline=offline,
         remote=remote,

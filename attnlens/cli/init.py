@@ -21,10 +21,7 @@ def init(
     init: options.InitName = None,
     params: options.ParamsFile = None,
     pairs: options.InitOptions = None,
-    model_args: Annotated[
-        list[str] | None,
-        typer.Option("--model-arg", help="Pass name=value to timm, as often as needed, e.g. num_classes=10."),
-    ] = None,
+    model_args: options.ModelArgs = None,
     seed: Annotated[int, typer.Option(min=0, help="Use this seed for every draw, timm's own included.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this file.")] = Path("model.safetensors"),
     json_: options.Json = False,
@@ -34,7 +31,7 @@ def init(
 
     name, given = choose_initialiser(init, params, pairs)
     name = name or "mimetic"
-    arguments = options.parse_pairs("--model-arg", model_args)
+    arguments = options.parse_model_args(model_args)
     report = init_file(model, output, init=name, seed=seed, model_args=arguments, command=command_line(), **given)
     if json_:
         write_stdout(json.dumps({"init": name, "seed": seed} if report is None else report.to_json(), indent=1))

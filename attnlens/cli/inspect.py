@@ -22,6 +22,9 @@ def inspect(
     checkpoint: options.Checkpoint = None,
     output: options.ModelFolder = None,
     num_heads: options.NumHeads = None,
+    model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
+    row_order: options.RowOrder = None,
     fold: options.Folds = "both",
     layers: options.Layers = None,
     layer_spectra: Annotated[
@@ -56,6 +59,9 @@ def inspect(
         model,
         checkpoint,
         num_heads=num_heads,
+        model_args=options.parse_model_args(model_args),
+        weights=weights,
+        row_order=row_order,
         fold=fold,
         layers=options.parse_layers(layers),
         layer_spectra=layer_spectra,
@@ -105,5 +111,10 @@ def caveats(inspection: Inspection) -> list[str]:
     filters = inspection.filters
     unread = (*inspection.refused, *filters.refused)
     lines = [f"not read: {r.path} ({r.module_class}) {r.reason}" for r in unread]
+    if "sizes" in inspection.provenance:
+        lines.append(f"sizes {inspection.provenance['sizes']}")
+    stacks = inspection.stacks()
+    if len(stacks) > 1:
+        lines += [f"{path}: layers {format_layers(layers)}" for path, layers in stacks.items()]
     lines += [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
     return lines + [f"{why}: layers of filters {format_layers(own)}" for why, own in filters.left_out().items()]

@@ -12,15 +12,19 @@ import typer
 from attnlens.errors import UsageError
 
 Folds = Annotated[
-    Literal["raw", "effective", "centred", "both", "all"],
+    Literal["raw", "effective", "centred", "balanced", "both", "all"],
     typer.Option(
         help="Measure raw products; effective ones, with norm gain and LayerScale folded in; centred ones: effective, "
-        "with LayerNorm's centring too; both: raw and effective; or all three."
+        "with LayerNorm's centring too; balanced ones: effective, one gain a row and a column divided out; both: raw "
+        "and effective; or all four."
     ),
 ]
 ProductFold = Annotated[
-    Literal["raw", "effective"],
-    typer.Option(help="Use raw products, or effective ones with norm gain and LayerScale folded in."),
+    Literal["raw", "effective", "balanced"],
+    typer.Option(
+        help="Use raw products, effective ones with norm gain and LayerScale folded in, or balanced ones: effective, "
+        "one gain a row and a column divided out."
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -37,6 +41,31 @@ NumHeads = Annotated[
     int | None,
     typer.Option(
         help="Say how many heads each layer has, to read a file of unknown architecture by its tensors' names."
+    ),
+]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        help="Pass name=value to timm's architecture, as often as needed, e.g. depth=6. Sizes that the weights' shapes "
+        "show need not be given.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME",
+        help="Read this one of several networks in a file, by its key or prefix, e.g. ema. Default: an average of "
+        "weights where the file keeps one, else the first.",
+    ),
+]
+RowOrder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXES",
+        help="Say how the rows of packed projections are ordered, from the outermost axis, e.g. head,dim,qkv. Goes "
+        "with --num-heads. Default: qkv,head,dim, unless the weights contradict it.",
     ),
 ]
 Layers = Annotated[
@@ -96,6 +125,11 @@ def parse_layers(text: str | None) -> list[int] | None:
             raise UsageError(f"--layers {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return layers
+
+
+def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:
+    """Parse every ``--model-arg name=value``."""
+    return parse_pairs("--model-arg", pairs)
 
 
 def parse_pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:

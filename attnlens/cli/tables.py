@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Mark and style of one head by its diagonal prominence; the mark alone tells the sign where there is no colour.
 _MARKS = ((3.0, "▲", "bold blue"), (1.0, "△", "blue"), (-1.0, "·", "dim"), (-3.0, "▽", "red"))
 _LOWEST = ("▼", "bold red")
+BALANCED = (
+    "\nagree: share of channels with beta's sign; kurt: excess kurtosis off the diagonal, farthest from 0 of the layer"
+)
 LEGEND = "▲ > 3, △ > 1, · between, ▽ < -1, ▼ < -3"
 
 
@@ -63,9 +66,12 @@ def layer_table(inspection: Inspection, fold: Fold) -> Table:
     both = fold != "raw" and "raw" in inspection.folds
     table = plain_table(
         title=f"[bold]{escape(inspection.model)}[/bold]: {fold} products, M ~ α Z + β I",
-        caption=f"QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\nheads by prom: {LEGEND}",
+        caption="QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\n"
+        f"heads by prom: {LEGEND}{BALANCED if fold == 'balanced' else ''}",
     )
-    groups = ("QK α", "QK β"), ("OV α", "OV β", "prom"), ("raw β", "prom") if both else ()
+    balanced = fold == "balanced"
+    last = ("QK agree", "kurt", "OV agree", "kurt") if balanced else ("raw β", "prom") if both else ()
+    groups = ("QK α", "QK β"), ("OV α", "OV β", "prom"), last
     table.add_column("layer", justify="right", no_wrap=True)
     for names in groups:
         for name in names:
@@ -84,9 +90,11 @@ def _cells(stats: StatsTable, layer: int, fold: Fold, both: bool) -> Iterator[st
     qk, ov = stats.select(fold=fold, circuit="qk"), stats.select(fold=fold, circuit="ov")
     total, raw = ov.select(head=ALL_HEADS), stats.select(fold="raw", head=ALL_HEADS)
     yield from (_mean(qk, "alpha"), _mean(qk, "beta"), _strip(qk))
-    yield from (_mean(total, "alpha"), _mean(total, "beta"), _mean(total, "diagonal_prominence"), _strip(ov))
-    if both:
-        yield from (_mean(raw, "beta"), _mean(raw, "diagonal_prominence"))
+    yield from (_mean(total, "alpha"), _mean(total, "beta"), _mean(total, "diagonal_prominence", 1), _strip(ov))
+    if fold == "balanced":
+        yield from (_mean(qk, "sign_agreement", 2), _farthest(qk), _mean(total, "sign_agreement", 2), _farthest(ov))
+    elif both:
+        yield from (_mean(raw, "beta"), _mean(raw, "diagonal_prominence", 1))
 
 
 def _strip(heads: StatsTable) -> Text:
@@ -102,13 +110,19 @@ def _strip(heads: StatsTable) -> Text:
     return strip
 
 
-def _mean(table: StatsTable, column: str) -> str:
+def _mean(table: StatsTable, column: str, digits: int | None = None) -> str:
     """Format a column's mean; a power of ten, not a zero, where a parameter would round away; empty for none."""
     values = table.column(column)
     value = float(values.mean()) if len(values) else math.nan
     if math.isnan(value):
         return ""
-    return f"{value:.1f}" if column == "diagonal_prominence" else number(value)
+    return number(value) if digits is None else f"{value:.{digits}f}"
+
+
+def _farthest(table: StatsTable) -> str:
+    """Format the excess kurtosis that lies farthest from 0; empty for none."""
+    values = [value for value in table.column("offdiagonal_kurtosis").tolist() if not math.isnan(value)]
+    return f"{max(values, key=abs):.2f}" if values else ""
 
 
 def number(value: float) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def verify_init(
     model: options.Model = None,
     checkpoint: options.Checkpoint = None,
+    model_args: options.ModelArgs = None,
     init: options.InitName = None,
     params: options.ParamsFile = None,
     pairs: options.InitOptions = None,
@@ -37,7 +38,8 @@ def verify_init(
     A file written by `attnlens init` says itself what to compare it with.
     """
     name, given = choose_initialiser(init, params, pairs)
-    report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, **given)
+    arguments = options.parse_model_args(model_args)
+    report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, model_args=arguments, **given)
     if json_:
         write_stdout(json.dumps(report.to_json(), indent=1))
     else:

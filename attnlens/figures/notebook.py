@@ -20,6 +20,13 @@ from attnlens.templates import environment, shown
 _DPI = 100
 
 
+def png(figure: Figure) -> str:
+    """Return a figure as PNG in base64, as a page holds it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def fragment(
     draw: Callable[[], Figure],
     *,
@@ -31,8 +38,7 @@ def fragment(
 ) -> str:
     """Return an HTML fragment: a table of ``rows`` under ``head``, the figure ``draw`` makes, and what it is about."""
     with style.look():
-        buffer = io.BytesIO()
-        draw().savefig(buffer, format="png", dpi=_DPI)
+        picture = png(draw())
     return (
         environment()
         .get_template("notebook.html.j2")
@@ -41,7 +47,7 @@ def fragment(
             note=note,
             head=head,
             rows=rows,
-            picture=base64.b64encode(buffer.getvalue()).decode(),
+            picture=picture,
             about=[(about[0], json.dumps(about[1]))],
         )
     )

@@ -24,10 +24,20 @@ DPI = 150
 INK, FAINT, RULE = "#222222", "#666666", "#b5b5b5"
 
 # Okabe & Ito's palette (https://jfly.uni-koeln.de/color/), which stays distinct under the common colour blindnesses.
-FOLD_COLOURS: Mapping[Fold, str] = {"raw": "#0072B2", "effective": "#D55E00", "centred": "#009E73"}
+FOLD_COLOURS: Mapping[Fold, str] = {
+    "raw": "#0072B2",
+    "effective": "#D55E00",
+    "centred": "#009E73",
+    "balanced": "#CC79A7",
+}
 # Where two folds coincide, the broken line is drawn over the solid one.
-FOLD_LINES: Mapping[Fold, Literal["-", "--", ":"]] = {"raw": "--", "effective": "-", "centred": ":"}
-FOLD_MARKERS: Mapping[Fold, str] = {"raw": "o", "effective": "^", "centred": "s"}
+FOLD_LINES: Mapping[Fold, Literal["-", "--", ":", "-."]] = {
+    "raw": "--",
+    "effective": "-",
+    "centred": ":",
+    "balanced": "-.",
+}
+FOLD_MARKERS: Mapping[Fold, str] = {"raw": "o", "effective": "^", "centred": "s", "balanced": "D"}
 CIRCUIT_WORDS: Mapping[Kind, str] = {"qk": "W_QK = W_Q W_Kᵀ", "ov": "W_OV = W_V W_O"}
 
 _RC: Any = {
@@ -168,6 +178,8 @@ def fold_words(fold: Fold, circuits: Sequence[Kind]) -> str:
         *(["any LayerScale"] if "ov" in circuits else []),
         *(["centring"] if fold == "centred" else []),
     ]
+    if fold == "balanced":
+        return f"balanced ({', '.join(folded)} folded in, one gain a row and a column divided out)"
     return f"{fold} ({', '.join(folded[:-1])}{' and ' if folded[1:] else ''}{folded[-1]} folded in)"
 
 

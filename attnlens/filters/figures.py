@@ -17,6 +17,7 @@ from attnlens.errors import UsageError
 from attnlens.figures import style
 from attnlens.figures.heatmaps import MAX_ENTRIES
 from attnlens.figures.spectra import depth_bar, depth_colours, draw_lines
+from attnlens.filters.closed_form import PARTS
 from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import FilterSpec, Kernel
 from attnlens.statistics.table import StatsTable
@@ -137,7 +138,7 @@ def _panel(figure: Figure, place: tuple[float, float, float], image: Array, show
 
 
 def draw_filter_profile(stats: StatsTable, *, model: str, notes: str = "") -> Figure:
-    """Draw effective rank, explained share, width and isotropic share of the closed form by layer, beside chance."""
+    """Draw effective rank, explained shares, width and parts of the closed form by layer, beside chance."""
     rows = [record for record in stats.records() if record["verdict"] != "zeros"]
     if not rows:
         return style.message_figure(model, "All filters of this model are zero: there is nothing to draw.")
@@ -147,18 +148,27 @@ def draw_filter_profile(stats: StatsTable, *, model: str, notes: str = "") -> Fi
         return np.array([float(record[name]) for record in rows])
 
     ceiling = ("1 - noise share", 1 - column("noise_share"), LIMIT)
+    parts = zip((*PARTS, "isotropic"), (MEASURED, "#009E73", "#CC79A7", EXPECTED), strict=True)
     panels: list[tuple[str, bool, list[tuple[str, Array, str]]]] = [
         ("effective rank", True, [_chance(column("effective_rank_null")), _own(column("effective_rank"))]),
         (
             "explained beyond isotropy",
             False,
-            [_chance(column("explained_null")), ceiling, _own(column("explained"))],
+            [
+                _chance(column("explained_null")),
+                ceiling,
+                ("of covariances", column("explained_covariances"), "#009E73"),
+                _own(column("explained")),
+            ],
         ),
         ("closed form: s ÷ side²", True, [_own(column("relative_s"))]),
         (
             "share of the trace",
             False,
-            [("isotropic part", column("isotropic_share"), MEASURED), ("mean filter", column("mean_share"), LIMIT)],
+            [
+                *((part, column(f"{part}_share"), colour) for part, colour in parts),
+                ("mean filter", column("mean_share"), LIMIT),
+            ],
         ),
     ]
     left, gap, width, height = 120, 110, 440, 250
@@ -212,7 +222,7 @@ def _lines(
     if logarithmic:
         style.log_y_axis(axes, float(every.min()), float(every.max()))
     else:
-        style.linear_y_axis(axes, 0.0, max(1.0, float(every.max())))
+        style.linear_y_axis(axes, min(0.0, float(every.min())), max(1.0, float(every.max())))
     if len(series) > 1:
         axes.legend(loc="best", borderpad=0.2, handlelength=1.6)
 

@@ -1,4 +1,4 @@
-"""Fitting the depthwise filters of a model: shrunk covariances, the closed form's width, and its trend with depth."""
+"""Fitting the depthwise filters of a model: shrunk covariances, the closed form, and its medians."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnlens.filters.covariance import second_moment
-from attnlens.filters.entries import Estimator, FilterEntry, FilterTrend, triangle
+from attnlens.filters.entries import Estimator, FilterEntry, FilterMedians, triangle
 from attnlens.filters.inspection import Reader
 from attnlens.filters.statistics import fit_filters
 from attnlens.heads import Array
-from attnlens.statistics.depth import Trend, relative_depth
+from attnlens.statistics.depth import relative_depth
 from attnlens.threads import Progress
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def fit_filter_entries(
     unread = [f"{refusal.path} {refusal.reason}" for refusal in architecture.refused_filters]
     for layer, spec in progress(list(enumerate(specs))) if specs else ():
         filters = reader(layer)
-        fit, _ = fit_filters(filters, seed=layer)
+        fit, _ = fit_filters(filters, spec.stride, seed=layer)
         if fit.verdict == "zeros":
             unread.append(f"{spec.path} holds zeros only: its filters have no covariance")
             continue
@@ -41,6 +41,7 @@ def fit_filter_entries(
                 name=spec.path,
                 depth=relative_depth(layer, len(specs)),
                 kernel=spec.kernel,
+                stride=spec.stride,
                 filters=spec.filters,
                 estimator=estimator,
                 shrinkage=shrinkage,
@@ -52,7 +53,8 @@ def fit_filter_entries(
 
 
 _TAKEN = (
-    *("rms", "s", "relative_s", "isotropic_share", "cosine", "explained", "explained_null"),
+    *("rms", "s", "relative_s", "s_bound", "blur_share", "slope_share", "contrast_share", "isotropic_share"),
+    *("centre_row", "centre_column", "explained", "explained_null", "explained_variances", "explained_covariances"),
     *("effective_rank", "p_value", "verdict"),
 )
 
@@ -71,16 +73,29 @@ def shrunk(flat: Array, estimator: Estimator) -> tuple[Array, float]:
     return covariance, float(shrinkage)
 
 
-def filter_trend(entries: Sequence[FilterEntry]) -> FilterTrend | None:
-    """Fit how the closed form's width and the isotropic share go with relative depth; None without entries.
+def filter_medians(entries: Sequence[FilterEntry]) -> list[FilterMedians]:
+    """Return the closed form's medians over layers of stride 1, and over those of stride above 1, where there are any.
 
-    Layers that cannot be told from isotropy have no width: they count for the share alone, unless all are so.
+    A layer that cannot be told from isotropy, or whose width lies at an end of its range, has no width: it counts for
+    the shares alone.
     """
-    if not entries:
-        return None
-    wide = [entry for entry in entries if entry.verdict != "isotropic"] or list(entries)
-    return FilterTrend(
-        log_relative_s=Trend.fit([e.depth for e in wide], np.log([e.relative_s for e in wide])),
-        isotropic_share=Trend.fit([e.depth for e in entries], np.array([e.isotropic_share for e in entries])),
-        n=len(wide),
+    return [
+        _medians(own, strided=strided)
+        for strided in (False, True)
+        if (own := [entry for entry in entries if entry.strided == strided])
+    ]
+
+
+def _medians(entries: Sequence[FilterEntry], *, strided: bool) -> FilterMedians:
+    wide = [entry for entry in entries if entry.verdict != "isotropic" and not entry.s_bound]
+    shares = np.median([[e.blur_share, e.slope_share, e.contrast_share] for e in entries], axis=0)
+    blur, slope, contrast = (float(share) for share in shares / max(1.0, shares.sum()))
+    return FilterMedians(
+        strided=strided,
+        relative_s=float(np.exp(np.median(np.log([entry.relative_s for entry in wide or entries])))),
+        blur=blur,
+        slope=slope,
+        contrast=contrast,
+        layers=len(entries),
+        widths=len(wide),
     )

@@ -84,7 +84,7 @@ def inspect_filters(
 
     def measure(indexed: tuple[int, FilterSpec]) -> tuple[Row, Array]:
         layer, spec = indexed
-        fit, values = fit_filters(reader(layer), seed=layer)
+        fit, values = fit_filters(reader(layer), spec.stride, seed=layer)
         return filter_row(layer, spec, fit), values
 
     results = over_threads(measure, specs, progress) if specs else []

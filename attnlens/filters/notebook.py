@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnlens.figures.notebook import fragment
+from attnlens.filters.closed_form import PARTS
 from attnlens.filters.figures import draw_filter_profile
 from attnlens.statistics.table import StatsTable
 from attnlens.templates import shown
@@ -13,9 +14,9 @@ HEAD = {
     "effective_rank": "effective rank",
     "effective_rank_null": "of chance",
     "relative_s": "s ÷ side²",
-    "isotropic_share": "isotropic share",
-    "cosine": "cosine",
+    **{f"{part}_share": part for part in (*PARTS, "isotropic")},
     "explained": "explained",
+    "explained_covariances": "of covariances",
     "verdict": "verdict",
 }
 
@@ -25,7 +26,7 @@ def filters_html(stats: StatsTable, depth: int, *, model: str, provenance: dict[
     return fragment(
         lambda: draw_filter_profile(stats, model=model),
         title=f"{model}: covariance of depthwise filters, {len(stats)} of {depth} layers",
-        note="chance: filters of the same norms in random directions; explained: share beyond isotropy",
+        note="chance: filters of the same norms in random directions; explained: beyond isotropy, and of covariances",
         head=["layer", "filters", "kernel", *HEAD.values()],
         rows=[
             [str(row["layer"]), str(row["filters"]), f"{row['height']} × {row['width']}"]

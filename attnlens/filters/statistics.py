@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 
-from attnlens.filters.closed_form import ROUNDING, by_sides, fit_closed_form, gains, inner_products
+from attnlens.filters.closed_form import (
+    PARTS,
+    ROUNDING,
+    ClosedFormFit,
+    Shape,
+    closed_form,
+    explained,
+    fit_closed_form,
+    free_axes,
+    grid,
+    side,
+    width_bound,
+)
 from attnlens.filters.covariance import second_moment
 from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import FilterSpec, Kernel
@@ -17,7 +30,7 @@ DRAWS = 199
 """Sets of random directions the null is made of: the smallest p-value is 1 / 200."""
 LEVEL = 0.005
 EXPLAINED = 0.5
-"""Share beyond isotropy the closed form has to explain to be named as the description."""
+"""Share beyond isotropy, and of the covariances, the closed form has to explain to be named as the description."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +39,16 @@ class FilterFit:
 
     ``rms`` is the root mean square of a weight. ``mean_share`` is ||mean filter||^2 / tr(S): what assuming a mean of
     zero puts into S. ``top_share`` is the largest eigenvalue / tr(S), ``effective_rank`` tr(S)^2 / tr(S^2), between 1
-    and p. ``s``, ``relative_s`` = s / side^2, ``isotropic_share``, ``cosine`` and ``explained``: see `ClosedFormFit`.
-    ``noise_share`` is what sampling n normal filters adds to ||S - tr(S) I / p||^2, as a share of it: no covariance can
-    explain much more than the rest.
+    and p. ``s``, ``relative_s`` = s / side^2, the shares of the closed form's parts and its centre: see `Shape`;
+    ``s_bound`` names the end of its range that s lies at, where no width was found. ``explained`` and its two kin: see
+    `ClosedFormFit`. ``noise_share`` is what sampling n normal filters adds to ||S - tr(S) I / p||^2, as a share of it:
+    no covariance can explain much more than the rest.
 
     A name with ``_null`` is the mean over `DRAWS` sets of filters with the same norms and random directions.
     ``p_value`` is that of the effective rank, small where it is lower than chance makes it. ``verdict``: ``isotropic``
     where any draw of the null has a rank as low (the level is 1/200 a layer); else ``closed form`` where at least half
-    of what lies beyond isotropy is explained, else ``structured``; ``zeros`` where there is nothing to measure.
+    of what lies beyond isotropy is explained, and half of the covariances; else ``structured``; ``zeros`` where there
+    is nothing to measure.
     """
 
     rms: float
@@ -45,11 +60,18 @@ class FilterFit:
     p_value: float
     s: float
     relative_s: float
+    s_bound: str
+    blur_share: float
+    slope_share: float
+    contrast_share: float
     isotropic_share: float
-    cosine: float
-    cosine_null: float
+    centre_row: float
+    centre_column: float
     explained: float
     explained_null: float
+    explained_variances: float
+    explained_covariances: float
+    explained_covariances_null: float
     noise_share: float
     verdict: str
 
@@ -62,24 +84,23 @@ class FilterFit:
 COLUMNS = ("layer", "name", "filters", "channels", "height", "width", *FilterFit.names(), "leaves_out")
 
 
-def fit_filters(filters: Array, seed: int = 0) -> tuple[FilterFit, Array]:
+def fit_filters(filters: Array, stride: tuple[int, int] = (1, 1), seed: int = 0) -> tuple[FilterFit, Array]:
     """Measure one layer's filters ``[filter, height, width]``: the statistics, and S's eigenvalues, descending."""
     count, height, width = filters.shape
     size, largest = height * width, float(np.abs(filters).max())
     if largest == 0:
         numbers = dict.fromkeys(FilterFit.names(), math.nan)
-        return FilterFit(**{**numbers, "rms": 0.0, "verdict": "zeros"}), np.zeros(size)  # type: ignore[arg-type]
+        return FilterFit(**{**numbers, "rms": 0.0, "s_bound": "", "verdict": "zeros"}), np.zeros(size)  # type: ignore[arg-type]
     filters = filters / largest  # squares of very small weights would be zero
     covariance = second_moment(filters)
     trace = float(np.trace(covariance))
     values: Array = np.linalg.eigvalsh(covariance)[::-1].astype(np.float64)
     square = float((covariance**2).sum())
-    fit = fit_closed_form(covariance, (height, width))
-    null = isotropic_null(np.linalg.norm(filters.reshape(count, -1), axis=1), (height, width), seed)
+    fit = fit_closed_form(covariance, (height, width), stride)
+    null = isotropic_null(np.linalg.norm(filters.reshape(count, -1), axis=1), (height, width), stride, seed)
     rank = trace**2 / square
     p_value = (1 + int((null.effective_rank <= rank).sum())) / (1 + DRAWS)
     beyond = square - trace**2 / size
-    described = "closed form" if fit.explained >= EXPLAINED else "structured"
     found = FilterFit(
         rms=largest * math.sqrt(trace / size),
         mean_share=_mean_share(filters.reshape(count, -1)),
@@ -88,17 +109,39 @@ def fit_filters(filters: Array, seed: int = 0) -> tuple[FilterFit, Array]:
         effective_rank=rank,
         effective_rank_null=float(null.effective_rank.mean()),
         p_value=p_value,
-        s=fit.s,
-        relative_s=fit.relative((height, width)),
-        isotropic_share=fit.isotropic,
-        cosine=fit.cosine,
-        cosine_null=float(null.cosine.mean()),
-        explained=fit.explained,
+        **measured_shape(fit, (height, width)),
         explained_null=float(null.explained.mean()),
+        explained_covariances_null=float(null.explained_covariances.mean()),
         noise_share=min(1.0, (trace**2 + square) / count / beyond) if beyond > ROUNDING * square else 1.0,
-        verdict=described if p_value <= LEVEL else "isotropic",
+        verdict=described(fit) if p_value <= LEVEL else "isotropic",
     )
     return found, values * largest**2
+
+
+def described(fit: ClosedFormFit) -> Literal["closed form", "structured"]:
+    """Say whether the closed form describes a covariance: what is beyond isotropy, and the covariances by themselves.
+
+    Most of what lies beyond isotropy is how variance falls off from the centre. Covariances are what filters share.
+    """
+    both = min(fit.explained, fit.explained_covariances)
+    return "closed form" if both >= EXPLAINED else "structured"
+
+
+def measured_shape(fit: ClosedFormFit, kernel: Kernel) -> dict[str, Any]:
+    """Return what was fitted under the names that tables and parameter files have for it."""
+    shape = fit.shape
+    return {
+        "s": shape.s,
+        "relative_s": shape.s / side(kernel) ** 2,
+        "s_bound": width_bound(shape.s, kernel),
+        **{f"{part}_share": float(share) for part, share in zip(PARTS, shape.shares, strict=True)},
+        "isotropic_share": shape.isotropic,
+        "centre_row": shape.centre[0],
+        "centre_column": shape.centre[1],
+        "explained": fit.explained,
+        "explained_variances": fit.explained_variances,
+        "explained_covariances": fit.explained_covariances,
+    }
 
 
 @dataclass(frozen=True)
@@ -107,30 +150,30 @@ class Null:
 
     mean_share: Array
     effective_rank: Array
-    cosine: Array
     explained: Array
+    explained_covariances: Array
 
 
-def isotropic_null(norms: Array, kernel: Kernel, seed: int) -> Null:
-    """Draw sets of filters of the given norms in random directions, and fit each; s on the grid alone.
+def isotropic_null(norms: Array, kernel: Kernel, stride: tuple[int, int], seed: int) -> Null:
+    """Draw sets of filters of the given norms in random directions, and fit each; s and the centre on the grid alone.
 
     Given their norms, normal filters with equal variances and no correlation have just these directions.
     """
     rng = np.random.default_rng(seed)
     size, lengths = kernel[0] * kernel[1], norms.astype(np.float32)[:, None]
+    places = grid(kernel, free_axes(stride))
     found = np.empty((4, DRAWS))
     for draw in range(DRAWS):
         directions = rng.standard_normal((len(norms), size), dtype=np.float32)
         flat = directions * (lengths / np.linalg.norm(directions, axis=1, keepdims=True))
         unit = (flat.T @ flat).astype(np.float64)
         unit /= np.trace(unit)
-        own = float((unit**2).sum())
-        inner, squares = inner_products(by_sides(unit, kernel), kernel)
-        taken = gains(inner, squares, size)
-        best = int(np.argmax(taken.taken)) if taken.taken.max() > 0 else int(np.argmax(taken.cosine))
-        explained = float(taken.taken[best]) / (own - 1 / size)
-        cosine = float(inner[best] / np.sqrt(own * squares[best]))
-        found[:, draw] = _mean_share(flat), 1 / own, cosine, explained
+        taken, shares = places.best_shares(unit)
+        best = int(np.argmax(taken))
+        width, centre = places.places[best]
+        form = closed_form(kernel, Shape.of(width, shares[best], centre))
+        whole, _, covariances = explained(unit, form)
+        found[:, draw] = _mean_share(flat), 1 / float((unit**2).sum()), whole, covariances
     return Null(*found)
 
 

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlens.circuits import Fold, Kind
-from attnlens.errors import UsageError
-from attnlens.heads import Array
-from attnlens.inspection import Inspection, inspect, need_attention
-from attnlens.statistics.depth import Profile, relative_depth
+from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.filters.comparison import FilterProfile, filter_distances, filter_profiles
+from attnlens.inspection import Inspection, inspect
+from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_depth
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.threads import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_GRID = np.linspace(0.0, 1.0, 101)
 STATISTICS = ("alpha", "beta", "identity_share")
 PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 """What is compared: QK as the mean over a layer's heads, OV as the layer's sum."""
@@ -28,28 +27,37 @@ PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 
 @dataclass(frozen=True)
 class Comparison:
-    """Profiles of several models and the distances between each pair."""
+    """Profiles of several models and the distances between each pair, of attention and of depthwise filters."""
 
     fold: Fold
     models: tuple[str, ...]
     profiles: tuple[Profile, ...]
     distances: tuple[dict[str, Any], ...]
+    filter_profiles: tuple[FilterProfile, ...] = ()
+    filter_distances: tuple[dict[str, Any], ...] = ()
 
     def select(self, circuit: Kind, statistic: str) -> list[Profile]:
         """Return one statistic's profile of every model."""
         return [p for p in self.profiles if (p.circuit, p.statistic) == (circuit, statistic)]
 
     def figures(self) -> dict[str, Figure]:
-        """Draw ``comparison``: the profiles of all models side by side."""
-        from attnlens.fit.figures import draw_comparison
+        """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side."""
+        from attnlens.fit.figures import draw_comparison, draw_filter_comparison
 
-        return {"comparison": draw_comparison(self.models, self.profiles, self.fold)}
+        found = {}
+        if self.profiles:
+            found["comparison"] = draw_comparison(self.models, self.profiles, self.fold)
+        if self.filter_profiles:
+            found["filter_comparison"] = draw_filter_comparison(self.models, self.filter_profiles)
+        return found
 
 
 def compare(
     *models: Any,
     fold: Fold = "effective",
     checkpoints: Sequence[Any] = (),
+    model_args: dict[str, Any] | None = None,
+    weights: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -58,24 +66,40 @@ def compare(
 
     Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
-    Beside it ``log_alpha``: the same of log10(alpha), the difference in noise scale. ``checkpoints`` are files, one a
-    model; ``offline`` and ``remote`` are those of `inspect`. Raises what `inspect` raises.
+    Beside it ``log_alpha``: the same of log10(alpha), the difference in noise scale. Models with depthwise filters are
+    compared by these too: `filters.comparison.filter_distances`. ``checkpoints`` are files, one a model; ``model_args``
+    go to every architecture of timm, ``weights`` names the network of each file; ``offline`` and ``remote`` are those
+    of `inspect`. Raises what `inspect` raises, and `UnsupportedAttentionError` where no two models hold layers of one
+    kind.
     """
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
     if checkpoints and len(checkpoints) != len(models):
         raise UsageError(f"{len(checkpoints)} checkpoints for {len(models)} models: give one for each, in their order")
     files = checkpoints or [None] * len(models)
-    how: dict[str, Any] = {"fold": fold, "offline": offline, "remote": remote, "progress": progress}
-    found = [need_attention(inspect(model, file, **how), "compare") for model, file in zip(models, files, strict=True)]
-    return compare_inspections(found, fold)
+    how: dict[str, Any] = {
+        "fold": fold,
+        "model_args": model_args,
+        "weights": weights,
+        "offline": offline,
+        "remote": remote,
+        "progress": progress,
+    }
+    return compare_inspections([inspect(model, file, **how) for model, file in zip(models, files, strict=True)], fold)
 
 
 def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Comparison:
     """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each."""
     names = _distinct([inspection.model for inspection in inspections])
-    profiles = [p for name, found in zip(names, inspections, strict=True) for p in profiles_of(found, name, fold)]
-    return Comparison(fold, tuple(names), tuple(profiles), tuple(_distances(names, profiles)))
+    named = list(zip(names, inspections, strict=True))
+    kinds = [bool(found.specs) for found in inspections], [bool(found.filters.specs) for found in inspections]
+    if all(sum(kind) < 2 for kind in kinds):
+        held = ", ".join(f"{name}: {'attention' if found.specs else 'depthwise filters'}" for name, found in named)
+        raise UnsupportedAttentionError(f"no two of these models hold layers of one kind ({held}): name others")
+    profiles = [profile for name, found in named for profile in profiles_of(found, name, fold)]
+    filters = [profile for name, found in named for profile in filter_profiles(found.filters, name)]
+    distances = tuple(_distances(names, profiles)), tuple(filter_distances(filters))
+    return Comparison(fold, tuple(names), tuple(profiles), distances[0], tuple(filters), distances[1])
 
 
 def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
@@ -101,7 +125,7 @@ def _of_heads(stats: StatsTable, heads: str) -> StatsTable:
 
 
 def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[str, Any]]:
-    by_key = {(p.model, p.circuit, p.statistic): p.at(_GRID) for p in profiles}
+    by_key = {(p.model, p.circuit, p.statistic): p.at(GRID) for p in profiles}
     found: list[dict[str, Any]] = []
     for first, second in combinations(names, 2):
         for circuit, _ in PROFILES:
@@ -115,16 +139,11 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
                     "first": first,
                     "second": second,
                     "circuit": circuit,
-                    "identity_share": _rms(shares[0] - shares[1]),
-                    "log_alpha": _rms(logs[0] - logs[1]) if np.isfinite(logs).all() else None,
+                    "identity_share": rms_over_depth(shares[0] - shares[1]),
+                    "log_alpha": rms_over_depth(logs[0] - logs[1]) if np.isfinite(logs).all() else None,
                 }
             )
     return found
-
-
-def _rms(values: Array) -> float:
-    """Root mean square over [0, 1] of values on the even grid, by the trapezoid rule."""
-    return float(np.sqrt(np.trapezoid(values**2, _GRID)))
 
 
 def _distinct(names: list[str]) -> list[str]:

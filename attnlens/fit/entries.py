@@ -51,7 +51,15 @@ class Entry(_Part):
     p_value_alone: float = Field(ge=0, le=1, description="the same before correction")
     pairing_p_value: float = Field(ge=0, le=1, description="before correction, against random pairing of rows")
     rotation_p_value: float = Field(ge=0, le=1, description="before correction, against rotation of the factors")
-    verdict: Literal["identity", "negative identity", "none", "not described by this model"]
+    verdict: Literal[
+        "identity",
+        "negative identity",
+        "identity + low rank",
+        "negative identity + low rank",
+        "mixed diagonal",
+        "none",
+        "not described by this model",
+    ]
     reason: str = Field(description="the finding that decided the verdict")
     null_sd: float = Field(ge=0, description="of the mean diagonal under the null")
     share_identity: Share = Field(default=None, description="of ||M||_F^2 in beta * I")

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from attnlens.circuits import Fold, Kind
 from attnlens.figures import style
-from attnlens.filters.closed_form import mixture
+from attnlens.filters.closed_form import closed_form
+from attnlens.filters.comparison import SHARES, FilterProfile
 from attnlens.filters.entries import FilterEntry
 from attnlens.filters.figures import Covariance, draw_mosaics
 from attnlens.fit.entries import Entry, Source, select
@@ -36,9 +37,9 @@ def draw_filter_fits(sources: Sequence[Source], filters: Sequence[FilterEntry]) 
         }
         form = {
             entry.layer: Covariance(
-                mixture(entry.kernel, entry.s, entry.isotropic_share),
+                closed_form(entry.kernel, entry.shape),
                 entry.kernel,
-                f"s = {entry.s:.3g}, w = {entry.isotropic_share:.2f}",
+                f"s = {entry.s:.3g}, explains {entry.explained_covariances:.2f}",
             )
             for entry in own
         }
@@ -123,6 +124,38 @@ def draw_fits(sources: Sequence[Source], entries: Sequence[Entry], fold: Fold, l
         }
 
 
+def draw_filter_comparison(models: Sequence[str], profiles: Sequence[FilterProfile]) -> Figure:
+    """Draw the shares and the effective rank of several models' filters side by side, against relative depth."""
+    titles = {
+        "effective_rank": "effective rank ÷ positions",
+        **{share: share.replace("_share", ": share of the trace") for share in SHARES},
+    }
+    shown = list(dict.fromkeys(profile.model for profile in profiles))
+    with style.look():
+        names = [(name, _model_look(models.index(name))) for name in shown]
+        subject = "Covariance of depthwise filters, by its closed form, against relative depth"
+        places = list(titles.items())
+        figure, cells = _canvas(" and ".join(shown), subject, [""] * math.ceil(len(places) / 2), names)
+        for place, axes in enumerate(axes for row in cells for axes in row):
+            if place >= len(places):
+                axes.set_axis_off()
+                continue
+            statistic, title = places[place]
+            for profile in profiles:
+                if profile.statistic == statistic:
+                    _profile_line(axes, models, profile)
+            style.linear_y_axis(axes, 0.0, 1.0)
+            axes.set_xlim(-0.03, 1.03)
+            axes.set_title(title, loc="left", pad=5)
+            axes.set_xlabel("relative depth")
+    return figure
+
+
+def _profile_line(axes: Axes, models: Sequence[str], profile: Profile | FilterProfile) -> None:
+    colour, line = _model_look(models.index(profile.model))
+    axes.plot(profile.depth, profile.values, line, marker="o", markersize=2.5, color=colour, linewidth=1.2)
+
+
 def draw_comparison(models: Sequence[str], profiles: Sequence[Profile], fold: Fold) -> Figure:
     """Draw the profiles of several models side by side, against relative depth."""
     rows = {"alpha": "alpha (log scale)", "beta": "beta", "identity_share": "identity cosine ÷ bound"}
@@ -135,10 +168,7 @@ def draw_comparison(models: Sequence[str], profiles: Sequence[Profile], fold: Fo
                 axes = cells[j][i]
                 found = [p for p in profiles if (p.circuit, p.statistic) == (circuit, statistic)]
                 for profile in found:
-                    colour, line = _model_look(models.index(profile.model))
-                    axes.plot(
-                        profile.depth, profile.values, line, marker="o", markersize=2.5, color=colour, linewidth=1.2
-                    )
+                    _profile_line(axes, models, profile)
                 _value_axis(axes, statistic, np.concatenate([p.values for p in found] or [np.zeros(1)]))
                 axes.set_xlim(-0.03, 1.03)
                 axes.set_title(title.replace("every head", "mean over heads"), loc="left", pad=5)

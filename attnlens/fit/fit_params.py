@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,14 +12,15 @@ import numpy as np
 from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
-from attnlens.filters.fit import filter_trend, fit_filter_entries
+from attnlens.filters.fit import filter_medians, fit_filter_entries
 from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, Summary, select
 from attnlens.fit.params import InitParams, Per
 from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.flags import FLAGS, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
-from attnlens.models.open import Access, OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.depth import Trend, relative_depth
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
@@ -41,13 +42,17 @@ _NEAREST_SHARE_OF_BOUND = 0.99
 
 def fit_params(
     *models: Any,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     per: Per = "head",
     fold: Fold = "effective",
     level: float = 0.95,
     seed: int = 0,
     num_heads: int | None = None,
     shrinkage: Estimator = "ledoit-wolf",
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -60,7 +65,8 @@ def fit_params(
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
-    ``num_heads``, ``offline`` and ``remote`` are those of `attnlens.inspect`.
+    ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline`` and ``remote`` are those of
+    `attnlens.inspect`.
 
     Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
     """
@@ -68,12 +74,14 @@ def fit_params(
         raise UsageError(f"shrinkage = {shrinkage!r} is not known: choose {', '.join(get_args(Estimator))}")
     if checkpoint is not None and len(models) > 1:
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
-    access = Access(offline=offline, remote=remote)
+    access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     everything: list[Entry] = []
     filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
-        opened = open_model(model, checkpoint, num_heads, access, filters=True)
+        opened = open_model(
+            model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+        )
         found, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += found
         own, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
@@ -94,7 +102,7 @@ def fit_params(
     groups = [(circuit, heads) for circuit, heads in _GROUPS if select(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
-        schema_version=2,
+        schema_version=3,
         fold=fold,
         per=per,
         level=level,
@@ -104,11 +112,24 @@ def fit_params(
         layers=list(_layer_summaries(entries)),
         pooled=[_pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
         filters=filters,
-        filter_trend=filter_trend(filters),
+        filter_medians=filter_medians(filters),
     )
 
 
-_NOT_IN_FILE = ("identity_z", "p_value", "bulk_trace_share", "spread_ratio")
+_NOT_IN_FILE = (
+    "identity_z",
+    "p_value",
+    "sign_p_value",
+    "bulk_trace_share",
+    "directions_above",
+    "directions",
+    "channels",
+    "factor_cosine",
+    "spread_ratio",
+    "typical_ratio",
+    "sign_agreement",
+    "expected_agreement",
+)
 """What the verdict alone needs, and the p-value, which is corrected first."""
 _INFERRED = tuple(name for name in Inference.names() if name not in _NOT_IN_FILE)
 _GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov", "all"))
@@ -126,7 +147,9 @@ def _fit_model(
         return [], []
     if not specs:
         layer, spec = opened.architecture.indexed()[0]
-        raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold)}")
+        raise UnsupportedAttentionError(
+            f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold, opened.untraced)}"
+        )
     folds = tuple(dict.fromkeys(("raw", fold)))
     stacks: list[_Stack] = []
     heads: list[int] = []
@@ -145,25 +168,27 @@ def _fit_model(
     return [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])], heads
 
 
-def _unread(spec: AttentionSpec, fold: Fold) -> str:
-    """Say why a layer is not fitted, to follow its name; empty for one that is."""
+def _unread(spec: AttentionSpec, fold: Fold, untraced: str = "") -> str:
+    """Say why a layer is not fitted, to follow its name; empty for one that is. ``untraced``: why norms are unknown."""
     if spec.kind in OPT_IN:
         return "is {}: {}".format(*OPT_IN[spec.kind])
     if not spec.has_fold(fold):
-        return f"has norms that are not known, so that it has no {fold} product: use --fold raw"
+        return f"has norms that are not known{untraced}, so that it has no {fold} product: use --fold raw"
     return ""
 
 
 def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str, Any]:
     """Return what of a model is not in its fit: modules that were not read, and what the products leave out."""
-    reasons = [(layer, spec, _unread(spec, fold)) for layer, spec in opened.architecture.indexed()]
+    reasons = [(layer, spec, _unread(spec, fold, opened.untraced)) for layer, spec in opened.architecture.indexed()]
     not_read = [
         *(f"{refusal.path} {refusal.reason}" for refusal in opened.architecture.refused),
         *unread,
         *(f"{spec.path} {reason}" for _, spec, reason in reasons if reason),
     ]
     read = (
-        (layer, [FLAGS.get(flag, flag) for flag in spec.leaves_out]) for layer, spec, reason in reasons if not reason
+        (layer, [*(FLAGS.get(flag, flag) for flag in spec.leaves_out), *([spec.label] if spec.label else [])])
+        for layer, spec, reason in reasons
+        if not reason
     )
     return {"not_read": not_read, "left_out": layers_by_reason(read)}
 
@@ -201,9 +226,7 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
         start += len(stack.names)
         judged = judge(stack.fit, stack.inference, own)
         for index, (name, judgement) in enumerate(zip(stack.names, judged, strict=True)):
-            alpha, beta, beta_stderr = (
-                float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta", "beta_stderr")
-            )
+            alpha, beta = (float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta"))
             inferred: dict[str, Any] = {
                 field: finite_or_none(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
@@ -214,7 +237,6 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
                 head=name,  # type: ignore[arg-type]
                 alpha=alpha,
                 beta=beta,
-                beta_stderr=beta_stderr,
                 p_value=float(own[index]),
                 p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
                 verdict=judgement.verdict.value,

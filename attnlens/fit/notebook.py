@@ -37,12 +37,12 @@ def fits_html(
 
 def filter_fits_html(sources: Sequence[Source], filters: Sequence[FilterEntry], created: dict[str, Any]) -> str:
     """Return a fragment: per model and layer the closed form's fit and the shrinkage, and the first model's figure."""
-    taken = ("relative_s", "isotropic_share", "cosine", "explained")
-    names = {"shrinkage": "shrinkage", **{HEAD[name]: name for name in taken}}
+    fitted = {title: name for name, title in HEAD.items() if not name.startswith(("effective", "verdict"))}
+    names = {"shrinkage": "shrinkage", **fitted}
     return fragment(
         lambda: next(iter(draw_filter_fits(sources, filters).values())),
         title=f"{_models(sources)}: covariance of depthwise filters",
-        note="shrinkage: of the covariance towards equal variances; explained: share beyond isotropy",
+        note="shrinkage: towards equal variances; explained: beyond isotropy, and of covariances",
         head=["model", "layer", "filters", "kernel", *names, "verdict"],
         rows=[
             [

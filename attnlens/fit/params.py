@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import ParamsError
-from attnlens.filters.closed_form import mixture, side
-from attnlens.filters.entries import FilterEntry, FilterTrend, carried_over
+from attnlens.filters.closed_form import closed_form
+from attnlens.filters.entries import FilterEntry, FilterEntryOfVersion2, FilterMedians, carried_over
+from attnlens.filters.fit import filter_medians
 from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, select
 from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import Kernel
@@ -34,13 +35,8 @@ if TYPE_CHECKING:
     from attnlens.models.architecture import Architecture
 
 SCHEMA = "attnlens.params"
-VERSION = 2
+VERSION = 3
 Per = Literal["head", "layer", "model"]
-
-# Version -> function that turns a file of that version into the next one.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda data: {**data, "filters": [], "filter_trend": None, "schema_version": 2}
-}
 
 
 class LayerRequest(_Part):
@@ -61,7 +57,7 @@ class InitParams(_Part):
     """Fitted parameters of one or more models; see the module's text for what carries over and how."""
 
     schema_: Literal["attnlens.params"] = Field(alias="schema")
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     fold: Fold = Field(description="what an initialiser takes; entries of other folds stand beside for comparison")
     per: Per
     level: float = Field(gt=0, lt=1, description="of the intervals")
@@ -71,7 +67,7 @@ class InitParams(_Part):
     layers: list[LayerSummary]
     pooled: list[Pooled]
     filters: list[FilterEntry]
-    filter_trend: FilterTrend | None
+    filter_medians: list[FilterMedians]
 
     @model_validator(mode="after")
     def _refer_to_sources(self) -> InitParams:
@@ -84,8 +80,8 @@ class InitParams(_Part):
         for name, row in rows:
             if row.source >= len(self.sources):
                 raise ValueError(f"{name}.source is {row.source}, but there are {len(self.sources)} sources")
-        if bool(self.filters) != (self.filter_trend is not None):
-            raise ValueError("filters and filter_trend go together")
+        if {entry.strided for entry in self.filters} != {found.strided for found in self.filter_medians}:
+            raise ValueError("filters and filter_medians go together: one for each kind of stride")
         return self
 
     def _repr_html_(self) -> str:
@@ -129,12 +125,8 @@ class InitParams(_Part):
             raise ParamsError(f"{where} is not JSON ({error}): write it with `attnlens fit-params`") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ParamsError(f"{where} is not a parameter file: its field 'schema' is not {SCHEMA!r}")
-        return cls._validated(_migrated(data, where), where)
-
-    @classmethod
-    def _validated(cls, data: dict[str, Any], where: str) -> InitParams:
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(_migrated(data, where))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the whole"
@@ -154,9 +146,9 @@ class InitParams(_Part):
 
     def for_model(self, module: nn.Module) -> tuple[LayerRequest, ...]:
         """Return the requests for every readable layer of a live module, by the transfer rule of `requests`."""
-        from attnlens.models.architecture import describe_module
+        from attnlens.models.live import open_live
 
-        return self.requests(describe_module(module))
+        return self.requests(open_live(module).architecture)
 
     def requests(self, architecture: Architecture) -> tuple[LayerRequest, ...]:
         """Return what to draw each readable layer of an architecture with.
@@ -204,19 +196,45 @@ class InitParams(_Part):
             return np.array([[pooled.alpha.mean, pooled.beta.mean]])
         return np.array([pooled.at(t)])
 
-    def filter_covariance(self, depth: float, kernel: Kernel, form: Literal["full", "parametric"]) -> Array | None:
+    def filter_covariance(
+        self, depth: float, kernel: Kernel, form: Literal["full", "parametric"], strided: bool = False
+    ) -> Array | None:
         """Return the covariance, with trace 1, to draw a layer of depthwise filters with; None where there is none.
 
         ``full``: the measured ones, carried over to this relative depth and kernel by `filters.entries.carried_over`.
-        ``parametric``: `filters.closed_form.mixture` with the width and isotropic share of the trend at this depth, s
-        scaled with the square of the kernel's side.
+        ``parametric``: `filters.closed_form.closed_form` with the medians of the layers that are strided as this one
+        is, of the others where there are none; s scaled with the square of the kernel's side.
         """
         if form == "full":
-            return carried_over(self.filters, depth, kernel)
-        if self.filter_trend is None:
+            return carried_over(self.filters, depth, kernel, strided)
+        if not self.filter_medians:
             return None
-        relative, isotropic = self.filter_trend.at(depth)
-        return mixture(kernel, relative * side(kernel) ** 2, isotropic)
+        own = min(self.filter_medians, key=lambda found: found.strided != strided)
+        return closed_form(kernel, own.relative().at(kernel))
+
+
+class _OfVersion2(BaseModel):
+    """What a file of version 2 holds of filters; the rest of it is as today."""
+
+    filters: list[FilterEntryOfVersion2]
+
+
+def _refitted(data: dict[str, Any]) -> dict[str, Any]:
+    """Fit today's closed form to the covariances of a file of version 2. Raises pydantic's `ValidationError`."""
+    kept = {name: value for name, value in data.items() if name not in ("filters", "filter_trend")}
+    found = [entry.refitted() for entry in _OfVersion2.model_validate(data).filters]
+    dumped = {
+        "filters": [e.model_dump() for e in found],
+        "filter_medians": [m.model_dump() for m in filter_medians(found)],
+    }
+    return {**kept, **dumped, "schema_version": 3}
+
+
+# Version -> function that turns a file of that version into the next one.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda data: {**data, "filters": [], "filter_trend": None, "schema_version": 2},
+    2: _refitted,
+}
 
 
 def _migrated(data: dict[str, Any], where: str) -> dict[str, Any]:

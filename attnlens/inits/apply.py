@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.caveats import layer_notes, whole_layer_reason
-from attnlens.inits.folding import folding_notes, gains, silent_roles, unfolded
+from attnlens.inits.folding import UnusableScaleError, folding_notes, gains, silent_roles, unfolded
 from attnlens.inits.plan import FilterLayer, FilterPlan, Layer, Network, Plan, Rule, without_silent
 from attnlens.inits.random import Streams
 from attnlens.inits.registry import find_initialiser
@@ -24,7 +23,9 @@ from attnlens.inits.report import FilterReport, InitReport, ProductReport, Skipp
 from attnlens.layouts import AttentionSpec, read_heads, write_heads
 from attnlens.layouts.depthwise import FilterSpec, read_filters, write_filters
 from attnlens.layouts.read_write import Tensors
-from attnlens.models.architecture import Architecture, describe_module, suggest
+from attnlens.models.architecture import Architecture, suggest
+from attnlens.models.live import open_live
+from attnlens.models.undress import LiveWeights
 from attnlens.statistics.depth import relative_depth
 
 if TYPE_CHECKING:
@@ -34,25 +35,37 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def init_(module: nn.Module, init: str = "mimetic", *, seed: int = 0, **options: Any) -> InitReport:
+def init_(
+    module: nn.Module,
+    init: str = "mimetic",
+    *,
+    seed: int = 0,
+    input_size: int | tuple[int, ...] | None = None,
+    **options: Any,
+) -> InitReport:
     """Initialise the attention, or the depthwise filters, of a network in place and return what it has now.
 
-    Works on every layer whose layout can be written (a timm network, `torch.nn.MultiheadAttention`, ...); nothing
-    outside attention and, for initialisers of filters, outside depthwise convolutions is touched. ``init`` and
-    ``options``: see `attnlens.inits.initialisers` and docs/inits.md. Numbers come from generators of this call's own on
-    the CPU, one per layer and head: the same seed gives the same weights on any device, and torch's global state is
-    left alone.
+    Works on every layer whose layout can be written (a timm network, a model of transformers,
+    `torch.nn.MultiheadAttention`, ...), whatever is wrapped around the network; ``input_size`` is what one forward pass
+    takes, where the network does not state it. Nothing outside attention and, for initialisers of filters, outside
+    depthwise convolutions is touched. ``init`` and ``options``: see `attnlens.inits.initialisers` and docs/inits.md.
+    Numbers come from generators of this call's own on the CPU, one per layer and head: the same seed gives the same
+    weights on any device, and torch's global state is left alone.
 
     Raises `UsageError` for a name or option that is not known, `UnsupportedAttentionError` where nothing can be
     initialised, `UnusableScaleError` where an effective product cannot be reached. Layers are written one after the
     other: after an error, build the network again.
     """
     chosen = find_initialiser(init)
-    architecture = describe_module(module)
-    tensors = ModuleWeights(module)
+    architecture, tensors = open_live(module, input_size=input_size)
     _check_storage(tensors, architecture)
     network = Network(architecture, tensors, Streams(seed), lambda: module)
     rule = chosen.rule(network, options)
+    if rule.plan and rule.fold != "raw" and architecture.untraced:
+        raise UnusableScaleError(
+            f"fold = {rule.fold!r} needs the norms in front of the layers of {architecture.name}, and no forward pass "
+            f"could be followed ({architecture.untraced}): give input_size=, or pass fold='raw'"
+        )
     layers = planned_layers(rule, network, init)
     jobs: list[Callable[[], _Result]] = [partial(_initialise, rule, network, *place) for place in layers.attention]
     jobs += [partial(_initialise_filters, rule, network, *place) for place in layers.filters]
@@ -250,19 +263,14 @@ def device_of(tensors: Tensors, spec: AttentionSpec | FilterSpec) -> torch.devic
     return stored.device if isinstance(stored, torch.Tensor) else torch.device("cpu")
 
 
-def _check_storage(tensors: ModuleWeights, architecture: Architecture) -> None:
-    """Refuse weights that cannot be written in place: on the meta device, or stored in integers."""
+def _check_storage(tensors: LiveWeights, architecture: Architecture) -> None:
+    """Refuse weights that cannot be written in place: computed, sharded, on the meta device, or stored in integers."""
     slots = [slot for spec in architecture.specs for slot in spec.slots().values()]
     names = [name for slot in slots for name in slot.named(slot.tensor)]
     for name in (*names, *(spec.tensor for spec in architecture.filters)):
-        stored = tensors[name]
-        if stored.is_meta:
-            raise UsageError(
-                f"{name} is on the meta device and holds no numbers: materialise it first, as with "
-                "module.to_empty(device='cpu') and its own initialisation"
-            )
-        if not stored.is_floating_point():
-            raise UsageError(f"{name} is stored as {stored.dtype}: initialise before quantising")
+        reason = tensors.why_not_written(name)
+        if reason:
+            raise UsageError(f"{name} {reason}")
 
 
 def _plain(value: Any) -> bool:

@@ -54,8 +54,7 @@ def gains(weights: HeadWeights, fold: Fold) -> dict[str, Gain]:
         return {}
     if "norm_unknown" in weights.leaves_out:
         raise UnusableScaleError(
-            f"{weights.name}: fold = 'effective' needs the norm in front, and no forward pass could be traced to find "
-            "it. Pass fold='raw'."
+            f"{weights.name}: fold = 'effective' needs the norm in front, which is not known. Pass fold='raw'."
         )
     found: dict[str, Gain] = {}
     for role, label in _GAINS.items():

@@ -45,12 +45,22 @@ def describe_attention(module: nn.Module, path: str) -> AttentionSpec | Refusal 
                 slots = candidate.describe(module)
             except UnsupportedAttentionError as error:
                 return Refusal(path, own, candidate.family, str(error))
+            except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+                return Refusal(path, own, candidate.family, _changed(module, error))
             if slots is not None and candidate.refusal:
                 return Refusal(path, own, candidate.family, candidate.refusal)
             if slots is not None:
                 label = "" if cls is type(module) else f"layout of {known}"
                 return _spec(module, path, own, candidate, slots, label)
     return None
+
+
+def _changed(module: nn.Module, error: Exception) -> str:
+    """Say why a module does not have the parts that its class has: quantised layers, or others put in their place."""
+    kept = sorted({class_name(type(part)) for part in module.modules() if callable(getattr(part, "weight", None))})
+    if kept:
+        return f"holds quantised layers ({kept[0]}), which store codes: give the network from before it was quantised"
+    return f"is not built as its class builds it ({type(error).__name__}: {error})"
 
 
 def _spec(module: Any, path: str, own: str, found: Rule, slots: Slots, label: str) -> AttentionSpec:

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from attnlens.layouts.describe import attention_spec
 from attnlens.layouts.spec import AttentionSpec, NormSpec
 from attnlens.layouts.tracing import Surroundings, Tracer, norm_kind
 
@@ -19,26 +18,38 @@ if TYPE_CHECKING:
 
 
 def trace_surroundings(
-    model: nn.Module, paths: Iterable[str], input_shape: tuple[int, ...]
-) -> dict[str, Surroundings] | None:
-    """Run one meta forward pass and say what stands around each attention module of ``paths``.
+    model: nn.Module, specs: Iterable[AttentionSpec], inputs: Iterable[tuple[Any, ...]]
+) -> dict[str, Surroundings] | str:
+    """Run one forward pass and say what stands around each attention module of ``specs``.
 
-    ``model`` must be on the meta device. Returns None when the forward pass cannot run there (data-dependent code).
+    ``model`` must be on the meta device; the first of ``inputs`` that it takes is used. Returns the first failure in
+    words where it takes none (another input size, data-dependent code, an operation the meta device lacks).
     """
     import torch
 
-    specs = (attention_spec(model.get_submodule(path), path) for path in paths)
-    tracer = Tracer(model, [spec for spec in specs if spec is not None])
+    specs, failures = list(specs), []
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tracer.watching():
-            model(torch.zeros(input_shape, device="meta"))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
-        return None
+        for given in inputs:
+            tracer = Tracer(model, specs)
+            try:
+                with torch.no_grad(), tracer.watching():
+                    model(*given)
+            except Exception as error:  # noqa: BLE001  # whatever a network's own code may raise
+                failures.append(_failure(given, error))
+            else:
+                return tracer.found()
     finally:
         model.train(was_training)
-    return tracer.found()
+    return failures[0] if failures else "no input was given"
+
+
+def _failure(given: tuple[Any, ...], error: Exception) -> str:
+    """Say in one line which input a network did not take, and why."""
+    shape, kind = "x".join(map(str, given[0].shape)), str(given[0].dtype).removeprefix("torch.")
+    first = next(iter(str(error).splitlines()), "")
+    return f"with an input of {shape} {kind} it raised {type(error).__name__}: {first}".removesuffix(": ")
 
 
 def with_surroundings(spec: AttentionSpec, around: Surroundings | None, model: nn.Module) -> AttentionSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import MutableMapping
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from attnlens.errors import CheckpointError
 from attnlens.heads import Array, HeadWeights, InputNorm
 from attnlens.layouts.spec import BATCH_NORM_LEAVES, AttentionSpec, NormSpec, Slot
 
+_WEIGHTS = re.compile(r"b?float(16|32|64|128)|[<>]?f[248]|float8_e[45]m[23]\w*|float8_e3m4")
+"""Types of stored numbers that are weights. Integers are codes or masks; E8M0 holds powers of two, which are scales."""
 LARGEST = 1e15
 """Largest weight that is read: beyond it the powers that statistics take of products leave float64."""
 
@@ -228,11 +231,14 @@ def _vector(tensors: Tensors, name: str) -> Array:
 
 def widened(stored: Any, name: str) -> Array:
     """Widen a numpy array or torch tensor to float64 and refuse NaN and Inf."""
+    kind = str(stored.dtype).removeprefix("torch.")
+    if not _WEIGHTS.fullmatch(kind):
+        raise CheckpointError(
+            f"{name} is stored as {kind}: codes and no weights, and no scales that are known stand beside them. Give "
+            "the model it was quantised from"
+        )
     if not isinstance(stored, np.ndarray):
-        stored = stored.detach()
-        stored = stored.cpu().numpy() if stored.is_complex() else stored.cpu().double().numpy()
-    if stored.dtype.kind in "cOSUMm":
-        raise CheckpointError(f"{name} is stored as {stored.dtype}, which is no weight: is this the right file?")
+        stored = stored.detach().cpu().double().numpy()
     values = np.asarray(stored, dtype=np.float64)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())

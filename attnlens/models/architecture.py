@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import write_text_atomic
-from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError
+from attnlens.errors import AttnlensError, ModelNotFoundError, OutputError, UnsupportedAttentionError, UsageError
 from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Refusal
+from attnlens.models.bounded import describe_bounded
+from attnlens.models.forward_inputs import check_input_size, forward_inputs
+from attnlens.models.undress import undress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +44,8 @@ class Architecture:
     filters: tuple[FilterSpec, ...] = ()
     """Layers of depthwise filters: a layer's index is its place here."""
     refused_filters: tuple[Refusal, ...] = ()
+    untraced: str = ""
+    """Why no forward pass of the network could be followed, where that was tried."""
 
     def indexed(self) -> tuple[tuple[int, AttentionSpec], ...]:
         """Pair each readable layer with its index among all attention modules."""
@@ -63,6 +68,7 @@ class Architecture:
             data["weights"],
             tuple(FilterSpec.from_json(spec) for spec in data["filters"]),
             tuple(Refusal(**refusal) for refusal in data["refused_filters"]),
+            data["untraced"],
         )
 
 
@@ -76,93 +82,138 @@ def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -
     cached = _cache_file(name, model_args or {})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Architecture.from_json(json.loads(cached.read_text()))
-    found = _build(name, model_args or {})
+    found = describe_bounded(name, model_args) if model_args else build(name, {})
     with contextlib.suppress(OutputError):  # a read-only cache costs time, nothing else
         write_text_atomic(cached, json.dumps(found.to_json()))
     return found
 
 
-def describe_module(module: nn.Module, name: str | None = None) -> Architecture:
+def describe_module(
+    module: nn.Module, name: str | None = None, input_size: int | tuple[int, ...] | None = None
+) -> Architecture:
     """Describe a live module: its depthwise filters, its attention layers, and the norms around them.
 
-    The norms come from the forward pass of a copy on the meta device.
-
-    The input size comes from the module's patch embedding or ``pretrained_cfg`` (timm), else 3 x 224 x 224 is tried;
-    where no forward pass is possible the layers carry the flag ``norm_unknown`` and have no effective fold.
+    Paths and names are those of the network without what is wrapped around it. The norms come from a forward pass of
+    its copy on the meta device, in the module's own type and with the input it states, an ``input_size`` given, or the
+    first of the usual ones it takes. Where no pass is possible the layers carry the flag ``norm_unknown`` and have no
+    effective fold; ``untraced`` then says what failed.
     """
+    return describe_skeleton(undress(module).skeleton, name, input_size)
+
+
+def describe_skeleton(
+    skeleton: nn.Module, name: str | None = None, input_size: int | tuple[int, ...] | None = None
+) -> Architecture:
+    """Describe a network on the meta device: see `describe_module`."""
     from attnlens.layouts.depthwise.find import filter_modules
     from attnlens.layouts.describe import attention_modules
-    from attnlens.layouts.norms import trace_surroundings, with_surroundings
 
-    found = list(attention_modules(module))
-    specs = [item for item in found if isinstance(item, AttentionSpec)]
+    found = list(attention_modules(skeleton))
+    specs = tuple(item for item in found if isinstance(item, AttentionSpec))
     refused = tuple(item for item in found if isinstance(item, Refusal))
-    config = getattr(module, "pretrained_cfg", None) or {}
-    title = name or str(config.get("architecture") or type(module).__name__)
-    depthwise = list(filter_modules(module))
+    config = getattr(skeleton, "pretrained_cfg", None) or {}
+    title = name or str(config.get("architecture") or type(skeleton).__name__)
+    depthwise = list(filter_modules(skeleton))
     filters = tuple(item for item in depthwise if isinstance(item, FilterSpec))
     if not found and not depthwise:
         raise UnsupportedAttentionError(
-            f"{title} holds no attention module that is known and no depthwise convolution: there is nothing to inspect"
+            f"{title} holds no attention module that is known and no depthwise convolution: there is nothing to "
+            "inspect. Attention of another class is read by its tensors' names with num_heads=N"
         )
-    stored = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    if specs:
-        skeleton = _on_meta(module)
-        around = trace_surroundings(skeleton, [spec.path for spec in specs], _input_shape(module))
-        specs = [with_surroundings(spec, around.get(spec.path) if around else None, skeleton) for spec in specs]
-    tensors = [name for spec in specs for name in spec.tensors()] + [name for f in filters for name in f.tensors()]
-    shapes = {name: list(stored[name].shape) for name in tensors}
-    return Architecture(
+    traced = Architecture(
         title,
-        tuple(specs),
+        specs,
         refused,
         tuple(item.path for item in found),
-        shapes,
+        {},
         {},
         filters,
         tuple(item for item in depthwise if isinstance(item, Refusal)),
     )
+    traced = with_norms(traced, skeleton, input_size)
+    tensors = [name for spec in traced.specs for name in spec.tensors()] + [n for f in filters for n in f.tensors()]
+    return replace(traced, shapes=tensor_shapes(skeleton, tensors))
 
 
-def _input_shape(module: Any) -> tuple[int, ...]:
-    """Return the shape of one image batch the module takes: what its patch embedding says, else timm's config."""
-    channels, *size = (getattr(module, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
-    own = getattr(getattr(module, "patch_embed", None), "img_size", None)
-    first = getattr(getattr(getattr(module, "patch_embed", None), "proj", None), "in_channels", channels)
-    return (1, first, *(own if isinstance(own, tuple) else size))
+def with_norms(
+    architecture: Architecture, skeleton: nn.Module, input_size: int | tuple[int, ...] | None = None
+) -> Architecture:
+    """Complete an architecture with the norms and LayerScales that a forward pass of ``skeleton`` shows.
+
+    Raises `UsageError` where ``input_size`` was given and the network does not take such an input.
+    """
+    from attnlens.layouts.norms import trace_surroundings, with_surroundings
+
+    if not architecture.specs:
+        return architecture
+    size = check_input_size(input_size)
+    around = trace_surroundings(skeleton, architecture.specs, forward_inputs(skeleton, size))
+    if isinstance(around, str):
+        if size is not None:
+            raise UsageError(f"{architecture.name} does not take input_size={size}: {around}")
+        specs = tuple(with_surroundings(spec, None, skeleton) for spec in architecture.specs)
+        return replace(architecture, specs=specs, untraced=around)
+    specs = tuple(with_surroundings(spec, around.get(spec.path), skeleton) for spec in architecture.specs)
+    return replace(architecture, specs=specs)
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
-    """Copy a module without its storage: every parameter and buffer becomes a meta tensor."""
-    import copy
+def tensor_shapes(skeleton: nn.Module, tensors: Iterable[str]) -> dict[str, list[int]]:
+    """Return the shapes of tensors of a network. Raises `UnsupportedAttentionError` for one that it does not hold."""
+    stored = {**dict(skeleton.named_parameters(remove_duplicate=False)), **dict(skeleton.named_buffers())}
+    for name in tensors:
+        if name not in stored:
+            owner = type(skeleton.get_submodule(name.rpartition(".")[0]))
+            raise UnsupportedAttentionError(
+                f"{name} is no tensor of the network, {owner.__module__}.{owner.__qualname__} keeps it otherwise: "
+                "give the network from before it was quantised or sharded (FSDP: inside summon_full_params)"
+            )
+    return {name: list(stored[name].shape) for name in tensors}
 
-    import torch
 
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, memo)
+def build(name: str, model_args: dict[str, Any]) -> Architecture:
+    """Build a timm architecture on the meta device and describe it; see `describe_architecture`."""
+    try:
+        current, _, tag = _current_name(name).partition(".")
+        model = on_meta(name, model_args)
+        tags = pretrained_tags(current)
+        first = {tag: tags[tag]} if tag in tags else {}
+        return replace(describe_module(model, current), weights={**first, **tags})
+    except AttnlensError:
+        raise
+    except Exception as error:  # any forward pass of timm's, with any arguments a file may name
+        raise _cannot_build(name, model_args, error) from error
 
 
-def _build(name: str, model_args: dict[str, Any]) -> Architecture:
+def on_meta(name: str, model_args: dict[str, Any]) -> nn.Module:
+    """Build a timm architecture on the meta device. Raises `ModelNotFoundError`."""
     import timm
     import torch
 
     if not timm.is_model(name):
         raise ModelNotFoundError(f"timm has no architecture named {name!r}{suggest(name, timm.list_models())}")
+    name, _, _ = _current_name(name).partition(".")
     try:
-        with torch.device("meta"), _modules_counted(name):
-            model = timm.create_model(name, pretrained=False, **model_args)
-        return replace(describe_module(model, name), weights=pretrained_tags(name))
+        with torch.device("meta"), modules_counted(name):
+            return timm.create_model(name, pretrained=False, **model_args)
     except AttnlensError:
         raise
     except Exception as error:  # any constructor of timm's, with any arguments a file may name
-        raise ModelNotFoundError(
-            f"timm cannot build {name} with model_args {model_args} ({type(error).__name__}: {error}): fix the "
-            "config.json or metadata they come from"
-        ) from error
+        raise _cannot_build(name, model_args, error) from error
+
+
+def _cannot_build(name: str, model_args: dict[str, Any], error: Exception) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"timm cannot build {name} with model_args {model_args} ({type(error).__name__}: {error}): fix the "
+        "--model-arg, config.json or metadata they come from"
+    )
+
+
+def _current_name(name: str) -> str:
+    """Return what timm calls an architecture it renamed, with the tag of the weights that the old name meant."""
+    from timm.models import _registry
+
+    renamed: dict[str, str | None] = _registry.get_deprecated_models()
+    return renamed.get(name) or name
 
 
 LARGEST_ARGUMENT = 1 << 16
@@ -182,25 +233,33 @@ def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
     """
     reserved = ("model_name", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "block_fn")
     if not isinstance(model_args, dict):
-        raise ModelNotFoundError(f"model_args of {where} is not an object: fix the file")
+        raise ModelNotFoundError(f"model_args of {where} is not an object: give names and values, as depth=6")
     for name in model_args:
+        if not isinstance(name, str):
+            raise ModelNotFoundError(f"model_args of {where} has a name {name!r}: give names and values, as depth=6")
         if name in reserved or name.startswith("pretrained"):
             raise ModelNotFoundError(f"model_args of {where} names {name}, which is no size of a network: take it out")
     level, count = [model_args], 0
     while level:
         value = level.pop()
-        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inner = (
+            [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        )
         count += 1 + len(inner)
         level.extend(inner)
         if isinstance(value, int | float) and not -LARGEST_ARGUMENT <= value <= LARGEST_ARGUMENT:
             raise ModelNotFoundError(f"model_args of {where} names {value!s:.30}: at most {LARGEST_ARGUMENT} is read")
         if count > MOST_ARGUMENTS:
             raise ModelNotFoundError(f"model_args of {where} names more than {MOST_ARGUMENTS} values: fix the file")
+        if not isinstance(value, str | int | float | list | tuple | dict | None):
+            raise ModelNotFoundError(
+                f"model_args of {where} holds a {type(value).__name__}: give numbers, text and lists, or a live network"
+            )
     return model_args
 
 
 @contextlib.contextmanager
-def _modules_counted(name: str) -> Iterator[None]:
+def modules_counted(name: str) -> Iterator[None]:
     """Stop the building of a network that has more modules than any: its arguments come from a file."""
     from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -257,7 +316,8 @@ def rules_digest() -> str:
     package = Path(__file__).parents[1]
     for path in sorted((package / "layouts").rglob("*.py")):
         digest.update(path.read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    for name in ("architecture.py", "forward_inputs.py", "undress.py"):
+        digest.update((package / "models" / name).read_bytes())
     return digest.hexdigest()[:12]
 
 

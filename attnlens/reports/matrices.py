@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from attnlens.circuits import Fold, Kind
+from attnlens.circuits import CIRCUITS, Fold, Kind, sum_of
 from attnlens.heads import Array, HeadWeights
-from attnlens.inspection import CIRCUITS, Inspection
+from attnlens.inspection import Inspection
 from attnlens.statistics.table import ALL_HEADS
 from attnlens.threads import Progress
 
@@ -58,8 +58,9 @@ def _of_layer(
         drawn = _drawn(corners[head], diagonal) | {"singular": rounded(singular[head])}
         yield f"{weights.layer}.{head}.{circuit}.{fold}", drawn
     if circuit == "ov":
-        total = None if diagonals is None else diagonals.sum(0)
-        yield f"{weights.layer}.{ALL_HEADS}.{circuit}.{fold}", _drawn(corners.sum(0), total)
+        total = sum_of(stack, weights, fold)
+        diagonal = None if diagonals is None else total.diagonal()
+        yield f"{weights.layer}.{ALL_HEADS}.{circuit}.{fold}", _drawn(total.dense(size), diagonal)
 
 
 def _drawn(corner: Array, diagonal: Array | None) -> dict[str, Any]:

@@ -13,11 +13,14 @@ from markupsafe import Markup
 
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
-from attnlens.errors import UnsupportedAttentionError
+from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections
 from attnlens.fit.entries import Entry
+from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
-from attnlens.inspection import Inspection, inspect, need_attention
+from attnlens.inspection import Inspection, inspect
+from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
+from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, corner_size, draw_data
 from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
@@ -39,7 +42,12 @@ def report(
     output: str | os.PathLike[str] | None = None,
     compare: Sequence[Any] = (),
     train: str | os.PathLike[str] | None = None,
+    fold: str = "both",
     num_heads: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
+    weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -47,12 +55,14 @@ def report(
 ) -> str:
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
+    Of depthwise filters every layer's statistics and verdict, covariances, spectra and profiles.
+
     With ``output`` the page is also written to this file, whole or not at all.
-    ``model``, ``checkpoint``, ``num_heads``, ``offline`` and ``remote`` are what `attnlens.inspect` takes. ``compare``
-    names models whose depth profiles stand beside it, ``train`` an output folder of `attnlens train-compare` whose
-    curves are shown.
-    ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold="both"``, the
-    verdicts those of `attnlens.fit_params`; nothing is measured here.
+    ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline``
+    and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it,
+    ``train`` an output folder of `attnlens train-compare` whose curves are shown.
+    ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold``, the verdicts
+    those of `attnlens.fit_params` under each of its folds; nothing is measured here.
 
     The page carries its data, styles and scripts (d3 and Observable Plot draw, sortable sorts) and a policy that allows
     nothing else to be loaded or run. Under 5 MB for a ViT-B: heatmaps show the corner of `corner_size`.
@@ -62,10 +72,13 @@ def report(
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    inspection = need_attention(inspect(model, checkpoint, num_heads=num_heads, **reach), "the report")
-    fold = _common_fold(inspection)
-    entries, unjudged = _judgements(model, checkpoint=checkpoint, num_heads=num_heads, fold=fold, **reach)
-    others = [need_attention(inspect(other, **reach), "the report") for other in compare]
+    own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
+    own |= {"weights": weights, "row_order": row_order}
+    inspection = inspect(model, checkpoint, fold=fold, **own, **reach)
+    entries, unjudged = list[Entry](), ""
+    if inspection.specs:
+        entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **own, **reach)
+    others = [inspect(other, fold=fold, **reach) for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
     data = {
@@ -84,7 +97,7 @@ def report(
             data=data,
             inspection=inspection,
             rows=_rows(inspection, entries),
-            default_fold="effective" if "effective" in inspection.folds else inspection.folds[0],
+            default_fold=_common_fold(inspection),
             verdicts=[verdict.value for verdict in Verdict],
             counts=_counts(entries),
             unjudged=unjudged,
@@ -92,6 +105,9 @@ def report(
             notes=inspection.left_out(),
             provenance=list(_flat({**inspection.provenance, **({"command": command} if command else {})})),
             comparison=comparison,
+            filters=filter_section(inspection.filters, inspection.model),
+            filter_columns=FILTER_COLUMNS,
+            filter_comparison=_filter_comparison(comparison),
             training=training,
             scripts=scripts(),
             hashes=[script_hash(script) for script in scripts()],
@@ -103,16 +119,27 @@ def report(
     return page
 
 
-def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:
-    """Return the entries of the model's fit, and why there are none where there are none."""
+def _judgements(model: Any, folds: Sequence[Fold], **how: Any) -> tuple[list[Entry], str]:
+    """Return the entries of the model's fit under each fold, and why there are none where there are none."""
+    found: list[Entry] = []
     try:
-        return fit_params(*([] if model is None else [model]), **how).entries, ""
+        for fold in [name for name in folds if name != "raw"] or folds:
+            entries = fit_params(*([] if model is None else [model]), fold=fold, **how).entries
+            found += [
+                e for e in entries if e.fold == fold or (e.fold in folds and not any(e.fold == f.fold for f in found))
+            ]
     except UnsupportedAttentionError as error:
         return [], str(error)
+    return found, ""
 
 
 def _common_fold(*inspections: Inspection) -> Fold:
-    return "effective" if all("effective" in found.folds for found in inspections) else "raw"
+    """Return the fold to show: effective where all have it, otherwise the first that all have."""
+    folds: tuple[Fold, ...] = ("effective", *inspections[0].folds)
+    shared = [fold for fold in folds if all(fold in found.folds for found in inspections)]
+    if not shared:
+        raise UsageError("the models have no fold in common: compare them with --fold raw")
+    return shared[0]
 
 
 def _key(record: dict[str, Any]) -> str:
@@ -148,6 +175,13 @@ def _counts(entries: Sequence[Entry]) -> list[tuple[str, str, list[tuple[str, in
         (what, fold, [(verdict.value, count[verdict.value]) for verdict in Verdict])
         for (what, fold), count in groups.items()
     ]
+
+
+def _filter_comparison(comparison: Comparison | None) -> Picture | None:
+    if comparison is None or not comparison.filter_distances:
+        return None
+    caption = "Shares and effective rank of each model's filters, against relative depth."
+    return picture("filter_comparison", draw_filter_comparison(comparison.models, comparison.filter_profiles), caption)
 
 
 def _comparison_data(comparison: Comparison | None) -> dict[str, Any] | None:

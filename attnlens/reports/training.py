@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from attnlens.errors import AttnlensError
-from attnlens.strict_json import parse_json, within
+from attnlens.state import check_folder, read_state
+from attnlens.strict_json import parse_json
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -85,6 +87,8 @@ class Summary(_Part):
     devices: list[str] = []
     versions: dict[str, str] = {}
     commands: list[str] = []
+    files: dict[str, str] = {}
+    """The sha256 of the files that were written with it."""
 
 
 class Training(_Part):
@@ -104,29 +108,39 @@ class Training(_Part):
 def read_training(folder: Path) -> Training:
     """Read ``results.jsonl`` and, where it is there, ``summary.json``; runs that chose a learning rate are left out.
 
-    Raises `ResultsError` that names the file, and the line or field, that is wrong.
+    Raises `ResultsError` that names the file, and the line or field, that is wrong: a link that leaves the folder,
+    evaluations that are not those of the summary.
     """
-    path = within(folder, folder / "results.jsonl", ResultsError)
+    check_folder(folder, ResultsError)
+    path, summary = folder / "results.jsonl", folder / "summary.json"
+    text = _read(path)
     points = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             points.append(_validated(Point, line, f"line {number} of {path}"))
     kept = [point for point in points if not point.tuning]
     if not kept:
         raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
-    summary = within(folder, folder / "summary.json", ResultsError)
     found = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
+    if found is not None and found.files.get(path.name, _sha256(text)) != _sha256(text):
+        raise ResultsError(
+            f"{path} is not what {summary} was made of: run attnlens train-compare --resume, which writes both again"
+        )
     return Training(folder=folder.name, points=kept, summary=found)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_state(path).decode()
     except FileNotFoundError as error:
         raise ResultsError(
             f"{path} does not exist: give --train the output folder of attnlens train-compare"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ResultsError(f"cannot read {path}: {error}") from error
 
 

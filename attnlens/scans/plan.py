@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
 from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.models.catalogue import Entry, load_catalogue
+from attnlens.patterns import matching_paths
 
 _WEIGHTS = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES)
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -50,8 +50,8 @@ def plan_scan(patterns: Sequence[str]) -> Plan:
 
     A pattern is a name that `inspect` takes (``vit_base_patch16_224``, ``hf-hub:org/name``), a shell pattern over
     timm's pretrained names (``vit_*dinov2*``; without a dot it matches the architecture, all tags), a path or a glob
-    (``runs/**``) over model folders and weight files, ``ARCHITECTURE=GLOB`` for weight files that do not say what they
-    are of, or ``@FILE``, a list with a pattern a line and comments behind ``#``.
+    (``runs/**``, see `matching_paths`) over model folders and weight files, ``ARCHITECTURE=GLOB`` for weight files that
+    do not say what they are of, or ``@FILE``, a list with a pattern a line and comments behind ``#``.
 
     Raises `ModelNotFoundError` for a pattern that matches nothing, `UsageError` for a list that cannot be read.
     """
@@ -87,20 +87,16 @@ def _listed(patterns: Iterable[str]) -> Iterator[str]:
 def _expand(pattern: str, notes: list[str]) -> list[Job]:
     if pattern.startswith(_SCHEMES):
         return [Job(pattern, pattern)]
-    paths = _matches(pattern)
+    paths = matching_paths(pattern)
     if paths:
         return _of_paths(pattern, paths, notes)
     architecture, _, weights = pattern.partition("=")
     if weights:
-        files = [match for match in _matches(weights) if match.name.endswith(_WEIGHTS)]
+        files = [match for match in matching_paths(weights) if match.name.endswith(_WEIGHTS)]
         if not files:
             raise ModelNotFoundError(f"no weight file matches {weights!r}: one of {', '.join(_WEIGHTS)} is expected")
         return [Job(f"{architecture}={file}", architecture, str(file.absolute()), stamp(file)) for file in files]
     return _of_names(pattern, notes)
-
-
-def _matches(pattern: str) -> list[Path]:
-    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207  # absolute ones too
 
 
 def _of_paths(pattern: str, paths: Sequence[Path], notes: list[str]) -> list[Job]:

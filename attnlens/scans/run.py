@@ -59,7 +59,7 @@ class Scan:
         """Draw the landscape: every model's beta / alpha by relative depth, QK and OV."""
         from attnlens.scans.landscape import draw_landscape
 
-        chosen: Fold = fold or ("effective" if "effective" in self.folds else "raw")
+        chosen: Fold = fold or ("effective" if "effective" in self.folds else (self.folds or FOLDS)[0])
         return draw_landscape(self.results, chosen)
 
 

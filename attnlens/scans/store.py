@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import FileSet
+from attnlens.csv_text import csv_text
+from attnlens.errors import AttnlensError
 from attnlens.scans.plan import Job
+from attnlens.scans.result_schema import check_result
 from attnlens.scans.tables import LAYER_COLUMNS, MODEL_COLUMNS, Result, model_rows
 from attnlens.scans.worker import Settings
+from attnlens.state import check_folder, read_state, sealed, unsealed
+from attnlens.strict_json import parse_json
 
 SCHEMA = {"schema": "attnlens.scan", "schema_version": 1}
+
+
+class ScanFolderError(AttnlensError):
+    """The folder of a scan cannot be read or written as it is."""
 
 
 class Store:
@@ -24,6 +33,7 @@ class Store:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self._settings = folder, settings
+        check_folder(folder, ScanFolderError, ("models",))
 
     def result_file(self, job: Job) -> Path:
         """Return where a model's result is kept."""
@@ -31,20 +41,29 @@ class Store:
 
     def save(self, job: Job, result: Result) -> Result:
         """Keep a result, the table of every head apart, and return what `load` will."""
-        about = {"name": job.name, **self._identity(job)}
-        kept = {**about, **{name: value for name, value in result.items() if name != "csv"}}
-        if "csv" in result:
-            write_text_atomic(self.result_file(job).with_suffix(".csv"), result["csv"])
-        write_text_atomic(self.result_file(job), json.dumps(kept, indent=1) + "\n")
+        kept = {"name": job.name, **self._identity(job), **{k: value for k, value in result.items() if k != "csv"}}
+        with FileSet() as files:
+            if "csv" in result:
+                table = result["csv"].encode()
+                kept["csv_sha256"] = hashlib.sha256(table).hexdigest()
+                files.write(self.result_file(job).with_suffix(".csv"), methodcaller("write", table))
+            text = json.dumps(sealed(kept), indent=1) + "\n"
+            files.write(self.result_file(job), methodcaller("write", text.encode()))
         return kept
 
     def load(self, job: Job) -> Result | None:
-        """Return a model's result if it is of the same files, measured in the same way; None otherwise."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found = json.loads(self.result_file(job).read_text())
+        """Return a model's result if it is whole, of the same files, and measured in the same way; None otherwise."""
+        path = self.result_file(job)
+        with contextlib.suppress(OSError, ValueError):
+            found = unsealed(parse_json(read_state(path)))
             wanted = self._identity(job)
-            if {name: found.get(name) for name in wanted} == wanted and "status" in found:
-                return {**found, "name": job.name}
+            if {name: found.get(name) for name in wanted} != wanted:
+                return None
+            result = {**check_result(found), "name": job.name}
+            if result["status"] == "ok":
+                table = hashlib.sha256(read_state(path.with_suffix(".csv"))).hexdigest()
+                return result if table == result["csv_sha256"] else None
+            return result
         return None
 
     def _identity(self, job: Job) -> dict[str, Any]:
@@ -56,16 +75,13 @@ class Store:
         """Write ``scan.csv``, a row a model and fold, ``layers.csv``, a row a layer, and ``scan.json``, all of it."""
         models = [row for name, result in results.items() for row in model_rows(name, result)]
         cells = ([row.get(name) for name in MODEL_COLUMNS] for row in models)
-        write_text_atomic(self.folder / "scan.csv", _csv(MODEL_COLUMNS, cells))
         layers = ([name, *row] for name, result in results.items() for row in result.get("table", ()))
-        write_text_atomic(self.folder / "layers.csv", _csv(("model", *LAYER_COLUMNS), layers))
         data = {**SCHEMA, "provenance": provenance, "layer_columns": LAYER_COLUMNS, "models": list(results.values())}
-        write_text_atomic(self.folder / "scan.json", json.dumps(data, indent=1) + "\n")
-
-
-def _csv(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
-    return buffer.getvalue()
+        texts = {
+            "scan.csv": csv_text(MODEL_COLUMNS, cells),
+            "layers.csv": csv_text(("model", *LAYER_COLUMNS), layers),
+            "scan.json": json.dumps(data, indent=1) + "\n",
+        }
+        with FileSet() as files:
+            for name, text in texts.items():
+                files.write(self.folder / name, methodcaller("write", text.encode()))

@@ -12,6 +12,8 @@ from attnlens.circuits import Kind
 from attnlens.heads import Array
 
 _TREND_DEGREE = 2
+GRID = np.linspace(0.0, 1.0, 101)
+"""Relative depths at which profiles of different models are held against each other."""
 
 
 class _Part(BaseModel):
@@ -59,3 +61,8 @@ class Profile:
     def at(self, depth: Array) -> Array:
         """Interpolate linearly at relative depths."""
         return np.interp(depth, self.depth, self.values)
+
+
+def rms_over_depth(values: Array) -> float:
+    """Return the root mean square over [0, 1] of values on `GRID`, by the trapezoid rule."""
+    return float(np.sqrt(np.trapezoid(values**2, GRID)))

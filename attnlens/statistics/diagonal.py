@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ class DiagonalFit:
     """tr(M) / (||M||_F sqrt(d)): cosine between M and the identity"""
     identity_cosine_bound: Array
     """sqrt(k / d): the largest identity cosine a product of rank k can have"""
+    sign_agreement: Array
+    """share of the channels whose M_ii has beta's sign"""
     diagonal_prominence: Array
     """mean(diag(M)) / sd(off-diagonal): how far the mean diagonal stands out of one entry's spread; no t statistic"""
     frobenius_norm: Array
@@ -61,6 +63,9 @@ def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFi
     (``effective_rank``, ``copying_score``: NaN), an O(k^3) cost that matters for a layer's sum, whose k is embed_dim.
     Source: equations derived in docs/measurements.md.
     """
+    product, exponent = product.unit
+    if singular is not None:
+        singular = np.ldexp(singular, -exponent[..., None])
     rows, cols = product.shape[-2:]
     squared_norm = product.squared_norm()
     norm = np.sqrt(squared_norm)
@@ -69,11 +74,20 @@ def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFi
     with np.errstate(divide="ignore", invalid="ignore"):
         stable_rank = squared_norm / spectral_norm**2
     diagonal = dict.fromkeys(
-        ("alpha", "beta", "beta_stderr", "identity_cosine", "diagonal_prominence", "symmetric_share"), undefined
+        (
+            "alpha",
+            "beta",
+            "beta_stderr",
+            "identity_cosine",
+            "sign_agreement",
+            "diagonal_prominence",
+            "symmetric_share",
+        ),
+        undefined,
     )
     if product.is_square and rows > 1:
         diagonal = _diagonal_statistics(product, squared_norm)
-    return DiagonalFit(
+    fit = DiagonalFit(
         **diagonal,
         identity_cosine_bound=np.full_like(norm, np.sqrt(product.rank_bound / rows)) if rows == cols else undefined,
         frobenius_norm=norm,
@@ -82,6 +96,10 @@ def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFi
         copying_score=undefined if singular is None or rows != cols else _copying_score(product.eigenvalues()),
         effective_rank=undefined if singular is None else _effective_rank(singular),
     )
+    return replace(fit, **{name: np.ldexp(getattr(fit, name), exponent) for name in _IN_UNITS_OF_M})
+
+
+_IN_UNITS_OF_M = ("alpha", "beta", "beta_stderr", "frobenius_norm", "spectral_norm")
 
 
 def off_diagonal_squares(diagonal: Array, squared_norm: Array) -> Array:
@@ -110,6 +128,7 @@ def _diagonal_statistics(product: FactoredProduct, squared_norm: Array) -> dict[
             "beta": beta,
             "beta_stderr": diag.std(-1, ddof=1) / np.sqrt(d),
             "identity_cosine": diag.sum(-1) / np.sqrt(squared_norm * d),
+            "sign_agreement": (diag * np.sign(beta)[..., None] > 0).mean(-1),
             "diagonal_prominence": beta / np.sqrt(off_variance),
             "symmetric_share": (squared_norm + product.squared_trace()) / (2 * squared_norm),
         }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
 
 from attnlens.circuits import FactoredProduct
 from attnlens.errors import UsageError
@@ -21,12 +21,14 @@ from attnlens.statistics.nulls import (
     sign_flip_p_value,
     squared_margins,
 )
+from attnlens.statistics.pairs import pair_moments
+from attnlens.statistics.trace import null_variance, sampling_variance, trace_p_value
 
 TOP_CHANNELS = 0.01
 """Share of the diagonal's entries that counts as few channels."""
 
-_PAIRS = 1 << 15  # pairs of entries M_ij, M_ji looked at one by one: all of them where there are no more
-_BLOCK = 32  # also the number of largest channels of which every pair is looked at
+_FEWEST_CHANNELS = 5  # of which Student's law is taken: with fewer its quantile says more of the law than of alpha
+_NORMAL_MEDIAN = 0.6744897501960817  # of |x| for a standard normal x
 _RIDGE = 1e-12  # of a Gram matrix's trace: makes it positive definite, far below any singular value of interest
 
 
@@ -34,27 +36,31 @@ _RIDGE = 1e-12  # of a Gram matrix's trace: makes it positive definite, far belo
 class Inference:
     """Statistics beside the fit of a stack of products M ``[..., d, d]``; every field has the shape of the stack.
 
-    NaN where M is not square or d < 3. Intervals and p-values are about the channels as a sample of exchangeable
-    ones: what that means, coverage and limits are in docs/verdicts.md. ``DiagonalFit.beta_stderr`` is the standard
-    error behind the interval of beta.
+    NaN where M is not square or d < 3. Intervals say where alpha and beta lie over other factors with the channel
+    gains of these, p-values how often factors that nothing links have such a diagonal: docs/verdicts.md has both, with
+    coverage and limits. Intervals are of M, p-values and what judges the diagonal of M balanced.
     """
 
     alpha_stderr: Array
-    """standard error of alpha: sums over pairs of entries that share a channel"""
+    """standard error of alpha: sums over pairs of entries that share a channel, channels being as dependent as found"""
     alpha_low: Array
     """lower end of the interval of alpha, symmetric in log(alpha)"""
     alpha_high: Array
     """upper end of the interval of alpha"""
+    beta_stderr: Array
+    """standard error of beta, from the factors: `sampling_variance`"""
     beta_low: Array
     """lower end of the interval of beta, Student t with d - 1 degrees of freedom"""
     beta_high: Array
     """upper end of the interval of beta"""
     null_sd: Array
-    """standard deviation of the mean diagonal when every channel's sign is a coin flip"""
+    """standard deviation of the mean diagonal where nothing links the factors: `null_variance`"""
     identity_z: Array
-    """mean of the channels' own diagonal / null_sd; at most sqrt(d)"""
+    """mean diagonal of M balanced and centred over its standard deviation under the null"""
     p_value: Array
-    """two-sided p-value of the mean diagonal against coin-flip signs, for one product: correct it with `corrected`"""
+    """two-sided p-value of that, for one product: correct it with `corrected`"""
+    sign_p_value: Array
+    """the same against coin-flip signs of channels; too small where channels depend on each other"""
     pairing_p_value: Array
     """the same against random pairing of the rows of A and B; too small where A and B share large channels"""
     rotation_p_value: Array
@@ -67,8 +73,22 @@ class Inference:
     """sum of (s^2 - edge^2) over singular values s above the noise's edge / ||M||_F^2"""
     bulk_trace_share: Array
     """share of tr(M) that is left without the singular directions above the edge"""
+    directions_above: Array
+    """number of these singular directions"""
     spread_ratio: Array
-    """variance of the diagonal / that expected of entries with the same row and column scales; 1 under the model"""
+    """variance of the balanced diagonal over the mean square of the balanced off-diagonal; 1 under the model"""
+    typical_ratio: Array
+    """the same about 0, from the median of |diagonal| where that gives less: what a typical channel has"""
+    sign_agreement: Array
+    """share of the channels whose diagonal has the sign of the balanced mean diagonal"""
+    expected_agreement: Array
+    """that share if every channel had the sign, given the sizes of mean, typical channel and noise of M balanced"""
+    factor_cosine: Array
+    """tr(M) / (||A|| ||B||): 1 where both factors are one, as with tied query and key weights"""
+    channels: Array
+    """d"""
+    directions: Array
+    """number of singular directions M can have"""
     offdiagonal_kurtosis: Array
     """excess kurtosis of the off-diagonal entries, from 2^16 of them and the largest channels; 0 if Gaussian"""
     diagonal_median: Array
@@ -87,12 +107,13 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
 
     With d = embed_dim, S_i = sum_{j != i} (M_ij^2 + M_ji^2) from A_i (B^T B) A_i^T, h_ij = (M_ij^2 + M_ji^2) / 2:
 
-    - beta: mean(M_ii) +- t_{d-1} sd(M_ii) / sqrt(d);
+    - beta: mean(M_ii) +- t_{d-1} sqrt(`sampling_variance`) / d;
     - alpha^2 = d U, U = mean of h over pairs, var(U) = (4 sum_i e_i^2 - 2 sum_{i != j} e_ij^2) / (d (d-1))^2 with
       e = h - U and e_i its row sums, at least 2 sum e_ij^2 / (d (d-1))^2: delete-one jackknife over channels, less
-      the variance of single pairs, which it counts twice; alpha * exp(+- t_{d-1} sd(U) / (2 U));
-    - p-values: `sign_flip_p_value` of `own_diagonal`, `pairing_p_value`, `rotation_p_value`; with ``permutations`` > 0
-      all by that many seeded Monte Carlo draws.
+      the variance of single pairs, which it counts twice; times `sampling_variance` / (d sd(M_ii)^2) where that is
+      above 1: d channels that depend on each other are worth n < d; alpha * exp(+- t_{n-1} sd(U) / (2 U));
+    - p-values: `trace_p_value` of M balanced decides; beside it `sign_flip_p_value` of `own_diagonal`,
+      `pairing_p_value`, `rotation_p_value`, with ``permutations`` > 0 by that many seeded Monte Carlo draws.
 
     O(d k^2) time a product beside 2^16 sampled entries, float64. Raises `UsageError` for a level outside (0, 1).
     Source: derived in docs/verdicts.md; pairs that share a member as in Aronow, Samii & Assenova (arXiv 1312.3398).
@@ -102,7 +123,9 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
     d = product.shape[-1]
     if not product.is_square or d < 3:
         return Inference(*(np.full(product.shape[:-2], np.nan) for _ in fields(Inference)))
-    gram_a, gram_b = (np.matmul(np.swapaxes(factor, -1, -2), factor) for factor in (product.A, product.B))
+    product, exponent = product.unit
+    balanced = product if product.gains is not None else product.balanced()
+    gram_a, gram_b = product.grams
     margins = squared_margins(product, gram_a, gram_b)
     squared_norm = margins[0].sum(-1)
     diagonal = product.diagonal()
@@ -110,27 +133,60 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
     flipped = sign_flip_draws(own, permutations, seed) if permutations else sign_flip_p_value(own)
     paired = pairing_draws(product, permutations, seed) if permutations else pairing_p_value(product, squared_norm)
     rotated = rotation_draws(product, permutations, seed) if permutations else rotation_p_value(product)
-    null_sd = np.sqrt((own**2).sum(-1)) / d
+    z, p_value = trace_p_value(balanced)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Inference(
-            **_intervals(product, diagonal, margins, stdtrit(d - 1, (1 + level) / 2), seed),
-            null_sd=null_sd,
-            identity_z=own.mean(-1) / null_sd,
-            p_value=flipped,
+        found = Inference(
+            **_intervals(product, diagonal, margins, (1 + level) / 2, seed),
+            null_sd=np.sqrt(null_variance(product)) / d,
+            identity_z=z,
+            p_value=p_value,
+            sign_p_value=flipped,
             pairing_p_value=paired,
             rotation_p_value=rotated,
             **_shares(product, diagonal, margins, (gram_a, gram_b)),
+            **_of_balanced(balanced),
+            factor_cosine=diagonal.sum(-1) / np.sqrt((product.A**2).sum((-2, -1)) * (product.B**2).sum((-2, -1))),
             diagonal_median=np.median(diagonal, axis=-1),
             top_channel_share=_top_share(np.abs(diagonal)),
         )
+    return replace(found, **{name: np.ldexp(getattr(found, name), exponent) for name in _IN_UNITS_OF_M})
+
+
+_IN_UNITS_OF_M = (
+    "alpha_stderr",
+    "alpha_low",
+    "alpha_high",
+    "beta_stderr",
+    "beta_low",
+    "beta_high",
+    "null_sd",
+    "diagonal_median",
+)
+
+
+def _of_balanced(balanced: FactoredProduct) -> dict[str, Array]:
+    """Return what the diagonal of balanced products is like, in units of their off-diagonal entries."""
+    d = balanced.shape[-1]
+    diagonal = balanced.diagonal()
+    noise = np.sqrt(np.maximum(balanced.squared_norm() - (diagonal**2).sum(-1), 0.0) / (d * (d - 1)))
+    mean = diagonal.mean(-1)
+    median = np.median(np.abs(diagonal), axis=-1)
+    beyond = np.sqrt(np.maximum(median**2 - (_NORMAL_MEDIAN * noise) ** 2, 0.0))
+    return {
+        "spread_ratio": diagonal.var(-1, ddof=1) / noise**2,
+        "typical_ratio": np.minimum((median / _NORMAL_MEDIAN) ** 2, (diagonal**2).mean(-1)) / noise**2,
+        "sign_agreement": (diagonal * np.sign(mean)[..., None] > 0).mean(-1),
+        "expected_agreement": ndtr(np.maximum(np.abs(mean), beyond) / noise),
+        "channels": np.full_like(mean, d),
+    }
 
 
 def _intervals(
-    product: FactoredProduct, diagonal: Array, margins: tuple[Array, Array], quantile: float, seed: int
+    product: FactoredProduct, diagonal: Array, margins: tuple[Array, Array], probability: float, seed: int
 ) -> dict[str, Array]:
     d = product.shape[-1]
     pairs = d * (d - 1)
-    fourth, kurtosis = _pair_moments(product, margins, seed)
+    fourth, kurtosis = pair_moments(product, margins, seed)
     sums = margins[0] + margins[1] - 2 * diagonal**2
     mean = np.maximum(sums.sum(-1), 0.0) / (2 * pairs)
     row_squares = ((sums / 2 - (d - 1) * mean[..., None]) ** 2).sum(-1)
@@ -138,61 +194,22 @@ def _intervals(
     variance = np.maximum(4 * row_squares - 2 * pair_squares, 2 * pair_squares) / pairs**2
     alpha, beta = np.sqrt(d * mean), diagonal.mean(-1)
     relative = np.divide(np.sqrt(variance), 2 * mean, out=np.zeros_like(mean), where=mean > 0)
-    half = quantile * diagonal.std(-1, ddof=1) / math.sqrt(d)
+    error = np.sqrt(sampling_variance(product)) / d
+    alone = diagonal.std(-1, ddof=1) / math.sqrt(d)
+    dependence = np.divide(error, alone, out=np.ones_like(error), where=alone > 0)
+    dependence = np.clip(dependence, 1.0, math.sqrt(d))  # d channels are worth no more than d and no less than one
+    relative *= dependence
+    quantile = stdtrit(d - 1, probability)
+    alpha_quantile = stdtrit(np.maximum(d / dependence**2, min(_FEWEST_CHANNELS, d)) - 1, probability)
     return {
         "alpha_stderr": alpha * relative,
-        "alpha_low": alpha * np.exp(-quantile * relative),
-        "alpha_high": alpha * np.exp(quantile * relative),
-        "beta_low": beta - half,
-        "beta_high": beta + half,
+        "alpha_low": alpha * np.exp(-alpha_quantile * relative),
+        "alpha_high": alpha * np.exp(alpha_quantile * relative),
+        "beta_stderr": error,
+        "beta_low": beta - quantile * error,
+        "beta_high": beta + quantile * error,
         "offdiagonal_kurtosis": kurtosis,
     }
-
-
-def _pair_moments(product: FactoredProduct, margins: tuple[Array, Array], seed: int) -> tuple[Array, Array]:
-    """Return the mean of h_ij^2 over pairs, h_ij = (M_ij^2 + M_ji^2) / 2, and the off-diagonal's excess kurtosis."""
-    fourth, kurtosis = (np.empty(product.shape[:-2]) for _ in range(2))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sizes = np.maximum(*(margin / margin.sum(-1, keepdims=True) for margin in margins))
-    for index in np.ndindex(fourth.shape):
-        entries, weights = _pairs(product.A[index], product.B[index], sizes[index], seed)
-        squares = np.square(entries)
-        fourth[index] = np.square(squares.sum(0) / 2) @ weights
-        squares = np.square(entries - entries.mean(0) @ weights)
-        variance = squares.mean(0) @ weights
-        kurtosis[index] = np.square(squares).mean(0) @ weights / variance**2 - 3 if variance > 0 else np.nan
-    return fourth, kurtosis
-
-
-def _pairs(A: Array, B: Array, sizes: Array, seed: int) -> tuple[Array, Array]:
-    """Return entries M_ij, i != j, over their mirror images M_ji, ``[2, n]``, with weights ``[n]`` that sum to one.
-
-    All pairs, or every pair of the channels of largest ``sizes``, where rare large entries sit, and a seeded sample of
-    the others: in a random order, from each row the same number of columns after its block.
-    """
-    d = len(A)
-    width = _PAIRS // d // _BLOCK * _BLOCK
-    if d * (d - 1) <= 2 * _PAIRS or width == 0:
-        dense, upper = A @ B.T, np.triu_indices(d, 1)
-        return np.stack([dense[upper], dense.T[upper]]), np.full(len(upper[0]), 2 / (d * (d - 1)))
-    order = np.argsort(-sizes)
-    rest = np.random.default_rng(seed).permutation(order[_BLOCK:])
-    order = np.concatenate([order[:_BLOCK], rest, rest[: width + _BLOCK]])
-    A, B = A[order], B[order]
-    blocks = [(slice(0, _BLOCK), slice(_BLOCK, d))]
-    blocks += [
-        (slice(start, min(start + _BLOCK, d)), slice(start + _BLOCK, start + _BLOCK + width))
-        for start in range(_BLOCK, d, _BLOCK)
-    ]
-    upper = np.triu_indices(_BLOCK, 1)
-    found = [np.stack([(A[:_BLOCK] @ B[:_BLOCK].T)[upper], (B[:_BLOCK] @ A[:_BLOCK].T)[upper]])]
-    found += [np.stack([(A[rows] @ B[cols].T).ravel(), (B[rows] @ A[cols].T).ravel()]) for rows, cols in blocks]
-    counted = found[0].shape[1] + found[1].shape[1]
-    entries = np.concatenate(found, axis=1)
-    sampled = entries.shape[1] - counted
-    others = (d - _BLOCK) * (d - _BLOCK - 1) / 2
-    weights = np.concatenate([np.ones(counted), np.full(sampled, others / sampled)])
-    return entries, weights / weights.sum()
 
 
 def _shares(
@@ -201,15 +218,14 @@ def _shares(
     d = product.shape[-1]
     beta = diagonal.mean(-1)
     energy = margins[0].sum(-1)
-    rows, cols = (np.maximum(margin - diagonal**2, 0.0) for margin in margins)
-    expected = (rows * cols).sum(-1) / rows.sum(-1) / (d - 1)
-    excess, trace = _above_the_edge(product, energy, grams)
+    excess, trace, count = _above_the_edge(product, energy, grams)
     return {
         "share_identity": d * beta**2 / energy,
         "share_diagonal_spread": ((diagonal - beta[..., None]) ** 2).sum(-1) / energy,
         "share_low_rank": excess / energy,
         "bulk_trace_share": 1 - trace / diagonal.sum(-1),
-        "spread_ratio": diagonal.var(-1, ddof=1) / expected,
+        "directions_above": count,
+        "directions": np.full_like(count, product.rank_bound),
     }
 
 
@@ -228,8 +244,8 @@ def noise_edge(rank: int, embed_dim: int) -> float:
     return (1 + z) * (1 + c * z) ** 2 / z
 
 
-def _above_the_edge(product: FactoredProduct, energy: Array, grams: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Return sum (s^2 - edge^2) and sum s <u, v> over the singular triplets (s, u, v) of M with s > edge.
+def _above_the_edge(product: FactoredProduct, energy: Array, grams: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    """Return sum (s^2 - edge^2), sum s <u, v> and their number over the singular triplets (s, u, v) with s > edge.
 
     With A^T A = L L^T the s^2 are the eigenvalues of H = L^T (B^T B) L; for an eigenvector w and y = L w, v = B y / s,
     u = M v / s = A (B^T B) y / s^2, hence s <u, v> = <(B^T B) y, (A^T B) y> / s^2.
@@ -238,7 +254,7 @@ def _above_the_edge(product: FactoredProduct, energy: Array, grams: tuple[Array,
 
     rank = product.rank_bound
     edges = noise_edge(rank, product.shape[-1]) * energy / rank
-    excess, trace = np.zeros(edges.shape), np.zeros(edges.shape)
+    excess, trace, count = (np.zeros(edges.shape) for _ in range(3))
     for index in np.ndindex(edges.shape):
         edge, gram_a, gram_b = edges[index], grams[0][index], grams[1][index]
         if not (np.isfinite(edge) and edge > 0):
@@ -248,7 +264,8 @@ def _above_the_edge(product: FactoredProduct, energy: Array, grams: tuple[Array,
         y = lower @ vectors
         excess[index] = (squares - edge).sum()
         trace[index] = (np.sum((gram_b @ y) * (product.A[index].T @ (product.B[index] @ y)), axis=0) / squares).sum()
-    return excess, trace
+        count[index] = len(squares)
+    return excess, trace, count
 
 
 def _top_share(sizes: Array) -> Array:

@@ -44,7 +44,7 @@ def own_diagonal(product: FactoredProduct, margins: tuple[Array, Array]) -> Arra
     along = _vector(B, mean_row)
     across = _vector(A, mean_col) - rows * (mean_row * mean_col).sum(-1, keepdims=True)
     own = product.diagonal() - rows * along - cols * across
-    return np.where(np.abs(own) <= _ROUNDING * np.sqrt(margins[0] * margins[1]), 0.0, own)
+    return np.where(np.abs(own) <= _ROUNDING * (margins[0] * margins[1]) ** 0.25, 0.0, own)
 
 
 def _scales(margin: Array, sums: Array, other_sums: Array, cross: Array) -> Array:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlens.atomic import write_text_atomic
+from attnlens.csv_text import csv_text
 from attnlens.heads import Array
 from attnlens.statistics.diagonal import DiagonalFit
+from attnlens.statistics.gains import GainStatistics
 from attnlens.strict_json import finite_or_none
 
 if TYPE_CHECKING:
@@ -37,11 +36,19 @@ class StatsTable:
     """Rows of statistics under ``columns``, which begin layer, head, circuit, fold, alpha, beta.
 
     ``circuit`` is ``qk`` or ``ov``; ``head`` an index, or ``all`` for the layer's summed OV; ``fold`` is ``raw``,
-    ``effective`` or ``centred``. A statistic that is not defined is NaN: an empty cell in CSV, null in JSON.
+    ``effective``, ``centred`` or ``balanced``. A statistic that is not defined is NaN: an empty cell in CSV, null in
+    JSON.
     """
 
     rows: tuple[Row, ...]
-    columns: tuple[str, ...] = (*KEYS, *DiagonalFit.names(), "num_heads", "name", "leaves_out")
+    columns: tuple[str, ...] = (
+        *KEYS,
+        *DiagonalFit.names(),
+        *GainStatistics.names(),
+        "num_heads",
+        "name",
+        "leaves_out",
+    )
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -67,11 +74,7 @@ class StatsTable:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the table as CSV; also write it to ``path`` when given."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([_csv_cell(value) for value in row] for row in self.rows)
-        return _written(buffer.getvalue(), path)
+        return _written(csv_text(self.columns, self.rows), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the rows as a JSON list of objects; also write it to ``path`` when given."""
@@ -90,10 +93,6 @@ class StatsTable:
 
 def _json_row(record: dict[str, Value]) -> dict[str, Any]:
     return {name: finite_or_none(value) for name, value in record.items()}
-
-
-def _csv_cell(value: Value) -> Value:
-    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _written(text: str, path: str | Path | None) -> str:

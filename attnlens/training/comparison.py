@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
+from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError, UsageError
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
@@ -270,20 +271,26 @@ def _write(
     done: Mapping[str, Sequence[Record]],
     source: Source,
 ) -> None:
-    """Write every result file, each whole or not at all."""
+    """Write every result file as one set; ``summary.json`` names the others with their sha256."""
     import json
 
     from attnlens.figures import save_figures
     from attnlens.training.figures import draw_curves, draw_structure, has_structure
 
-    write_text_atomic(output / "results.jsonl", results_lines(config, done))
-    write_text_atomic(output / "summary.json", json.dumps(summary.to_json(), indent=1) + "\n")
-    write_text_atomic(output / "summary.csv", summary.to_csv())
-    write_text_atomic(output / "report.md", report)
     figures = {"curves": draw_curves(summary)}
     if has_structure(summary):
         figures["structure"] = draw_structure(summary, source_structure(source), source.name)
-    save_figures(figures, output)
+    texts = {
+        "results.jsonl": results_lines(config, done),
+        "summary.csv": summary.to_csv(),
+        "report.md": report,
+    }
+    with FileSet() as files:
+        for name, text in texts.items():
+            files.write(output / name, methodcaller("write", text.encode()))
+        save_figures(figures, output, into=files.write)
+        data = json.dumps({**summary.to_json(), "files": files.hashes()}, indent=1) + "\n"
+        files.write(output / "summary.json", methodcaller("write", data.encode()))
 
 
 def _device(name: str, process: Spread) -> torch.device:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from attnlens.errors import AttnlensError
+from attnlens.state import check_folder, read_state, unsealed
 from attnlens.strict_json import parse_json, within
 
 if TYPE_CHECKING:
@@ -91,10 +92,10 @@ def check_records(records: Any, config: Config, where: str) -> list[dict[str, An
 def parse_runs(path: Path, folder: Path) -> dict[str, Any]:
     """Parse a file of records below a results folder."""
     try:
-        data = parse_json(within(folder, path, ResumeError).read_bytes(), constant=float)
+        data = unsealed(parse_json(read_state(within(folder, path, ResumeError)), constant=float))
     except (OSError, ValueError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): delete it to train that run again") from error
-    if not isinstance(data, dict) or "records" not in data:
+    if "records" not in data:
         raise ResumeError(f"{path} holds no records: delete it to train that run again")
     return data
 
@@ -170,11 +171,8 @@ def check_gathered(state: Mapping[str, Any], optimizer: Optimizer, where: str) -
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a results folder with a link that leaves it: its files are read and written."""
-    for part in (folder, *(folder / name for name in PARTS)):
-        for path in sorted(part.iterdir()) if part.is_dir() else ():
-            if path.is_symlink():
-                within(folder, path, ResumeError)
+    """Refuse a results folder with a link that leaves it, or a pipe: its files are read and written."""
+    check_folder(folder, ResumeError, PARTS)
 
 
 def _first(error: ValidationError) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from attnlens.fit.params import InitParams
-    from attnlens.models.open import OpenedModel
+    from attnlens.models.opened import OpenedModel
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError, OutputError, UsageError
-from attnlens.strict_json import read_json
+from attnlens.state import read_state, sealed
+from attnlens.strict_json import parse_json
 from attnlens.training.config import Config, Run
 from attnlens.training.record_schema import PARTS, ResumeError, check_links, check_records, check_state, parse_runs
 
@@ -59,7 +60,7 @@ class Store:
 
     def save_records(self, name: str, records: Sequence[Record]) -> None:
         """Keep the records of a run by name."""
-        text = json.dumps({"config": self.config.sha256(), "records": list(records)}) + "\n"
+        text = json.dumps(sealed({"config": self.config.sha256(), "records": list(records)})) + "\n"
         self._write(self.folder / "runs" / f"{name}.json", lambda file: file.write(text.encode()))
 
     def load_runs(self) -> dict[str, list[Record]]:
@@ -121,12 +122,12 @@ class Store:
 
 def stored_config(folder: Path) -> dict[str, Any] | None:
     """Return the configuration a folder holds, None where it holds none. Raises `ResumeError`."""
+    check_links(folder)
     path = folder / "config.json"
     if not path.exists():
         return None
     try:
-        check_links(folder)
-        data = read_json(path)
+        data = parse_json(read_state(path))
     except (OSError, ValueError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): choose another --output") from error
     if not isinstance(data, dict):

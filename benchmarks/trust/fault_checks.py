@@ -17,12 +17,14 @@ import numpy as np
 from PIL import Image
 
 from attnlens.atomic import TEMPORARY
+from attnlens.state import unsealed
 
 ABSENT = "absent"
 _PASSING = (
     (rb'("(?:time|command)": )"(?:[^"\\]|\\.)*"', rb'\1"-"'),
     (rb'("train_seconds": )[-0-9.e+]+', rb"\g<1>0"),
     (rb'("commands": )\[[^\]]*\]', rb"\1[]"),
+    (rb'("(?:results\.jsonl|report\.md)": )"[0-9a-f]{64}"', rb'\1"-"'),
     (rb"(\| (?:training time|command) \|)[^\n]*", rb"\1"),
 )
 """What two runs of the same command do not share: the clock, and ``--resume`` on the command line."""
@@ -48,7 +50,9 @@ def _text(data: bytes) -> bytes:
 
 
 def _json(data: bytes) -> bytes:
-    json.loads(data)
+    content = json.loads(data)
+    if isinstance(content, dict) and "records" in content:  # sealed, its clock included
+        data = json.dumps(unsealed(content)).encode()
     return _text(data)
 
 

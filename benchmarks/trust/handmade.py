@@ -26,6 +26,7 @@ def handmade() -> list[Case]:
         *_archives(),
         *_configurations(),
         *_images(),
+        *_claims(),
         *_results(),
     ]
 
@@ -269,6 +270,22 @@ def _images() -> Iterator[Case]:
         yield Case("image tar", f"length of a {kind.decode()} header", {"data.tar": bytes(data)}, "data.tar")
 
 
+def _claims() -> Iterator[Case]:
+    """Sizes that are claimed: of members of a tar that are skipped, of networks."""
+    for size in (2**33, 2**40, 2**62):
+        for name in ("readme.txt", "train/cat/0.png"):
+            for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+                info = tarfile.TarInfo(name)
+                info.size = size
+                yield Case("image tar", f"{name} claims {size}", {"data.tar": info.tobuf(form)}, "data.tar")
+    weights = seeds.safetensors(seeds.timm_state())
+    for name in ("maxvit_tiny_tf_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "levit_128"):
+        for arguments in ({"img_size": 65536}, {"img_size": [65536, 16]}):
+            config = json.dumps({"architecture": name, "model_args": arguments}).encode()
+            files = {"config.json": config, "model.safetensors": weights}
+            yield Case("timm folder", f"{name} {arguments}", files)
+
+
 def _results() -> Iterator[Case]:
     known = json.loads(seeds.results()["runs/default-0.json"])
     odd = (
@@ -283,14 +300,14 @@ def _results() -> Iterator[Case]:
     more = ({"structure": []}, {"epoch": 10**40}, {"lr": float("nan")}, {"models_in_stack": 0}, {"tuning": None})
     for change in (*odd, *more):
         changed = {**known, "records": [{**line, **change} for line in known["records"]]}
-        text = json.dumps(changed).encode()
+        text = seeds.state_file(changed)
         yield Case("results folder", f"record {change}"[:80], {**seeds.results(), "runs/default-0.json": text})
     escapes = {"device": "\x1b[2J", "command": "\x1b]0;x\x07\n| a |", "versions": {"\x1b": "\u202e"}}
     changed = {**known, "records": [{**line, "provenance": escapes} for line in known["records"]]}
     yield Case(
         "results folder",
         "escapes in the provenance",
-        {**seeds.results(), "runs/default-0.json": json.dumps(changed).encode()},
+        {**seeds.results(), "runs/default-0.json": seeds.state_file(changed)},
     )
     infinite = seeds.results()["results.jsonl"].replace(b'"test_loss": 2.0', b'"test_loss": 1e999')
     yield Case("results folder", "infinite losses", {**seeds.results(), "results.jsonl": infinite})

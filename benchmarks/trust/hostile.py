@@ -1,6 +1,6 @@
 """Hostile input: ``python -m benchmarks.trust.hostile --inputs N --seed S`` fills "hostile" in trust.json.
 
-Every case of `handmade`, then N mutations of valid files of thirteen formats, each read under `guard`. A violation is
+Every case of `handmade`, then N mutations of valid files of fourteen formats, each read under `guard`. A violation is
 printed with what was done to the file, and makes the exit code 1.
 """
 
@@ -23,6 +23,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_RARE = (
+    *("attnlens.checkpoints.converted", "attnlens.checkpoints.adapters", "attnlens.models.renamed"),
+    *("attnlens.models.sizes", "attnlens.models.diffusers", "attnlens.models.undress", "ml_dtypes"),
+)
+"""Modules that are imported where a file calls for them."""
 AT_ONCE = 100
 """Mutations that are drawn, and kept, at once."""
 SHARES = {
@@ -35,6 +40,7 @@ SHARES = {
     "shard index": 4,
     "params.json": 5,
     "results folder": 6,
+    "scan folder": 4,
     "image folder": 3,
     "image tar": 4,
     "decoded cache": 2,
@@ -99,7 +105,7 @@ class Workshop:
         from attnlens import provenance
         from benchmarks.trust.guard import write_files
 
-        for name in ("attnlens.checkpoints.converted", "ml_dtypes"):  # no valid file needs them
+        for name in _RARE:  # no valid file needs them
             import_module(name)
         provenance.version = cache(version)  # parsing the same metadata for every input would be half of the time
         said, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115, PTH123

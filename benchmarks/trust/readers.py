@@ -17,11 +17,18 @@ from attnlens.cli.console import note, write_stdout
 from attnlens.cli.filter_tables import filter_table
 from attnlens.cli.fit_params import fit_tables
 from attnlens.cli.inspect import caveats
+from attnlens.cli.scan import model_table
 from attnlens.cli.tables import layer_table
 from attnlens.errors import AttnlensError
 from attnlens.fit.params import InitParams
 from attnlens.models.architecture import describe_architecture
+from attnlens.models.open import EMBEDDED
 from attnlens.reports.training import read_training
+from attnlens.scans.plan import Job
+from attnlens.scans.run import Scan
+from attnlens.scans.store import Store as ScanStore
+from attnlens.scans.tables import curves, spread
+from attnlens.scans.worker import Settings
 from attnlens.training.config import Config, Recipe, Run
 from attnlens.training.data import images as datasets
 from attnlens.training.data.images import load_dataset
@@ -34,6 +41,8 @@ from attnlens.training.results import results_lines, summarise
 from attnlens.training.store import Store
 from benchmarks.trust.guard import Bound, Reader
 
+SCANNED = Job("embedded", f"local-dir:{EMBEDDED}")
+"""The model of the scan whose folder is read back."""
 CONFIG = Config(
     dataset="none",
     data_sha256="",
@@ -127,6 +136,18 @@ def read_results(folder: Path, _output: Path) -> None:
         raise refused
 
 
+def read_scan(folder: Path, _output: Path) -> None:
+    """Read the folder of a scan as another scan does, and show what is believed."""
+    result = ScanStore(folder, Settings()).load(SCANNED)
+    if result is None:
+        raise AttnlensError("the result is not believed: it would be measured again")
+    found = Scan({SCANNED.name: result}, (), 0, 0)
+    Console(file=sys.stdout, width=200).print(model_table(found, "effective"))
+    for circuit in ("qk", "ov"):
+        spread(curves(found.results, circuit, "effective"))
+    json.dumps([found.rows(), result], allow_nan=False).encode()
+
+
 def _report(folder: Path) -> None:
     training = read_training(folder)
     json.dumps([point.model_dump() for point in training.points], allow_nan=False).encode()
@@ -191,6 +212,7 @@ READERS: dict[str, tuple[Reader, Bound]] = {
     "shard index": (read_model, WEIGHTS),
     "params.json": (read_params, WEIGHTS),
     "results folder": (read_results, WEIGHTS),
+    "scan folder": (read_scan, WEIGHTS),
     "image folder": (read_images, IMAGES),
     "image tar": (read_images, IMAGES),
     "decoded cache": (read_cache, IMAGES),

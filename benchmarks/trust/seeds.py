@@ -7,13 +7,20 @@ import io
 import json
 import lzma
 import tarfile
+import tempfile
+from dataclasses import asdict
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from attnlens import fit_params
+from attnlens.scans.store import Store
+from attnlens.scans.worker import Settings, measure
+from attnlens.state import DIGEST, sealed
 from benchmarks.trust.guard import Case
-from benchmarks.trust.readers import CONFIG, loaded_stack
+from benchmarks.trust.readers import CONFIG, SCANNED, loaded_stack
 
 MODEL_ARGS = {
     "img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3,
@@ -37,6 +44,19 @@ GEMMA = {
     "head_dim": 4,
     "query_pre_attn_scalar": 16,
 }
+
+
+def state_file(data: dict[str, Any]) -> bytes:
+    """Return a JSON file of state with a digest that is right."""
+    return json.dumps(sealed({name: value for name, value in data.items() if name != DIGEST})).encode()
+
+
+def scan_folder() -> dict[str, bytes]:
+    """Return the folder of a scan of the shipped network."""
+    result = measure(asdict(SCANNED), asdict(Settings()), 1)
+    with tempfile.TemporaryDirectory() as place:
+        Store(Path(place), Settings()).save(SCANNED, result)
+        return {f"models/{path.name}": path.read_bytes() for path in Path(place, "models").iterdir()}
 
 
 @cache
@@ -105,6 +125,56 @@ def pth(state, *, legacy: bool = False) -> bytes:
 
     buffer = io.BytesIO()
     torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def training(state):
+    """Return what a training script saves: two networks, and objects of which only the names are read."""
+    import argparse
+    import collections
+    from pathlib import PurePosixPath
+
+    extra = {"args": argparse.Namespace(lr=0.1, out=PurePosixPath("runs")), "best": np.float64(70.1)}
+    moments = {"state": {0: {"exp_avg": next(iter(state.values()))}}}
+    return {"model": state, "model_ema": dict(state), "seen": collections.Counter("ab"), "optimizer": moments, **extra}
+
+
+def made(state):
+    """Return weights stored as codes with scales, as g and v, under a mask, and beside an adapter with its scale."""
+    import torch
+
+    found = dict(state)
+    for number, name in enumerate(n for n in state if n.endswith("weight") and state[n].ndim == 2):
+        weight, module = found.pop(name), name.removesuffix("weight")
+        found |= (
+            {name: (20 * weight).to(torch.int8), f"{module}weight_scale": torch.full((8, 1), 0.05)},
+            {f"{name}_g": torch.ones(8, 1), f"{name}_v": weight},
+            {f"{name}_orig": weight, f"{name}_mask": torch.ones(8, 8)},
+            {
+                name: weight,
+                f"{module}lora_A": torch.ones(2, 8),
+                f"{module}lora_B": torch.ones(8, 2),
+                f"{module}alpha": torch.tensor(2.0),
+            },
+        )[number % 4]
+    return found
+
+
+@cache
+def scripted() -> bytes:
+    """Return a TorchScript archive of a module with attention's names, scripted from its source."""
+    import warnings
+
+    import torch
+
+    holder = torch.nn.Module()
+    holder.attn = torch.nn.Module()
+    for role in ("q", "k", "v", "o"):
+        setattr(holder.attn, role, torch.nn.Linear(8, 8))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to replace TorchScript; people's files stay
+        torch.jit.save(torch.jit.script(holder), buffer)
     return buffer.getvalue()
 
 
@@ -199,7 +269,7 @@ def results() -> dict[str, bytes]:
         "summary.json": json.dumps(summarise(CONFIG, runs).to_json()).encode(),
         "checkpoints/default-1.pt": pth(state),
         **{
-            f"runs/{name}.json": json.dumps({"config": CONFIG.sha256(), "records": lines}).encode()
+            f"runs/{name}.json": state_file({"config": CONFIG.sha256(), "records": lines})
             for name, lines in runs.items()
         },
     }
@@ -252,6 +322,11 @@ def valid() -> list[Case]:
         Case("safetensors", "bare", {"bare.safetensors": safetensors(hf)}, "bare.safetensors"),
         Case("pth", "state dict", {"model.pth": pth(hf)}, "model.pth"),
         Case("pth", "nested", {"model.bin": pth({"state_dict": hf, "epoch": 3})}, "model.bin"),
+        Case("pth", "training checkpoint", {"last.pth.tar": pth(training(hf))}, "last.pth.tar"),
+        Case("pth", "TorchScript", {"scripted.pt": scripted()}, "scripted.pt"),
+        Case("pth", "codes and adapters", {"model.pth": pth(made(hf))}, "model.pth"),
+        Case("safetensors", "two networks", {"two.safetensors": safetensors({f"{side}.{n}": v.clone() for side in "ab" for n, v in hf.items()})}, "two.safetensors"),  # noqa: E501
+        Case("legacy pickle", "training checkpoint", {"model.pth": pth(training(hf), legacy=True)}, "model.pth"),
         Case("legacy pickle", "state dict", {"model.pth": pth(hf, legacy=True)}, "model.pth"),
         Case("npz", "stored", {"model.npz": npz(hf)}, "model.npz"),
         Case("npz", "compressed", {"model.npz": npz(hf, compressed=True)}, "model.npz"),
@@ -264,6 +339,7 @@ def valid() -> list[Case]:
         Case("shard index", "bin", index(hf, "bin")),
         Case("params.json", "fitted", {"params.json": params()}, "params.json"),
         Case("results folder", "three of four runs", results()),
+        Case("scan folder", "one model", scan_folder()),
         Case("image folder", "five formats", images()),
         Case("image tar", "plain", {"data.tar": plain}, "data.tar"),
         *(Case("image tar", end, {f"data.tar.{end}": pack(plain)}, f"data.tar.{end}") for end, pack in packed.items()),

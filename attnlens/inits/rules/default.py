@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from attnlens.checkpoints import ModuleWeights
 from attnlens.errors import UsageError
 from attnlens.inits.plan import Layer, Network, Plan, Rule
 from attnlens.inits.registry import initialiser
@@ -28,11 +27,13 @@ def default(network: Network) -> Rule:
     if network.build is None:
         raise UsageError("'default' needs the live network: it runs the network's own initialisation again")
     from attnlens.inits.apply import seeded
+    from attnlens.models.live import open_live
+    from attnlens.models.undress import undress
 
-    fresh = copy.deepcopy(network.build()).cpu()
+    fresh = copy.deepcopy(undress(network.build()).weights.network).cpu()
     with seeded(network.streams.seed):
         how = _reinitialise(fresh, [spec.path for spec in network.architecture.specs])
-    tensors = ModuleWeights(fresh)
+    tensors = open_live(fresh).weights
 
     def plan(layer: Layer) -> Plan:
         new = read_heads(layer.spec, tensors, layer.index)
@@ -62,7 +63,12 @@ def _reinitialise(fresh: nn.Module, paths: list[str]) -> str:
         fresh.apply(network._init_weights)  # noqa: SLF001  # timm's own hook, there under this name only
         return f"as {title}._init_weights does, module by module"
     for path in paths:
-        attention: Any = fresh.get_submodule(path)
+        try:
+            attention: Any = fresh.get_submodule(path)
+        except AttributeError as error:
+            raise UsageError(
+                f"'default' finds no {path} in the network as it is wrapped: initialise it before that is added"
+            ) from error
         for part in attention.modules():
             if part is not attention and callable(getattr(part, "reset_parameters", None)):
                 part.reset_parameters()

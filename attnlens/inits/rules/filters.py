@@ -1,4 +1,4 @@
-"""Depthwise filters drawn with a covariance: a closed form that widens with depth, or one measured elsewhere."""
+"""Depthwise filters drawn with a covariance: the closed form as trained filters have it, or one measured elsewhere."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 
 from attnlens.errors import UsageError
-from attnlens.filters.closed_form import LARGEST, SMALLEST, mixture, side
+from attnlens.filters.closed_form import WIDEST, closed_form
+from attnlens.filters.trained import Relative, trained_shape
 from attnlens.filters.transfer import square_root
 from attnlens.heads import Array
 from attnlens.inits.plan import FilterLayer, FilterPlan, Network, Rule
 from attnlens.inits.registry import choose, initialiser, number
 from attnlens.inits.rules.fitted import Form, load_params
-
-DEFAULTS = (0.02, 0.25, 0.0)
-"""``s_first``, ``s_last`` and ``isotropic``, this project's own choice."""
 
 
 @initialiser("conv-covariance")
@@ -25,37 +23,37 @@ def conv_covariance(
     *,
     params: Any = None,
     form: Form | None = None,
-    s_first: float = DEFAULTS[0],
-    s_last: float = DEFAULTS[1],
-    isotropic: float = DEFAULTS[2],
+    relative_s: float | None = None,
+    blur: float | None = None,
+    slope: float | None = None,
+    contrast: float | None = None,
 ) -> Rule:
     """Draw the filters of every depthwise convolution from N(0, Sigma), Sigma the same for all filters of a layer.
 
-    ``form="parametric"``, the default without ``params``: ``Sigma = (1 - w) C + w I / p`` with ``C[p, q] ~ exp(-|p -
-    q|^2 / 2s) exp(-|p|^2 / 2s) exp(-|q|^2 / 2s)``, p and q positions from the kernel's centre. ``s / side^2`` grows
-    geometrically with relative depth from ``s_first`` to ``s_last`` and w is ``isotropic``; with ``params`` both follow
-    the trends measured there. ``form="full"``, the default with ``params``: the covariances measured there (an
-    `InitParams`, the path of its file, or a model to fit), carried over as `InitParams.filter_covariance` says. All
-    filters of a layer are multiplied by one number, so that their sum of squares is the one the layer holds now: in a
-    new network the scale of its own initialisation. Biases zero. Inspired by Trockman, Willmott & Kolter, ICLR 2023
-    (arXiv 2210.03651), whose closed form was not at hand.
+    ``form="parametric"``, the default without ``params``: `filters.closed_form.closed_form`, a sum of smoothing, its
+    first derivatives, a centre against its surround, and equal variances without correlation. The squared width
+    ``s / side^2`` and the first three parts' shares of the trace are those of trained networks (`filters.trained`),
+    which differ between layers of stride 1 and above and not reliably with depth; an option that is given holds for
+    all layers. With ``params`` they are the medians measured there. ``form="full"``, the default with ``params``: the
+    covariances measured there (an `InitParams`, the path of its file, or a model to fit), carried over as
+    `InitParams.filter_covariance` says. All filters of a layer are multiplied by one number, so that their sum of
+    squares is the one the layer holds now: in a new network the scale of its own initialisation. Biases zero. Inspired
+    by Trockman, Willmott & Kolter, ICLR 2023 (arXiv 2210.03651), whose closed form was not at hand.
     """
     found = None if params is None else load_params(params)
     settled = choose("form", form or ("parametric" if found is None else "full"), ("full", "parametric"))
     if found is None and settled == "full":
         raise UsageError("form = 'full' needs params: covariances that `attnlens fit-params` measured in some network")
-    if found is not None and (s_first, s_last, isotropic) != DEFAULTS:
-        raise UsageError("s_first, s_last and isotropic go without params: with them, width and share are measured")
-    share = number("isotropic", isotropic, 0)
-    if share > 1:
-        raise UsageError(f"isotropic = {isotropic!r} is not accepted: pass a share, from 0 to 1")
-    first, last = (_relative(*given) for given in (("s_first", s_first), ("s_last", s_last)))
+    given = _given(relative_s=relative_s, blur=blur, slope=slope, contrast=contrast)
+    if found is not None and given:
+        raise UsageError(f"{', '.join(given)}: width and shares are measured in the params, leave one of the two out")
+    shapes = {strided: _settled(strided, given) for strided in (False, True)}
 
     def target(layer: FilterLayer) -> Array | None:
+        spec = layer.spec
         if found is not None:
-            return found.filter_covariance(layer.depth, layer.spec.kernel, settled)
-        relative = first ** (1 - layer.depth) * last**layer.depth
-        return mixture(layer.spec.kernel, relative * side(layer.spec.kernel) ** 2, share)
+            return found.filter_covariance(layer.depth, spec.kernel, settled, spec.strided)
+        return closed_form(spec.kernel, shapes[spec.strided].at(spec.kernel))
 
     def plan(layer: FilterLayer) -> FilterPlan:
         if not layer.filters.any():
@@ -92,8 +90,23 @@ def turned(layer: FilterLayer, filters: Array) -> Array:
     return (normal * lengths).reshape(filters.shape)
 
 
-def _relative(option: str, value: Any) -> float:
-    given = number(option, value, SMALLEST)
-    if given > LARGEST:
-        raise UsageError(f"{option} = {value!r} is not accepted: pass s / side^2, from {SMALLEST:g} to {LARGEST:g}")
-    return given
+def _given(**options: float | None) -> dict[str, float]:
+    """Return the options that were given, each within its range."""
+    found = {name: number(name, value, 0) for name, value in options.items() if value is not None}
+    for name, value in found.items():
+        if name == "relative_s" and not 0 < value <= WIDEST:
+            raise UsageError(f"relative_s = {value:g} is not accepted: pass s / side^2, above 0 and up to {WIDEST:g}")
+        if value > 1:
+            raise UsageError(f"{name} = {value:g} is not accepted: pass a share of the trace, from 0 to 1")
+    return found
+
+
+def _settled(strided: bool, given: dict[str, float]) -> Relative:
+    """Return the shape of layers of stride 1 or above, the given options in place of what was measured."""
+    shape = trained_shape(strided)._replace(**given)
+    if shape.blur + shape.slope + shape.contrast > 1 + 1e-9:
+        raise UsageError(
+            f"blur, slope and contrast are {shape.blur:g}, {shape.slope:g} and {shape.contrast:g} in layers of stride "
+            f"{'above 1' if strided else '1'}: shares of one trace come to 1 at most, name all three"
+        )
+    return shape

@@ -15,7 +15,8 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.inits.folding import folded
 from attnlens.inits.plan import Layer, Network, Plan, Rule
 from attnlens.inits.registry import choose, initialiser
-from attnlens.models.open import OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import OpenedModel
 
 _NORM_BIAS = "the bias of the teacher's norm stays with the teacher: only its gain is folded in"
 Select = Callable[[Array, tuple[int, ...]], Array]

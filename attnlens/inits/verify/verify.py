@@ -41,7 +41,8 @@ from attnlens.inits.verify.reuse import Reuse, Signs, reused, signs_of
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.depthwise import FilterSpec
 from attnlens.layouts.read_write import Tensors
-from attnlens.models.open import OpenedModel, open_model
+from attnlens.models.open import open_model
+from attnlens.models.opened import OpenedModel
 from attnlens.statistics.inverse import Parameters
 
 if TYPE_CHECKING:
@@ -94,26 +95,28 @@ class Claim(NamedTuple):
 
 def verify_init(
     model: str | os.PathLike[str] | nn.Module | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     init: str | None = None,
     seed: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     **options: Any,
 ) -> VerifyReport:
     """Return how a network's attention or depthwise filters differ from what an initialiser makes of them.
 
     Nothing is changed.
 
-    ``model`` and ``checkpoint``: as `attnlens.inspect` takes them. Without ``init``, the initialiser, seed and options
-    are those `attnlens init` wrote into the file, else ``mimetic``. With a seed (or an initialiser that draws nothing)
-    every product is compared as a whole matrix; without one by alpha, beta, the spread of its diagonal and its rank,
-    within the tolerances that `tolerance_at` and `spread_limits` state, filters by their covariance. Either way the
-    split of a product between its weights, biases that are set, and noise that returns in another product are looked
-    at. What fails is matched with the known `MISTAKES`.
+    ``model``, ``checkpoint``, ``model_args`` and ``input_size``: as `attnlens.inspect` takes them. Without ``init``,
+    the initialiser, seed and options are those `attnlens init` wrote into the file, else ``mimetic``. With a seed (or
+    an initialiser that draws nothing) every product is compared as a whole matrix; without one by alpha, beta, the
+    spread of its diagonal and its rank, within the tolerances that `tolerance_at` and `spread_limits` state, filters by
+    their covariance. Either way the split of a product between its weights, biases that are set, and noise that returns
+    in another product are looked at. What fails is matched with the known `MISTAKES`.
 
     Raises what `open_model` and the initialiser raise, and `UsageError` where a file's record cannot be followed.
     """
-    opened = open_model(model, checkpoint, filters=True)
+    opened = open_model(model, checkpoint, filters=True, model_args=model_args, input_size=input_size)
     claim = Claim(init, seed, options) if init is not None else recorded(opened, seed, options)
     chosen = find_initialiser(claim.init)
     architecture, tensors = opened.architecture, opened.checkpoint
@@ -161,7 +164,7 @@ def recorded(opened: OpenedModel, seed: int | None, options: dict[str, Any]) -> 
 
 
 def _builder(model: Any, opened: OpenedModel) -> Callable[[], nn.Module] | None:
-    if model is not None and not isinstance(model, str | os.PathLike):
+    if model is not None and not isinstance(model, str | os.PathLike | Mapping):
         return lambda: model
     if opened.timm_args is None:
         return None

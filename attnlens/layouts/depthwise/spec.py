@@ -32,6 +32,11 @@ class FilterSpec:
         """Number of entries of a filter: the side of its covariance."""
         return self.kernel[0] * self.kernel[1]
 
+    @property
+    def strided(self) -> bool:
+        """Whether the layer reads fewer places than there are."""
+        return max(self.stride) > 1
+
     def tensors(self) -> tuple[str, ...]:
         """Name every tensor of the layer: its filters, then its bias."""
         return (self.tensor, self.bias) if self.bias else (self.tensor,)

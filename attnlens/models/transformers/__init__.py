@@ -6,6 +6,6 @@ Neither imports transformers or torch.
 """
 
 from attnlens.models.by_tensor_names import describe_names
-from attnlens.models.transformers.describe import describe_transformers
+from attnlens.models.transformers.describe import describe_transformers, known_model_types, told_model_type
 
-__all__ = ["describe_names", "describe_transformers"]
+__all__ = ["describe_names", "describe_transformers", "known_model_types", "told_model_type"]

@@ -4,20 +4,59 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 
 from attnlens.checkpoints import Checkpoint
+from attnlens.checkpoints.codes import DEQUANTISED
 from attnlens.errors import CheckpointError, ModelNotFoundError
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
 from attnlens.models.architecture import Architecture
 from attnlens.models.by_tensor_names import find_groups
-from attnlens.models.transformers import text, vision
+from attnlens.models.transformers import decoders, encoder_decoder, text, vision
 from attnlens.models.transformers.stack import Config, Family, Role, Stack
 
 
 @cache
 def families() -> dict[str, Family]:
     """Return the known families by ``model_type``."""
-    return {name: family for family in (*vision.FAMILIES, *text.FAMILIES) for name in family.model_types}
+    modules = (vision, text, decoders, encoder_decoder)
+    return {name: family for module in modules for family in module.FAMILIES for name in family.model_types}
+
+
+def known_model_types() -> frozenset[str]:
+    """Return every ``model_type`` that is read."""
+    return frozenset(families())
+
+
+def told_model_type(config: Config, stored: Checkpoint) -> str | None:
+    """Tell the ``model_type`` of a configuration without one (all before 2020) by its sizes and the tensors' names.
+
+    None where no family has all the names of a layer's projections and norm, or several fit equally well.
+    """
+    held: dict[str, int] = {}
+    for model_type, family in families().items():
+        stacks = [(stack, stack.of_config(config)) for stack in family.stacks]
+        sized = [stack for stack, own in stacks if stack.is_of(own) and own.get(stack.heads) and own.get(stack.width)]
+        held[model_type] = max((_names_held(stack, stored) for stack in sized), default=0)
+    best = [model_type for model_type, count in held.items() if count == max(held.values()) > 0]
+    alike = all(families()[other].stacks == families()[best[0]].stacks for other in best)
+    return best[0] if best and alike else None
+
+
+def _names_held(stack: Stack, stored: Checkpoint) -> int:
+    """Count the names of a stack's second layer, or its first, that a file holds; 0 where a needed one is missing."""
+    try:
+        prefix = find_prefix(stack, stored)
+    except CheckpointError:
+        return 0
+    if prefix is None:
+        return 0
+    layer = 1 if prefix + stack.q.format(layer=1) in stored else 0
+    first = stack.norm if layer or stack.first_norm is None else stack.first_norm
+    needed = [*stack.projections().values(), *([first] if first else [])]
+    further = [*stack.flags_stored, *([stack.layer_scale] if stack.layer_scale else [])]
+    held = [prefix + name.format(layer=layer, before=layer - 1, last=0) in stored for name in (*needed, *further)]
+    return sum(held) if all(held[: len(needed)]) else 0
 
 
 def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Architecture:
@@ -31,26 +70,30 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
     family = families().get(model_type)
     if family is None:
         raise ModelNotFoundError(
-            f"{where} has model_type {model_type!r}, which is not known: attnlens reads {', '.join(sorted(families()))}"
-            "; for any other give the weight file and --num-heads"
+            f"{where} has model_type {model_type!r}, which is not known: give the weight file and --num-heads, to read "
+            f"it by its tensors' names. Known are {', '.join(sorted(families()))}"
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and DEQUANTISED not in stored.computed:
         raise CheckpointError(
             f"{where} says that the weights are quantised: what is stored is not what the network applies. Give the "
             "model it was made from"
         )
     classes = config.get("architectures")
     title = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else model_type
-    specs: list[AttentionSpec] = []
+    sides: dict[str, list[tuple[int, AttentionSpec]]] = {}
     shapes: dict[str, list[int]] = {}
     for stack in family.stacks:
-        prefix = _find_prefix(stack, stored)
+        own = stack.of_config(config)
+        prefix = find_prefix(stack, stored) if stack.is_of(own) else None
         if prefix is None:
             continue
-        placed = _Placed(stack, prefix, _sizes(stack, stack.of_config(config), where, stored), stored)
+        placed = Placed(stack, prefix, _sizes(stack, own, where, stored), stored)
         for layer in range(placed.sizes.depth):
-            specs.append(placed.spec(layer, family.name, f"transformers.{title}"))
+            spec = placed.spec(layer, family.name, f"transformers.{title}")
+            sides.setdefault(prefix + stack.path.partition("{")[0], []).append((layer, spec))
             shapes |= placed.shapes(layer)
+    # Stacks that share a block, as a decoder's self and cross attention do, follow each other block by block.
+    specs = [spec for side in sides.values() for _, spec in sorted(side, key=itemgetter(0))]
     if not specs:
         wanted = family.stacks[0].q.format(layer=0)
         raise CheckpointError(f"the weights are not of a {model_type}, which {where} names: {wanted} is missing")
@@ -65,7 +108,7 @@ def describe_transformers(config: Config, stored: Checkpoint, where: str) -> Arc
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """What the configuration says of a stack."""
 
     config: Config
@@ -74,9 +117,10 @@ class _Sizes:
     heads: int
     kv_heads: int
     head_dim: int
+    source_depth: int
 
 
-def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Sizes:
+def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> Sizes:
     """Read depth, width and heads from the configuration; there are no more layers than tensors."""
 
     def number(name: str, default: int | None = None) -> int:
@@ -85,18 +129,23 @@ def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> _Siz
             raise ModelNotFoundError(f"{name} in {where} is {value!r} where a number above 0 is needed: fix the file")
         return value
 
+    def first(names: str | tuple[str, ...]) -> int:
+        several = (names,) if isinstance(names, str) else names
+        return number(next((name for name in several if name in config), several[0]))
+
     heads, width = number(stack.heads), number(stack.width)
     kv_heads = number(stack.kv_heads, heads)
-    depth = number(stack.depth) if stack.depth else 1
+    depth = first(stack.depth) if stack.depth else 1
+    source_depth = first(stack.source_depth) if stack.source_depth else 0
     if heads % kv_heads:
         raise ModelNotFoundError(f"{heads} heads in {where} cannot share {kv_heads} key heads evenly: fix the file")
     if depth > len(stored):
         raise CheckpointError(f"{where} speaks of {depth} layers, and the weights are {len(stored)} tensors")
     head_dim = number(stack.head_dim, width // heads)
-    return _Sizes(config=config, depth=depth, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return Sizes(config, depth, width, heads, kv_heads, head_dim, source_depth)
 
 
-def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
+def find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
     """Find what stands in front of the stack's names; None where the file does not hold it.
 
     A tower of a composed model must stand below its ``within``; a tower alone may be stored without it.
@@ -114,17 +163,18 @@ def _find_prefix(stack: Stack, stored: Checkpoint) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A stack in a file: its names start with ``prefix``."""
 
     stack: Stack
     prefix: str
-    sizes: _Sizes
+    sizes: Sizes
     stored: Checkpoint
     held: dict[str, bool] = field(default_factory=dict)
 
     def name(self, template: str, layer: int) -> str:
-        return self.prefix + template.format(layer=layer, before=layer - 1)
+        """Return a tensor's name in full."""
+        return self.prefix + template.format(layer=layer, before=layer - 1, last=self.sizes.source_depth - 1)
 
     def holds(self, template: str) -> bool:
         """Whether any layer has such a tensor; then every layer must."""
@@ -134,6 +184,7 @@ class _Placed:
         return self.held[template]
 
     def spec(self, layer: int, family: str, module_class: str) -> AttentionSpec:
+        """Describe one layer."""
         scaled = self.stack.layer_scale is not None and self.holds(self.stack.layer_scale)
         return AttentionSpec(
             path=self.name(self.stack.path, layer),
@@ -150,16 +201,20 @@ class _Placed:
         )
 
     def slot(self, role: Role, layer: int) -> Slot:
+        """Describe one projection of a layer."""
         stack, sizes = self.stack, self.sizes
         template = stack.projections()[role]
         heads = sizes.kv_heads if role in "kv" else sizes.heads
-        packed = stack.q == stack.k == stack.v
-        offset = "qkv".index(role) * heads * sizes.head_dim if packed and role != "o" else 0
+        offset, stride = 0, sizes.head_dim
+        if stack.q == stack.k == stack.v and role != "o":
+            place, counts = "qkv".index(role), (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+            offset = sizes.head_dim * (place if stack.head_first else sum(counts[:place]))
+            stride = sizes.head_dim * (3 if stack.head_first else 1)
         return Slot(
             tensor=self.name(template, layer),
             heads=heads,
             width=sizes.head_dim,
-            head_stride=sizes.head_dim,
+            head_stride=stride,
             offset=offset,
             axis=int((role == "o") != stack.stored_in_out),
             bias=self.name(_bias(template), layer) if self.holds(_bias(template)) else None,
@@ -167,18 +222,26 @@ class _Placed:
         )
 
     def norms(self, layer: int) -> tuple[NormSpec, ...]:
+        """Describe the norms whose output a layer's projections read."""
         stack = self.stack
         template = stack.norm if layer or stack.first_norm is None else stack.first_norm
-        name = self.name(template, layer)
+        own = self.norm(template, layer, "q" if stack.kv_norm else stack.norm_roles)
+        return (*own, *self.norm(stack.kv_norm, layer, "kv")) if stack.kv_norm else own
+
+    def norm(self, template: str, layer: int, roles: str) -> tuple[NormSpec, ...]:
+        """Describe one of them; none where the template is empty."""
+        if not template:
+            return ()
+        stack, name = self.stack, self.name(template, layer)
         older = name.removesuffix("weight") + "gamma"  # as TensorFlow named it, and BERT's own files still do
         if name not in self.stored and older in self.stored:
             name = older
         if layer == 0 and name in self.stored and self.stored.shape(name) != (self.sizes.width,):
             return ()  # ELECTRA: a projection stands between the embeddings' norm and the first layer
-        gained = NormSpec(kind=stack.norm_kind, roles=stack.norm_roles, weight=name, gain_offset=stack.gain_offset)
-        return (gained,)
+        return (NormSpec(kind=stack.norm_kind, roles=roles, weight=name, gain_offset=stack.gain_offset),)
 
     def flags(self) -> tuple[str, ...]:
+        """Say what the layers apply beside their products."""
         stack, config = self.stack, self.sizes.config
         found = [*stack.flags]
         found += [flag for name, flag in stack.flags_set.items() if config.get(name)]
@@ -193,7 +256,7 @@ class _Placed:
         spec, sizes = self.spec(layer, "", ""), self.sizes
         found: dict[str, list[int]] = {}
         for role, slot in spec.slots().items():
-            inner = slot.heads * slot.width * (3 if slot.tensor == spec.k.tensor == spec.q.tensor else 1)
+            inner = sum(one.heads * one.width for one in spec.slots().values() if one.tensor == slot.tensor)
             found[slot.tensor] = [sizes.width, inner] if slot.axis else [inner, sizes.width]
             if slot.bias:
                 found[slot.bias] = [sizes.width if role == "o" else inner]

@@ -10,6 +10,11 @@ Config = Mapping[str, Any]
 Role = Literal["q", "k", "v", "o"]
 
 
+def unscaled(_config: Config, _layer: int, _head_dim: int) -> float:
+    """Return the scale of scores that are not scaled."""
+    return 1.0
+
+
 def inverse_root(_config: Config, _layer: int, head_dim: int) -> float:
     """Return the usual scale of a score, 1 / sqrt(head_dim)."""
     return float(head_dim**-0.5)
@@ -21,17 +26,21 @@ class Stack:
 
     ``path``, the tensors ``q``, ``k``, ``v``, ``o``, ``norm`` and ``layer_scale`` are names below a prefix that the
     file itself shows, with ``{layer}`` for a layer's index and ``{before}`` for the one in front of it. Where q, k
-    and v are the same tensor its rows are ``[q | k | v][head][unit]``. A projection is stored ``[out, in]``, or
+    and v are the same tensor its rows are ``[q | k | v][head][unit]``, or ``[head][q | k | v][unit]`` where
+    ``head_first`` says so. A projection is stored ``[out, in]``, or
     ``[in, out]`` where ``stored_in_out`` says so. Biases (named as the weight, ``bias`` for ``weight``), LayerScale
     and what ``flags_stored`` names are there if the file holds them for any layer.
 
     ``norm`` is the norm whose output reaches the projections of ``norm_roles``; ``first_norm`` that of layer 0 where
-    it is another one, and "" where there is none. With x = g * n + b its output (n normalised, g the weight, b the
-    bias), q = x @ W_Q = n @ (diag(g) W_Q) + b @ W_Q, wherever in the network that norm stands.
+    it is another one, and "" where there is none. Where keys and values read another one, as cross attention does, it
+    is ``kv_norm``, with ``{last}`` for the last of ``source_depth`` layers. With x = g * n + b its output (n
+    normalised, g the weight, b the bias), q = x @ W_Q = n @ (diag(g) W_Q) + b @ W_Q, wherever in the network that norm
+    stands.
 
     ``heads``, ``kv_heads``, ``depth``, ``width`` and ``head_dim`` are fields of the configuration, of its section
     ``section`` where one is named; ``defaults`` hold the values a configuration that leaves them out stands for.
-    ``within`` ends the prefix where a model has several stacks of the same names.
+    ``depth`` may name several fields, of which the first that is there counts. ``within`` ends the prefix where a model
+    has several stacks of the same names. ``only_if`` holds what fields must be for the stack to be this one.
     """
 
     path: str
@@ -43,19 +52,23 @@ class Stack:
     first_norm: str | None = None
     norm_kind: str = "layer"
     norm_roles: str = "qkv"
+    kv_norm: str | None = None
+    source_depth: str | tuple[str, ...] | None = None
     gain_offset: float = 0.0
     layer_scale: str | None = None
     stored_in_out: bool = False
+    head_first: bool = False
 
     section: str | None = None
     within: str = ""
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
-    depth: str | None = "num_hidden_layers"
+    depth: str | tuple[str, ...] | None = "num_hidden_layers"
     width: str = "hidden_size"
     head_dim: str = "head_dim"
     defaults: Config = field(default_factory=dict)
     scale: Callable[[Config, int, int], float] = inverse_root
+    only_if: Config = field(default_factory=dict)
 
     flags: tuple[str, ...] = ()
     """True of every such layer."""
@@ -71,6 +84,10 @@ class Stack:
         section = config.get(self.section) if self.section else config
         given = section if isinstance(section, Mapping) else {}
         return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
+
+    def is_of(self, config: Config) -> bool:
+        """Whether a configuration, as `of_config` returns it, asks for this form of the stack."""
+        return all(config.get(name) == value for name, value in self.only_if.items())
 
     def projections(self) -> dict[Role, str]:
         """Return the templates of the four weights."""

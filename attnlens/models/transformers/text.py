@@ -71,6 +71,26 @@ BERT = (
     ),
 )
 
+# ModernBERT: norms in front; the first layer reads the norm of the embeddings as it is.
+_MODERN = "layers.{layer}."
+
+MODERNBERT = Family(
+    name="modernbert",
+    model_types=("modernbert",),
+    stacks=(
+        Stack(
+            path=_MODERN + "attn",
+            q=_MODERN + "attn.Wqkv.weight",
+            k=_MODERN + "attn.Wqkv.weight",
+            v=_MODERN + "attn.Wqkv.weight",
+            o=_MODERN + "attn.Wo.weight",
+            norm=_MODERN + "attn_norm.weight",
+            first_norm="embeddings.norm.weight",
+            flags=("rope",),
+        ),
+    ),
+)
+
 # GPT-2: packed q, k and v, every projection stored ``[in, out]``.
 _GPT2 = "h.{layer}."
 
@@ -138,9 +158,10 @@ def _gemma_scale(config: Config, _layer: int, _head_dim: int) -> float:
 LLAMA = (
     Family(
         name="llama",
-        model_types=("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+        model_types=("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
         stacks=(_DECODER,),
     ),
+    Family(name="starcoder2", model_types=("starcoder2",), stacks=(replace(_DECODER, norm_kind="layer"),)),
     Family(name="gemma", model_types=("gemma",), stacks=(_GEMMA,)),
     Family(
         name="gemma",
@@ -156,4 +177,4 @@ LLAMA = (
     ),
 )
 
-FAMILIES = (*BERT, GPT2, *LLAMA)
+FAMILIES = (*BERT, MODERNBERT, GPT2, *LLAMA)

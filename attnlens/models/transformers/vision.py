@@ -9,7 +9,7 @@ _VIT = "encoder.layer.{layer}."
 
 VIT = Family(
     name="vit",
-    model_types=("vit", "deit", "vit_mae", "vit_msn", "ijepa"),
+    model_types=("vit", "deit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer"),
     stacks=(
         Stack(
             path=_VIT + "attention",
@@ -137,4 +137,26 @@ CLIP = (
     Family(name="siglip", model_types=("siglip_text_model", "siglip2_text_model"), stacks=(_alone(SIGLIP_TEXT),)),
 )
 
-FAMILIES = (VIT, DINOV2, DINOV3, BEIT, *CLIP)
+# V-JEPA 2: an encoder and the predictor trained beside it, with rotary positions in three axes.
+_VJEPA_SIZES = ("pred_num_attention_heads", "pred_num_hidden_layers", "pred_hidden_size")
+
+
+def _vjepa(layer: str) -> Stack:
+    return Stack(
+        path=layer + "attention",
+        q=layer + "attention.query.weight",
+        k=layer + "attention.key.weight",
+        v=layer + "attention.value.weight",
+        o=layer + "attention.proj.weight",
+        norm=layer + "norm1.weight",
+        flags=("rope",),
+    )
+
+
+_PREDICTOR = replace(
+    _vjepa("predictor.layer.{layer}."),
+    **dict(zip(("heads", "depth", "width"), _VJEPA_SIZES, strict=True)),  # type: ignore[arg-type]
+)
+VJEPA2 = Family(name="vjepa2", model_types=("vjepa2",), stacks=(_vjepa("encoder.layer.{layer}."), _PREDICTOR))
+
+FAMILIES = (VIT, DINOV2, DINOV3, BEIT, *CLIP, VJEPA2)

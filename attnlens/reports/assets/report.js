@@ -3,10 +3,13 @@
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const CIRCUITS = ["qk", "ov"];
-  const MARKS = { identity: "+", "negative identity": "−", "not described by this model": "?" };
+  const MARKS = {
+    identity: "+", "negative identity": "−", "identity + low rank": "p", "negative identity + low rank": "n",
+    "mixed diagonal": "±", "not described by this model": "?",
+  };
   const COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6"].map((name) => `var(${name})`);
-  const FOLD_COLOURS = { domain: ["raw", "effective", "centred"], range: ["var(--raw)", "var(--effective)", "var(--centred)"] };
-  const FOLD_SYMBOLS = { domain: FOLD_COLOURS.domain, range: ["circle", "triangle", "square"] };
+  const FOLD_COLOURS = { domain: ["raw", "effective", "centred", "balanced"], range: ["raw", "effective", "centred", "balanced"].map((fold) => `var(--${fold})`) };
+  const FOLD_SYMBOLS = { domain: FOLD_COLOURS.domain, range: ["circle", "triangle", "square", "diamond"] };
   const HALF = (DATA.codes.length - 1) / 2;
   const LEVELS = new Map([...DATA.codes].map((code, level) => [code, level - HALF]));
 
@@ -192,8 +195,8 @@
 
   // ---- table ----
 
-  const table = find("table");
-  table.addEventListener("click", (event) => {
+  const table = find("table");  // null where there are filters alone
+  table?.addEventListener("click", (event) => {
     const row = event.target.closest("tbody tr");
     if (row) choose(row.dataset.layer, row.dataset.head, row.dataset.fold, { scroll: true });
   });
@@ -209,8 +212,8 @@
     }
     find("shown").textContent = `${shown} of ${table.tBodies[0].rows.length} rows`;
   }
-  for (const id of ["layer", "kind", "verdict"]) find(id).addEventListener("change", filter);
-  find("fold").addEventListener("change", () => {
+  for (const id of ["layer", "kind", "verdict"]) find(id)?.addEventListener("change", filter);
+  find("fold")?.addEventListener("change", () => {
     filter();
     maps();
     if (chosen && find("fold").value) choose(chosen.layer, chosen.head, find("fold").value);
@@ -277,7 +280,7 @@
             ...(name === "alpha" ? [] : [Plot.ruleY([0])]),
             Plot.dot(own, { x: "layer", y: name, stroke: "fold", symbol: "fold", r: 2, strokeOpacity: 0.55, tip: true,
               title: (r) => `layer ${r.layer}, head ${r.head}, ${r.fold}\n${short(r[name])}` }),
-            ...["effective", "centred", "raw"].map((fold) => Plot.lineY(own.filter((r) => r.fold === fold), Plot.groupX({ y: "mean" }, {
+            ...["effective", "centred", "balanced", "raw"].map((fold) => Plot.lineY(own.filter((r) => r.fold === fold), Plot.groupX({ y: "mean" }, {
               x: "layer", y: name, stroke: FOLD_COLOURS.range[FOLD_COLOURS.domain.indexOf(fold)], strokeWidth: 2,
               strokeDasharray: fold === "raw" ? "5 4" : null,  // where two folds coincide the broken line lies over the solid one
             }))),
@@ -325,14 +328,16 @@
     }
   }
 
-  filter();
-  maps();
-  profiles();
-  if (DATA.comparison) comparison(DATA.comparison);
+  if (table) {
+    filter();
+    maps();
+    profiles();
+  }
+  if (DATA.comparison?.profiles.length) comparison(DATA.comparison);
   if (DATA.training) training(DATA.training);
   const linked = /^#head=(\d+)\.(\w+)\.(\w+)$/.exec(location.hash);
   if (linked) choose(linked[1], linked[2], linked[3], { scroll: true });
-  if (!chosen) {  // without an address, the head whose QK product is most like an identity, or the first row
+  if (table && !chosen) {  // without an address, the head whose QK product is most like an identity, or the first row
     const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
     const share = ({ dataset }) => byKey.get(keyOf(dataset.layer, dataset.head, "qk", dataset.fold))?.share ?? -1;
     const first = rows[d3.greatestIndex(rows, share)];

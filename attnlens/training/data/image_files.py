@@ -1,4 +1,4 @@
-"""Images out of folders and tars of strangers: nothing outside is followed, nothing small becomes large, nothing runs.
+"""Images out of untrusted folders and tars: nothing outside is followed, nothing small becomes large, nothing runs.
 
 Bound: for each byte of file at most `DECODED` bytes of pixels, and `ALLOWANCE` beside that; of a compressed tar at most
 `EXPANDS` bytes, and `ALLOWANCE`. ``--image-size`` adds the pixels it asks for, image by image.
@@ -30,6 +30,8 @@ DECODED = 64
 EXPANDS = 32
 """Bytes a compressed tar may hold for each byte on disk: images are compressed already."""
 ALLOWANCE = 64 << 20
+_ENDS = 3
+"""Times a tar may be read at its end: once for each of a header, and what stands in front of and behind it."""
 
 Read = tuple[str, bytes]
 _COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
@@ -127,14 +129,22 @@ def _content(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _Bounded:
-    """What `tarfile` needs of a stream, ending in an error where more comes out of an archive than it may hold."""
+    """What `tarfile` needs of a stream, ending in an error where more comes out of an archive than it may hold.
+
+    It ends in one, too, where it is asked on and on at its end: a member that is skipped is read over, as far as it
+    declares to reach.
+    """
 
     def __init__(self, content: IO[bytes], limit: int, path: Path) -> None:
         self._content, self._left, self._path = content, limit, path
+        self._ended = 0
 
     def read(self, size: int) -> bytes:
         content = self._content.read(size)
         self._left -= len(content)
+        self._ended += not content
+        if self._ended > _ENDS:
+            raise EOFError("a member declares more bytes than there are")
         if self._left < 0:
             raise DatasetError(f"{self._path} expands to more than {EXPANDS} times its length: that is no data set")
         return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.atomic import write_atomic
-from attnlens.checkpoints.archives import DAMAGED_ARRAY, check_archive
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, array_header, check_archive
 from attnlens.errors import OutputError, UsageError
 from attnlens.printable import printable
 from attnlens.training.data.augment import augmented, draw_epoch, fill_value
@@ -357,7 +358,11 @@ def _cached(cache: Path, name: str, key: str, files: Callable[[], Iterator[Read]
 
 def _cached_images(path: Path, name: str) -> Images:
     """Read what `_cached` wrote. Raises one of a handful of errors for anything else."""
-    check_archive(path, stored=True)
+    members = check_archive(path, stored=True)
+    with zipfile.ZipFile(path) as archive:
+        for member in members:
+            with archive.open(member) as file:
+                array_header(file)
     with np.load(path, allow_pickle=False) as stored:
         arrays = {key: stored[key] for key in ("train", "train_labels", "test", "test_labels", "classes", "sha256")}
     parts = [arrays[key] for key in ("train", "train_labels", "test", "test_labels")]

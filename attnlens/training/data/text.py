@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.errors import UsageError
+from attnlens.patterns import matching_paths
 from attnlens.strict_json import within
 from attnlens.training.data.image_files import DatasetError
 from attnlens.training.data.on_device import Dataset, Epoch, hash_of
@@ -176,7 +176,7 @@ def _files(pattern: str, name: str) -> list[Path]:
     elif path.is_file():
         files, hint = [path], ""
     else:
-        files = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]  # noqa: PTH207
+        files = [match for match in matching_paths(pattern) if match.is_file()]
         hint = "there is no such file or folder, and no file matches it as a pattern"
     if not files:
         raise UsageError(f"--dataset {name}: {hint}. Name a text file, a folder of them, or {PREFIX}{WIKITEXT}")

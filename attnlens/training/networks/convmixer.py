@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "convmixer-tiny": {"dim": 64, "depth": 6, "kernel_size": 5, "activation": "gelu"},
+    "convmixer-tiny-7": {"dim": 64, "depth": 6, "kernel_size": 7, "activation": "gelu"},
 }
 """Sizes by name, beside timm's own entries."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from attnlens.models.open import OpenedModel
+    from attnlens.models.opened import OpenedModel
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 """timm's name of the class and its defaults; every size is given explicitly."""

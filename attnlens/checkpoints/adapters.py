@@ -1,0 +1,91 @@
+"""A folder of PEFT: an adapter's tensors and its configuration, put beside those of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attnlens.checkpoints.applied import as_applied
+from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.open import open_stored
+from attnlens.errors import CheckpointError
+from attnlens.strict_json import read_json, within
+
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_FRONT = "base_model.model."
+
+
+def base_of(folder: Path) -> str:
+    """Return the name of an adapter's base model, empty where its configuration names none."""
+    base = _config(folder).get("base_model_name_or_path")
+    return base if isinstance(base, str) else ""
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = within(folder, folder / "adapter_config.json", CheckpointError)
+    try:
+        data = read_json(path)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} holds broken JSON ({error})") from error
+    return data if isinstance(data, dict) else {}
+
+
+def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
+    """Return the weights of ``base`` with the adapter of a folder merged into them. Raises `CheckpointError`."""
+    found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no {' or '.join(_FILES)}: give the whole folder of the adapter")
+    adapter = open_stored(within(folder, found, CheckpointError))
+    both = _Beside(base, adapter)
+    strangers = [name for name, home in both.homes.items() if not home]
+    if strangers:
+        raise CheckpointError(
+            f"{found} adapts {strangers[0]}, which its base does not have by that name: merge it (peft's "
+            "merge_and_unload), save the result with save_pretrained, and give that folder"
+        )
+    config = _config(folder)
+    return as_applied(both, lambda: {"adapter": config})
+
+
+class _Beside(Checkpoint):
+    """The tensors of a base and of its adapter, under the base's names."""
+
+    def __init__(self, base: Checkpoint, adapter: Checkpoint) -> None:
+        self.base, self.adapter = base, adapter
+        self.metadata, self.title = base.metadata, base.title
+        modules = {name.rpartition(".")[0] for name in base}
+        self.own = {name.removeprefix(_FRONT): name for name in adapter}
+        self.homes = {name: any(_prefixes(name, modules)) for name in self.own}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the base's provenance and the adapter's."""
+        return {**self.base.provenance(), "adapter": self.adapter.provenance()}
+
+    def size(self) -> int:
+        """Return the bytes on disk."""
+        return self.base.size() + self.adapter.size()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self.adapter.shape(self.own[name]) if name in self.own else self.base.shape(name)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a tensor."""
+        return self.adapter[self.own[name]] if name in self.own else self.base[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of both."""
+        return iter(dict.fromkeys((*self.base, *self.own)))
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len({*self.base, *self.own})
+
+
+def _prefixes(name: str, modules: set[str]) -> Iterator[str]:
+    """Yield the modules of the base that a name stands below."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            yield name

@@ -1,0 +1,113 @@
+"""Tensors a file does not store but for what they are made of: a view of a checkpoint that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnlens.checkpoints.base import Checkpoint
+from attnlens.errors import CheckpointError
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tensor made from stored ones: their names, its shape, the formula."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    formula: Callable[..., Values]
+
+
+@dataclass
+class Plan:
+    """What a view changes: tensors that are made, refused with a reason, renamed, hidden."""
+
+    stored: Checkpoint
+    made: dict[str, Recipe] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    hidden: set[str] = field(default_factory=set)
+
+    def make(self, name: str, parts: tuple[str, ...], shape: tuple[int, ...], formula: Callable[..., Values]) -> None:
+        """Make a tensor from stored ones, which are hidden."""
+        self.made[name] = Recipe(parts, shape, formula)
+        self.hidden |= {*parts} - {name}
+
+    def view(self, how: str) -> Checkpoint:
+        """Return the checkpoint as planned, or itself where nothing changes."""
+        return AppliedWeights(self, how) if self.made or self.refused else self.stored
+
+
+class AppliedWeights(Checkpoint):
+    """A checkpoint some of whose tensors are computed, in float64; its provenance says how."""
+
+    def __init__(self, plan: Plan, how: str) -> None:
+        self._stored, self._made, self._refused, self._how = plan.stored, plan.made, plan.refused, how
+        gone = plan.hidden
+        self._names = dict.fromkeys([*(n for n in plan.stored if n not in gone), *plan.made, *plan.refused])
+        self.metadata = plan.stored.metadata
+        self.computed = (*plan.stored.computed, *([how] if plan.made else []))
+        fronts = {name.rpartition(".")[0]: front for name, front in plan.stored.keys_in_front.items()}
+        new = {name: fronts.get(name.rpartition(".")[0], "") for name in plan.refused}
+        new |= {name: plan.stored.keys_in_front.get(made.parts[0], "") for name, made in plan.made.items()}
+        self.keys_in_front = {**new, **plan.stored.keys_in_front} if fronts else {}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the origin's provenance, and how tensors were computed."""
+        return {**self._stored.provenance(), **({"computed": list(self.computed)} if self.computed else {})}
+
+    def size(self) -> int:
+        """Return the bytes on disk."""
+        return self._stored.size()
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Tell the origin which of its tensors will be asked for."""
+        parts = [self._made[name].parts if name in self._made else (name,) for name in names]
+        self._stored.expect([part for several in parts for part in several])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape. Raises `CheckpointError` for one that cannot be computed."""
+        self._check(name)
+        return self._made[name].shape if name in self._made else self._stored.shape(name)
+
+    def _check(self, name: str) -> None:
+        if name in self._refused:
+            raise CheckpointError(f"{name} {self._refused[name]}")
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a tensor, computed where it must be. Raises `CheckpointError` for one that cannot be computed."""
+        self._check(name)
+        if name not in self._made:
+            return self._stored[name]
+        recipe = self._made[name]
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is told by the reader of heads, with the name
+                values = recipe.formula(*(widened_codes(self._stored[part]) for part in recipe.parts))
+            return np.ascontiguousarray(np.broadcast_to(values, recipe.shape))
+        except (ValueError, IndexError) as error:
+            shapes = ", ".join(f"{part} {self._stored.shape(part)}" for part in recipe.parts)
+            raise CheckpointError(f"{name} cannot be computed ({self._how}): the shapes of {shapes} differ") from error
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name; nothing is read."""
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._names)
+
+
+def widened_codes(stored: Any) -> Values:
+    """Widen to float64, integer codes too."""
+    if not isinstance(stored, np.ndarray):
+        stored = stored.detach().cpu().double().numpy()
+    return np.asarray(stored, dtype=np.float64)

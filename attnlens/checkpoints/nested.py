@@ -1,0 +1,59 @@
+"""Tensors inside what training scripts save: dictionaries in dictionaries, pickled modules, scripted modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attnlens.checkpoints.pickled_data import Inert, TensorRef
+
+DEEPEST = 12
+"""Levels that are looked into for weights."""
+_MOST_HOLDERS = 100_000
+_NOT_WEIGHTS = ("optim", "sched", "exp_avg", "grad", "scaler", "loss")
+"""Beginnings of keys under which a training script keeps tensors that are no network's."""
+
+
+def parts_of(value: Any) -> Mapping[Any, Any]:
+    """Return what a dictionary, a pickled module or a scripted one holds, by name; empty for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if not isinstance(value, Inert):
+        return {}
+    own = value.attributes()
+    if "_modules" not in own:
+        return value.items or own
+    found: dict[Any, Any] = {}
+    for kind in ("_parameters", "_buffers", "_modules"):
+        found |= parts_of(own.get(kind))
+    return found
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether it is a tensor, or stands for one of a kind that is not read."""
+    if isinstance(value, Inert):
+        return "ensor" in value.name.rpartition(" ")[2]
+    return isinstance(value, TensorRef) or (hasattr(value, "dtype") and hasattr(value, "shape"))
+
+
+def named_tensors(root: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return every tensor by its dotted name, and of each name the keys in front of the state dict it stands in."""
+    found: dict[str, Any] = {}
+    keys: dict[str, str] = {}
+    waiting: list[tuple[str, str, Any, int]] = [("", "", root, 0)]
+    seen: set[int] = set()
+    while waiting:
+        prefix, outer, value, depth = waiting.pop()
+        if id(value) in seen or depth > DEEPEST or len(seen) > _MOST_HOLDERS:
+            continue
+        seen.add(id(value))
+        inner: list[tuple[str, str, Any, int]] = []
+        for key, part in parts_of(value).items():
+            name = f"{prefix}{key}"
+            if _is_tensor(part):
+                found[name], keys[name] = part, outer
+            elif parts_of(part) and not (isinstance(value, Mapping) and str(key).lower().startswith(_NOT_WEIGHTS)):
+                inside = f"{name}." if isinstance(value, Mapping) or not depth else outer
+                inner.append((f"{name}.", inside, part, depth + 1))
+        waiting.extend(reversed(inner))
+    return found, keys

@@ -1,0 +1,34 @@
+"""Tables as CSV, whose cells no spreadsheet takes for a formula and no terminal for a command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from attnlens.printable import printable
+
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a cell begins with that spreadsheets compute, in either width."""
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Return a table as CSV with line feeds: a header, then a line a row.
+
+    None and what is no finite number are empty cells. Text is written by `printable`, so that a cell is one line, and
+    behind an apostrophe where it begins as a formula does, white space left out; numbers are as Python writes them.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        text = printable(value)
+        return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value

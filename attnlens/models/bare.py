@@ -1,0 +1,87 @@
+"""Weights without an architecture: read by their tensors' names, once the number of heads is said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnlens.checkpoints import Checkpoint, open_checkpoint
+from attnlens.errors import CheckpointError, UsageError
+from attnlens.models.by_tensor_names import describe_names, in_order
+from attnlens.models.named import HeadsOf, describe_lens, describe_named, lens_layers
+from attnlens.models.opened import Access, OpenedModel, Weights
+from attnlens.models.row_order import CONFIGURED
+from attnlens.models.weights import is_weight_name, parse_object, weights_in, weights_of
+from attnlens.strict_json import within
+
+
+def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Access) -> OpenedModel:
+    """Open a file, or the weights of a folder, by the names of its tensors alone."""
+    given = checkpoint if model is None else model
+    if isinstance(given, Mapping) and (model is None or checkpoint is None):
+        weights = weights_of(given, access)
+        return _by_names(weights, num_heads, "state dict", {"model": "state dict"}, "the state dict", access.row_order)
+    path = Path(given) if isinstance(given, str | os.PathLike) else None
+    if path is None or (model is not None and checkpoint is not None) or not (path.is_dir() or is_weight_name(path)):
+        raise UsageError(
+            "--num-heads goes with a weight file alone: a model that is named, a live module or the shipped ViT "
+            "says itself how many heads it has"
+        )
+    weights = open_checkpoint(weights_in(path) if path.is_dir() else path, access.network)
+    order, quantised = _config_beside(path if path.is_dir() else path.parent)
+    order = access.row_order or order
+    opened = _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path), order)
+    codes = [name for spec in opened.architecture.specs for name in spec.tensors() if _is_one_byte(opened, name)]
+    if quantised and codes:
+        raise CheckpointError(
+            f"the config.json beside {path} says that the weights are quantised, and {codes[0]} has no scales: give "
+            "the model it was quantised from"
+        )
+    return opened
+
+
+def _is_one_byte(opened: OpenedModel, name: str) -> bool:
+    return getattr(opened.checkpoint[name].dtype, "itemsize", 0) == 1
+
+
+def _config_beside(folder: Path) -> tuple[str | None, bool]:
+    """Return the order of packed rows of a config.json's model_type, and whether it says that weights are quantised."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return None, False
+    try:
+        data = parse_object(within(folder, config, CheckpointError).read_bytes(), config)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
+    return CONFIGURED.get(str(data.get("model_type"))), bool(data.get("quantization_config"))
+
+
+def _by_names(
+    weights: Checkpoint, num_heads: int, title: str, source: dict[str, str], where: str, order: str | None = None
+) -> OpenedModel:
+    """Open weights by their names: those of a network that is known, or names that attention usually has."""
+    lens = of_lens(weights, title, source, num_heads)
+    if lens is not None:
+        return lens
+    if order is not None:
+        weights = in_order(weights, num_heads, order)
+    named = describe_named(weights, num_heads)
+    told = f"of {named.name}, told by tensor names" if named else "guessed from tensor names"
+    architecture = named or describe_names(weights, num_heads, where, order)
+    return OpenedModel(title, architecture, weights, {**source, "layout": f"{told}, {num_heads} heads"})
+
+
+def of_lens(
+    weights: Checkpoint, title: str, source: dict[str, str], num_heads: int | None = None
+) -> OpenedModel | None:
+    """Open weights of TransformerLens, which hold a matrix for each head; None for any others."""
+    paths = lens_layers(weights)
+    if not paths:
+        return None
+    architecture = describe_lens(weights, paths)
+    heads = architecture.specs[0].q.heads
+    if num_heads not in (None, heads):
+        raise UsageError(f"{title} stores {heads} heads in each layer, not {num_heads}: leave out --num-heads")
+    return OpenedModel(title, architecture, HeadsOf(weights), {**source, "layout": "TransformerLens"})

@@ -1,0 +1,62 @@
+"""Weights as a caller gives them: a file, a folder that holds one, or a state dict; and the JSON beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnlens.checkpoints import Checkpoint, open_checkpoint
+from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
+from attnlens.checkpoints.formats import OTHER_FORMATS
+from attnlens.checkpoints.networks import rechosen
+from attnlens.checkpoints.open import as_read
+from attnlens.checkpoints.shards import TRANSFORMERS_FILES
+from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
+from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
+from attnlens.models.opened import Access, Weights
+from attnlens.strict_json import parse_json, within
+
+
+def weights_of(given: Weights, access: Access) -> Checkpoint:
+    """Open what a caller gave as weights: a state dict in memory or a file; of several networks the one asked for."""
+    if isinstance(given, Checkpoint):
+        return rechosen(given, access.network)
+    if isinstance(given, Mapping):
+        from attnlens.checkpoints.memory import StateDict
+
+        return as_read(StateDict(given), access.network)
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(
+            f"a {type(given).__name__} is no checkpoint: give a file or a state dict, as model.state_dict()"
+        )
+    return open_checkpoint(given, access.network)
+
+
+def is_weight_name(path: Path) -> bool:
+    """Return whether a file's name ends as one that holds weights, in a format that is read or told from those."""
+    suffixes = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS)
+    return path.name.lower().endswith(suffixes)
+
+
+def weights_in(folder: Path) -> Path:
+    """Return the weight file, or the index of its shards, of a model folder."""
+    from attnlens.checkpoints.hub import WEIGHT_FILES
+
+    names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
+    return within(folder, found, CheckpointError)
+
+
+def parse_object(text: bytes, where: Path) -> dict[str, Any]:
+    """Parse a JSON object. Raises `CheckpointError` naming ``where`` for anything else."""
+    try:
+        data = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{where} holds broken JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{where} holds a JSON {type(data).__name__} where an object is expected")
+    return data

@@ -1,0 +1,89 @@
+"""Folders that are both state and output: looked through before anything in them is believed or written.
+
+Such a folder may come from somebody else. Of its files a digest tells damage and edits, not a forgery: whoever writes
+numbers can write their digest, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnlens.errors import AttnlensError
+
+LARGEST = 1 << 30
+"""Bytes of a file of state that is read: a million evaluations take less."""
+
+DIGEST = "sha256"
+
+
+def check_folder(folder: Path, refusal: type[AttnlensError], parts: Sequence[str] = ()) -> None:
+    """Refuse, with an error of that class, a folder in which something read or written would be another place's.
+
+    Looked at are the entries of ``folder`` and of its folders ``parts``. A link must end inside ``folder``; whatever is
+    neither file nor folder (a pipe, whose opening may never return, or a device) is refused. A folder that is not
+    there is in order.
+    """
+    home = _resolved(folder, refusal) if folder.is_dir() else folder
+    for place in (folder, *(folder / name for name in parts)):
+        for path in _entries(place, refusal):
+            if path.is_symlink() and not _resolved(path, refusal).is_relative_to(home):
+                raise refusal(f"{path} is a link that leaves {folder}: refused, its target would be written")
+            kind = path.stat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise refusal(f"{path} is no file and no folder but a pipe or a device: take it out of {folder}")
+            if path.parent == folder and path.name in parts and not stat.S_ISDIR(kind):
+                raise refusal(f"{path} is a file where a folder is expected: take it away")
+
+
+def read_state(path: Path) -> bytes:
+    """Return the content of a plain file of at most `LARGEST` bytes. Raises `OSError`, or `ValueError` for others."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no plain file")
+        if status.st_size > LARGEST:
+            raise ValueError(f"it has {status.st_size} bytes, of which at most {LARGEST} are read")
+        return file.read(LARGEST + 1)
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the sha256 of what it holds, under `DIGEST`."""
+    return {**data, DIGEST: _digest(data)}
+
+
+def unsealed(data: Any) -> dict[str, Any]:
+    """Return what `sealed` was given. Raises `ValueError` where the digest is not of what stands there now."""
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")  # noqa: TRY004  # what parsing raises, too
+    inner = {name: value for name, value in data.items() if name != DIGEST}
+    if data.get(DIGEST) != _digest(inner):
+        raise ValueError("it was changed after it was written: its sha256 is of something else")
+    return inner
+
+
+def _digest(data: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(data))  # keys that are numbers sort in another order than their names
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _entries(place: Path, refusal: type[AttnlensError]) -> list[Path]:
+    if not place.is_dir():
+        return []
+    try:
+        return sorted(place.iterdir())
+    except OSError as error:
+        raise refusal(f"{place} cannot be listed: {error.strerror}") from error
+
+
+def _resolved(path: Path, refusal: type[AttnlensError]) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, or to nothing
+        raise refusal(f"{path} cannot be followed ({error}): put the file itself there, or take it away") from error
