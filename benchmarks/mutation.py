@@ -17,7 +17,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -124,7 +124,7 @@ def run(mutant: Mutant, tree: Path) -> Mutant:
     path.write_text(after)
     try:
         outcome = "killed" if _tests_fail(mutant.part, tree) else "survived"
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         outcome = "timeout"
     finally:
         path.write_text(before)
@@ -135,10 +135,37 @@ def run(mutant: Mutant, tree: Path) -> Mutant:
 
 
 def _tests_fail(part: str, tree: Path) -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *PARTS[part][1], *LEFT_OUT]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False)
-    return done.returncode != 0
+    """Run the tests of a part on a copy of the tree, in a fork of this process, which has imported torch already."""
+    process = get_context("fork").Process(target=_pytest, args=(part, tree))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError
+    return process.exitcode != 0
+
+
+def _pytest(part: str, tree: Path) -> None:
+    import pytest
+
+    for name in [name for name in sys.modules if name.split(".")[0] in ("attnlens", "benchmarks", "tests")]:
+        del sys.modules[name]
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    os.environ["PYTHONPATH"] = str(tree)  # of commands the tests start
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    imported = "ignore::pytest.PytestAssertRewriteWarning"  # of plugins, before the fork
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-W", imported, *LEFT_OUT)
+    os._exit(int(pytest.main([*options, *PARTS[part][1]])))
+
+
+def _import_heavy() -> None:
+    """Import what tests need and mutants do not change, once."""
+    import scipy.stats  # noqa: F401
+    import timm  # noqa: F401
 
 
 def main() -> None:
@@ -151,6 +178,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="plant no more of a part after so many")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/mutation.json")
     given = parser.parse_args()
+    sys.dont_write_bytecode = True  # a mutant may come within the second that decides whether bytecode is stale
+    _import_heavy()
     results = json.loads(given.output.read_text()) if given.output.exists() else {"parts": {}}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         trees: Queue[Path] = Queue()

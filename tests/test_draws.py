@@ -7,15 +7,17 @@ from scipy import stats
 from torch import nn
 
 from attnlens.checkpoints import ModuleWeights
-from attnlens.circuits import FactoredProduct, ov_circuit, qk_circuit
+from attnlens.circuits import FactoredProduct, WholeProduct, ov_circuit, qk_circuit
 from attnlens.heads import InputNorm
 from attnlens.inits import init_, verify_init
 from attnlens.inits.products import draw_matrix
 from attnlens.inits.rules.teacher import evenly_spaced
 from attnlens.layouts import read_heads
 from attnlens.models.architecture import describe_module
+from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.statistics.inference import infer
 from attnlens.statistics.nulls import pairing_draws, rotation_draws, sign_flip_draws
+from attnlens.statistics.verdicts import Verdict, judge
 from tests.conftest import random_heads
 from tests.test_inits_names import vit
 
@@ -143,3 +145,13 @@ def test_a_diagonal_that_varies_more_than_symmetric_noise_does_is_told():
     (failed,) = [check for check in verify_init(model, init="mimetic").checks if not check.passed]
     assert (failed.layer, failed.circuit) == (2, "ov")
     assert "sd(diagonal)" in failed.problem
+
+
+@pytest.mark.parametrize(("size", "word"), [(0.0, Verdict.NONE), (9.0, Verdict.NOT_DESCRIBED)])
+def test_few_large_diagonal_entries_of_either_sign_are_neither_an_identity_nor_nothing(size, word):
+    rng = np.random.default_rng(4)
+    M = rng.standard_normal((97, 97))
+    M[range(4), range(4)] += size * np.array([1, -1, 1, -1])
+    product = WholeProduct.of(M, 97)
+    fit, inference = fit_diagonal(product, product.singular_values()), infer(product)
+    assert [found.verdict for found in judge(fit, inference, np.asarray(0.5))] == [word]
