@@ -69,7 +69,7 @@ class Gains:
     residual: Array
     """``[...]``, largest |mean square of a row or column / that of all - 1|: above `RESIDUAL` M is not balanced"""
 
-    def head(self, index: int | NDArray[np.bool_]) -> Gains:
+    def head(self, index: int | tuple[int, ...] | NDArray[np.bool_]) -> Gains:
         """Return those of one product of a stack, or of those a mask chooses."""
         return Gains(*(getattr(self, each.name)[index] for each in fields(self)))
 
