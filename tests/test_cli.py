@@ -1,6 +1,7 @@
 """The command line: results on stdout, chatter on stderr, one line an error, exit codes, nothing half-written."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -176,10 +177,17 @@ def test_a_corrupt_file_leaves_no_output(run, folder, tmp_path):
 
 
 def test_a_code_carrying_pickle_is_refused(run, folder, tmp_path):
-    torch.save({"model": {"w": torch.ones(1)}, "hook": print}, tmp_path / "a.pth")
+    torch.save({"model": {"w": torch.ones(1)}, "hook": os.system}, tmp_path / "a.pth")
     code, _, err = run("inspect", folder, "--checkpoint", "a.pth")
     assert code == 1
     assert "could run code: refused" in err
+
+
+def test_a_global_outside_the_weights_is_a_stand_in_that_is_never_called(run, folder, tmp_path):
+    torch.save({"model": {"w": torch.ones(1)}, "hook": print}, tmp_path / "a.pth")
+    code, out, err = run("inspect", folder, "--checkpoint", "a.pth")
+    assert (code, out) == (1, "")
+    assert "the weights are not of" in err
 
 
 def test_layer_ranges_read_and_write():

@@ -8,7 +8,7 @@ import pytest
 
 from attnlens.checkpoints.files import SafetensorsFile
 from attnlens.circuits import FactoredProduct, WholeProduct
-from attnlens.models import open as opening
+from attnlens.models import opened
 from benchmarks import counts
 
 EXPECTED = json.loads(counts.RESULTS.read_text())["counts"]
@@ -86,18 +86,18 @@ def test_eigenvectors_of_every_sum_are_caught(monkeypatch):
 
 
 def test_a_file_hashed_again_for_every_layer_is_caught(checkpoint, monkeypatch):
-    plain = opening.read_heads
+    plain = opened.read_heads
 
     def hashing(spec, file, layer):
         file.provenance()
         return plain(spec, file, layer)
 
-    monkeypatch.setattr(opening, "read_heads", hashing)
+    monkeypatch.setattr(opened, "read_heads", hashing)
     assert "file_bytes" in counts.exceeded(counts.inspection_counts(checkpoint), EXPECTED)
 
 
 def test_a_layer_read_again_for_every_head_is_caught(checkpoint, monkeypatch):
-    plain = opening.read_heads
+    plain = opened.read_heads
 
     def again(spec, file, layer):
         weights = plain(spec, file, layer)
@@ -105,7 +105,7 @@ def test_a_layer_read_again_for_every_head_is_caught(checkpoint, monkeypatch):
             plain(spec, file, layer)
         return weights
 
-    monkeypatch.setattr(opening, "read_heads", again)
+    monkeypatch.setattr(opened, "read_heads", again)
     assert "tensor_bytes" in counts.exceeded(counts.inspection_counts(checkpoint), EXPECTED)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from attnlens import inspect
 from attnlens.errors import OutputError, UsageError
+from attnlens.state import sealed, unsealed
 from attnlens.training import trainer as running
 from attnlens.training.arms import default_contrasts
 from attnlens.training.comparison import best_lrs, lr_table
@@ -204,6 +205,9 @@ def test_records_and_checkpoints_of_another_configuration_are_refused(source, tm
     path = folder / "runs" / "default-0.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "config": "0" * 64}))
+    with pytest.raises(ResumeError, match="changed after it was written"):
+        compare(source, folder, options=small(source, seeds=1), resume=True)
+    path.write_text(json.dumps(sealed({**unsealed(data), "config": "0" * 64})))
     with pytest.raises(ResumeError, match="belongs to another configuration"):
         compare(source, folder, options=small(source, seeds=1), resume=True)
     path.unlink()

@@ -63,6 +63,10 @@ class _File(Checkpoint):
         self.path = path
         self._status = path.stat()
 
+    def written(self) -> None:
+        """Take the file as it is now: its owner has written to it."""
+        self._status = self.path.stat()
+
     def size(self) -> int:
         """Return the file's length."""
         return self._status.st_size

@@ -137,6 +137,7 @@ class RemoteSafetensors(Checkpoint):
         run = self._runs.get(name) or self._local.span(name)
         if run not in self._done:
             self._remote.fetch(*run)
+            self._local.written()
             self._done.add(run)
         return self._local[name]
 

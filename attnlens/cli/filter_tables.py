@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attnlens.cli.tables import escape, plain_table
-from attnlens.filters.closed_form import PARTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,14 +29,15 @@ def filter_table(filters: FilterInspection, model: str) -> Table:
         "isotropy, and of covariances alone; noise: share that sampling makes; other (brackets): chance, filters of\n"
         f"the same norms in random directions, {DRAWS} draws",
     )
-    for name in _MEASURED:
+    columns = ("layer", "filters", "kernel", "rank", "p", *_shape_columns(), "noise")
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in filters.stats.records():
         cells = [str(row["layer"]), str(row["filters"]), f"{row['height']}×{row['width']}"]
         if row["verdict"] != "zeros":
             cells += _measured(row)
-        table.add_row(*cells, *[""] * (len(_MEASURED) - len(cells)), _verdict(str(row["verdict"])))
+        table.add_row(*cells, *[""] * (len(columns) - len(cells)), _verdict(str(row["verdict"])))
     return table
 
 
@@ -51,7 +51,7 @@ def fit_filter_table(params: InitParams, source: int) -> Table:
         "contrast, of which medians over layers of stride 1 and of stride above 1, all models, carry over; explained:\n"
         "share beyond isotropy, and of covariances alone",
     )
-    for name in ("layer", "kernel", "stride", "filters", "rank", "c", *_SHAPE):
+    for name in ("layer", "kernel", "stride", "filters", "rank", "c", *_shape_columns()):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for entry in entries:
@@ -82,13 +82,17 @@ def filter_distance_table(comparison: Comparison) -> Table:
     return table
 
 
-_SHAPE = ("s/k²", *PARTS, "explained", "covariances")
-_MEASURED = ("layer", "filters", "kernel", "rank", "p", "s/k²", *PARTS, "explained", "covariances", "noise")
+def _shape_columns() -> tuple[str, ...]:
+    from attnlens.filters.closed_form import PARTS
+
+    return ("s/k²", *PARTS, "explained", "covariances")
 
 
 def _shape(found: Mapping[str, Any]) -> list[str]:
     """Format the width, in brackets where none was found, and the shares of the closed form's parts."""
     width = f"{found['relative_s']:.3g}"
+    from attnlens.filters.closed_form import PARTS
+
     shares = [f"{found[f'{part}_share']:.2f}" for part in PARTS]
     return [f"({width})" if found["s_bound"] else width, *shares]
 
