@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-browser check docs format figures tables catalogue dist smoke clean
+.PHONY: demo test test-fast test-browser check docs format figures tables catalogue dist smoke clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnlens needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -19,6 +19,9 @@ demo: $(VENV)/installed  ## Look at the ViT shipped with the package: table on t
 
 test: $(VENV)/installed  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: $(VENV)/installed  ## Run what is worth running at each save: under a minute on two idle cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q
 
 test-browser: $(VENV)/installed  ## Try the report in Chromium, which is installed from Debian's packages where it is missing
 	@if ! { command -v chromium && command -v chromedriver; } >/dev/null; then \

@@ -16,6 +16,23 @@ from attnlens.heads import HeadWeights
 from tests.hub_server import Hub, serve
 
 ROOT = Path(__file__).parent.parent
+SLOW = """
+    bounded docs extending faults filters_inspect filters_report fitting hostile hub inference inits_fitted
+    inits_mistakes
+    layouts_census layouts_forward layouts_roundtrip packaging regression_counts report report_browser scan scan_ray
+    signal_rewiring sizes state trace training_checkpoints training_datasets training_display training_families
+    training_runs
+"""
+"""Files that `make test-fast` leaves out: together nine tenths of the time, in which networks are built and trained,
+commands run as processes, and statistics simulated."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark every test of a slow file."""
+    slow = {f"test_{name}" for name in SLOW.split()}
+    for item in items:
+        if item.path.stem in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")
