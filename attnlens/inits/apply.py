@@ -63,7 +63,7 @@ def init_(
     rule = chosen.rule(network, options)
     if rule.plan and rule.fold != "raw" and architecture.untraced:
         raise UnusableScaleError(
-            f"fold = {rule.fold!r} needs the norms in front of the layers of {architecture.name}, and no forward pass "
+            f"fold = {rule.fold!r} needs the norms before the layers of {architecture.name}, and no forward pass "
             f"could be followed ({architecture.untraced}): give input_size=, or pass fold='raw'"
         )
     layers = planned_layers(rule, network, init)
@@ -79,10 +79,10 @@ def init_(
     for (index, _), result in zip((*layers.attention, *layers.filters), results, strict=True):
         for note in result.notes:
             notes[note] = (*notes.get(note, ()), index)
-    settled = {**{k: v for k, v in chosen.options.items() if k in options or _plain(v)}, **options}
+    resolved = {**{k: v for k, v in chosen.options.items() if k in options or _plain(v)}, **options}
     products = tuple(row for result in results for row in result.products)
     filters = tuple(row for result in results for row in result.filters)
-    return InitReport(init, seed, settled, rule.fold, products, tuple(skipped), notes, filters)
+    return InitReport(init, seed, resolved, rule.fold, products, tuple(skipped), notes, filters)
 
 
 def create_model(

@@ -146,7 +146,7 @@ class FilterPlan:
 
 @dataclass(frozen=True)
 class Rule:
-    """An initialiser with its options settled: what it will do to each layer of attention, of filters, or of both."""
+    """An initialiser with its options resolved: what it will do to each layer of attention, of filters, or of both."""
 
     plan: Callable[[Layer], Plan] | None = None
     fold: Fold = "raw"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 PURPOSES = ("qk", "ov", "columns", "qk_left", "qk_right", "ov_left", "ov_right", "padding")
-"""What is drawn of attention layers. Their number and order settle what every seed means: none can be added."""
+"""What is drawn of attention layers. Their number and order determine what every seed means: none can be added."""
 FILTER_PURPOSES = ("filters", "directions")
 """What is drawn of layers of depthwise filters, whose streams begin where those of 65,536 attention layers end."""
 _HEADS = 4096

@@ -178,7 +178,7 @@ def _divide(values: Array, gain: Array, slot: Slot) -> Array:
     silent = np.broadcast_to(gain == 0, values.shape)
     if np.any(values[silent]):
         raise CheckpointError(
-            f"{slot.batch_norm}.weight is zero for some channels of {slot.tensor}: no weight in front of it can "
+            f"{slot.batch_norm}.weight is zero for some channels of {slot.tensor}: no weight before it can "
             "make the heads given; set it before writing"
         )
     return np.divide(values, gain, out=np.zeros_like(values), where=~silent)

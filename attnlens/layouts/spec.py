@@ -55,7 +55,7 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """A norm in front of an attention layer: ``kind`` is layer, rms, batch or group, ``weight`` None without a gain.
+    """A norm before an attention layer: ``kind`` is layer, rms, batch or group, ``weight`` None without a gain.
 
     ``roles`` are the projections (of q, k, v) whose input comes out of this norm. A learned query, or keys and values
     of a reduced grid, read another norm than the rest of the layer, or none.
@@ -104,7 +104,7 @@ class AttentionSpec:
         return next((norm for norm in self.norms if role in norm.roles), None)
 
     def has_fold(self, fold: str) -> bool:
-        """Whether the layer's products are known under a fold: all but ``raw`` need the norm in front."""
+        """Whether the layer's products are known under a fold: all but ``raw`` need the preceding norm."""
         return fold == "raw" or "norm_unknown" not in self.leaves_out
 
     def opt_in_refusal(self) -> Refusal | None:

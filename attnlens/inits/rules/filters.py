@@ -41,8 +41,8 @@ def conv_covariance(
     (arXiv 2210.03651), whose closed form was not at hand.
     """
     found = None if params is None else load_params(params)
-    settled = choose("form", form or ("parametric" if found is None else "full"), ("full", "parametric"))
-    if found is None and settled == "full":
+    resolved = choose("form", form or ("parametric" if found is None else "full"), ("full", "parametric"))
+    if found is None and resolved == "full":
         raise UsageError("form = 'full' needs params: covariances that `attnlens fit-params` measured in some network")
     if found is not None and (s_first, s_last, isotropic) != DEFAULTS:
         raise UsageError("s_first, s_last and isotropic go without params: with them, width and share are measured")
@@ -53,7 +53,7 @@ def conv_covariance(
 
     def target(layer: FilterLayer) -> Array | None:
         if found is not None:
-            return found.filter_covariance(layer.depth, layer.spec.kernel, settled)
+            return found.filter_covariance(layer.depth, layer.spec.kernel, resolved)
         relative = first ** (1 - layer.depth) * last**layer.depth
         return mixture(layer.spec.kernel, relative * side(layer.spec.kernel) ** 2, share)
 

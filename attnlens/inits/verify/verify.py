@@ -145,18 +145,18 @@ def recorded(opened: OpenedModel, seed: int | None, options: dict[str, Any]) -> 
     if text is None:
         return Claim("mimetic", seed, options)
     data = json.loads(text)
-    settled = {**data["options"], **options}
-    unnamed = [name for name, value in settled.items() if isinstance(value, str) and value.startswith("<")]
+    resolved = {**data["options"], **options}
+    unnamed = [name for name, value in resolved.items() if isinstance(value, str) and value.startswith("<")]
     if unnamed:
-        raise UsageError(f"the file was made with {unnamed[0]} = {settled[unnamed[0]]}: pass that option again")
+        raise UsageError(f"the file was made with {unnamed[0]} = {resolved[unnamed[0]]}: pass that option again")
     made_with = data.get("params")
-    given = params_record(settled.get("params")) if made_with else None
+    given = params_record(resolved.get("params")) if made_with else None
     if given and made_with and given["sha256"] != made_with["sha256"]:
         raise UsageError(
             f"{opened.name} was made with a parameter file {made_with['file']} of another content (sha256 "
             f"{made_with['sha256'][:12]}...): pass that file as --params"
         )
-    return Claim(data["init"], data["seed"] if seed is None else seed, settled)
+    return Claim(data["init"], data["seed"] if seed is None else seed, resolved)
 
 
 def _builder(model: Any, opened: OpenedModel) -> Callable[[], nn.Module] | None:
