@@ -75,20 +75,22 @@ def compare(
         "remote": remote,
         "progress": progress,
     }
-    found = [need_attention(inspect(model, file, **how), "compare") for model, file in zip(models, files, strict=True)]
-    return compare_inspections(found, fold)
+    inspections = [
+        need_attention(inspect(model, file, **how), "compare") for model, file in zip(models, files, strict=True)
+    ]
+    return compare_inspections(inspections, fold)
 
 
 def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Comparison:
     """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each."""
     names = _distinct([inspection.model for inspection in inspections])
-    profiles = [p for name, found in zip(names, inspections, strict=True) for p in profiles_of(found, name, fold)]
+    profiles = [p for name, of_model in zip(names, inspections, strict=True) for p in profiles_of(of_model, name, fold)]
     return Comparison(fold, tuple(names), tuple(profiles), tuple(_distances(names, profiles)))
 
 
 def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
     """Return every profile of one inspected model."""
-    found = []
+    profiles = []
     for circuit, heads in PROFILES:
         stats = inspection.stats.select(circuit=circuit, fold=fold)
         by_layer = {layer: _of_heads(stats.select(layer=layer), heads) for layer in inspection.layers}
@@ -97,20 +99,20 @@ def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
             means = {layer: v[np.isfinite(v)].mean() for layer, v in values.items() if np.isfinite(v).any()}
             if means:  # a layer without a number (a product that is zero, or not square) is interpolated over
                 depth = np.array([relative_depth(layer, inspection.depth) for layer in means])
-                found.append(Profile(name, circuit, statistic, depth, np.array(list(means.values()))))
-    return found
+                profiles.append(Profile(name, circuit, statistic, depth, np.array(list(means.values()))))
+    return profiles
 
 
 def _of_heads(stats: StatsTable, heads: str) -> StatsTable:
     if heads == ALL_HEADS:
         return stats.select(head=ALL_HEADS)
-    place = stats.columns.index("head")
-    return StatsTable(tuple(row for row in stats.rows if row[place] != ALL_HEADS), stats.columns)
+    head = stats.columns.index("head")
+    return StatsTable(tuple(row for row in stats.rows if row[head] != ALL_HEADS), stats.columns)
 
 
 def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[str, Any]]:
     by_key = {(p.model, p.circuit, p.statistic): p.at(_GRID) for p in profiles}
-    found: list[dict[str, Any]] = []
+    distances: list[dict[str, Any]] = []
     for first, second in combinations(names, 2):
         for circuit, _ in PROFILES:
             if any((name, circuit, "identity_share") not in by_key for name in (first, second)):
@@ -118,7 +120,7 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
             shares = [by_key[name, circuit, "identity_share"] for name in (first, second)]
             with np.errstate(divide="ignore"):
                 logs = [np.log10(by_key[name, circuit, "alpha"]) for name in (first, second)]
-            found.append(
+            distances.append(
                 {
                     "first": first,
                     "second": second,
@@ -127,7 +129,7 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
                     "log_alpha": _rms(logs[0] - logs[1]) if np.isfinite(logs).all() else None,
                 }
             )
-    return found
+    return distances
 
 
 def _rms(values: Array) -> float:

@@ -40,11 +40,11 @@ def conv_covariance(
     new network the scale of its own initialisation. Biases zero. Inspired by Trockman, Willmott & Kolter, ICLR 2023
     (arXiv 2210.03651), whose closed form was not at hand.
     """
-    found = None if params is None else load_params(params)
-    resolved = choose("form", form or ("parametric" if found is None else "full"), ("full", "parametric"))
-    if found is None and resolved == "full":
+    fitted = None if params is None else load_params(params)
+    resolved = choose("form", form or ("parametric" if fitted is None else "full"), ("full", "parametric"))
+    if fitted is None and resolved == "full":
         raise UsageError("form = 'full' needs params: covariances that `attnlens fit-params` measured in some network")
-    if found is not None and (s_first, s_last, isotropic) != DEFAULTS:
+    if fitted is not None and (s_first, s_last, isotropic) != DEFAULTS:
         raise UsageError("s_first, s_last and isotropic go without params: with them, width and share are measured")
     share = number("isotropic", isotropic, 0)
     if share > 1:
@@ -52,8 +52,8 @@ def conv_covariance(
     first, last = (_relative(*given) for given in (("s_first", s_first), ("s_last", s_last)))
 
     def target(layer: FilterLayer) -> Array | None:
-        if found is not None:
-            return found.filter_covariance(layer.depth, layer.spec.kernel, resolved)
+        if fitted is not None:
+            return fitted.filter_covariance(layer.depth, layer.spec.kernel, resolved)
         relative = first ** (1 - layer.depth) * last**layer.depth
         return mixture(layer.spec.kernel, relative * side(layer.spec.kernel) ** 2, share)
 

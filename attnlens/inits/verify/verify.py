@@ -125,9 +125,9 @@ def verify_init(
     layers = planned_layers(rule, network, claim.init)
     jobs: list[Callable[[], _Found]] = [partial(_verify_layer, rule, network, *p, whole) for p in layers.attention]
     jobs += [partial(_verify_filters, rule, network, *place, whole) for place in layers.filters]
-    found = run_each(jobs, tensors, layers.specs())
-    checks = _with_repeated_layers([check for result in found for check in result.checks], found)
-    skipped = [*layers.refused, *(item for result in found for item in result.skipped)]
+    results = run_each(jobs, tensors, layers.specs())
+    checks = _with_repeated_layers([check for result in results for check in result.checks], results)
+    skipped = [*layers.refused, *(item for result in results for item in result.skipped)]
     if not checks:
         reason = f": {skipped[0].name} {skipped[0].reason}" if skipped else ""
         raise UnsupportedAttentionError(f"nothing in {opened.name} can be compared with {claim.init!r}{reason}")
@@ -269,15 +269,15 @@ def _deviation(
 ) -> str:
     """Say which statistic lies outside its tolerance; empty where none does, or none is defined."""
     for name in ("alpha", "beta"):
-        found, wanted, limit = getattr(row, name), getattr(expected, name), getattr(tolerance, name)
-        if abs(found - wanted) > limit:
-            return f"{name} is {found:.4g}, expected {wanted:.4g} ± {limit:.2g}"
+        measured, wanted, limit = getattr(row, name), getattr(expected, name), getattr(tolerance, name)
+        if abs(measured - wanted) > limit:
+            return f"{name} is {measured:.4g}, expected {wanted:.4g} ± {limit:.2g}"
     width, _ = size_of(layer, row)
     if spread and expected.alpha > 0:
         low, high = spread_limits(width)
-        found = float(diagonal_spread(one_product(layer.weights, row.circuit, row.head, fold)))
-        if not low <= found <= high:
-            return f"sd(diagonal) sqrt(d) / alpha is {found:.3g}, expected {low:.2f} to {high:.2f}"
+        measured = float(diagonal_spread(one_product(layer.weights, row.circuit, row.head, fold)))
+        if not low <= measured <= high:
+            return f"sd(diagonal) sqrt(d) / alpha is {measured:.3g}, expected {low:.2f} to {high:.2f}"
     return ""
 
 
@@ -293,13 +293,13 @@ def _bias_checks(layer: Layer, planned: HeadWeights, eps: float) -> list[Check]:
         return []
     worst, limit = max(deviations), max(MATRIX_TOLERANCE, 4 * eps)
     problem = f"a bias is {worst:.2g} away from what it is set to" if worst > limit else ""
-    place = (layer.index, layer.spec.path, "bias", ALL_HEADS)
-    return [Check(*place, matrix_error=worst, matrix_tolerance=limit, problem=problem)]
+    key = (layer.index, layer.spec.path, "bias", ALL_HEADS)
+    return [Check(*key, matrix_error=worst, matrix_tolerance=limit, problem=problem)]
 
 
-def _with_clones(checks: list[Check], found: list[tuple[int, int, float]]) -> list[Check]:
+def _with_clones(checks: list[Check], clones: list[tuple[int, int, float]]) -> list[Check]:
     """Mark the QK checks of heads that repeat an earlier one."""
-    repeated = {head: (first, cosine) for first, head, cosine in found}
+    repeated = {head: (first, cosine) for first, head, cosine in clones}
     return [
         _repeated(check, f"head {repeated[int(check.head)][0]}", repeated[int(check.head)][1])
         if check.circuit == "qk" and check.head in repeated
@@ -308,11 +308,11 @@ def _with_clones(checks: list[Check], found: list[tuple[int, int, float]]) -> li
     ]
 
 
-def _with_repeated_layers(checks: list[Check], found: list[_Found]) -> list[Check]:
+def _with_repeated_layers(checks: list[Check], results: list[_Found]) -> list[Check]:
     """Mark the first heads of layers that repeat the first head of an earlier layer."""
     originals: list[_Found] = []
     repeated: dict[int, tuple[int, float]] = {}
-    for result in found:
+    for result in results:
         if result.first is None:
             continue
         cosines = [(off_diagonal_cosine(result.first, other.first), other.layer) for other in originals if other.first]
