@@ -35,7 +35,7 @@ def compare(
     json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
-    found = attnlens.compare(
+    comparison = attnlens.compare(
         *models,
         fold=fold,
         checkpoints=checkpoints or [],
@@ -45,13 +45,15 @@ def compare(
         progress=tracked("layers"),
     )
     if json_:
-        write_stdout(json.dumps({"fold": fold, "models": found.models, "distances": found.distances}, indent=1))
+        write_stdout(
+            json.dumps({"fold": fold, "models": comparison.models, "distances": comparison.distances}, indent=1)
+        )
     else:
-        print_wide(distance_table(found))
+        print_wide(distance_table(comparison))
     from attnlens.figures import save_figures
 
-    folder = options.figure_folder(figures, *found.models)
-    save_figures(found.figures(), folder, format_, dpi)
+    folder = options.figure_folder(figures, *comparison.models)
+    save_figures(comparison.figures(), folder, format_, dpi)
     note(f"wrote comparison.{format_} to {folder}")
 
 

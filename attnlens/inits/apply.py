@@ -67,8 +67,8 @@ def init_(
             f"could be followed ({architecture.untraced}): give input_size=, or pass fold='raw'"
         )
     layers = planned_layers(rule, network, init)
-    jobs: list[Callable[[], _Result]] = [partial(_initialise, rule, network, *place) for place in layers.attention]
-    jobs += [partial(_initialise_filters, rule, network, *place) for place in layers.filters]
+    jobs: list[Callable[[], _Result]] = [partial(_initialise, rule, network, *layer) for layer in layers.attention]
+    jobs += [partial(_initialise_filters, rule, network, *layer) for layer in layers.filters]
     results = run_each(jobs, tensors, layers.specs())
     skipped = [*layers.refused, *(item for result in results for item in result.skipped)]
     if not any(result.written for result in results):

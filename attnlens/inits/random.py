@@ -39,6 +39,6 @@ class Streams:
 
         assert 0 <= head < _HEADS, "more heads than the streams are laid out for"
         half, known = (_HALF, FILTER_PURPOSES) if purpose in FILTER_PURPOSES else (0, PURPOSES)
-        place = half + (layer * len(known) + known.index(purpose)) * _HEADS + head
+        offset = half + (layer * len(known) + known.index(purpose)) * _HEADS + head
         start = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-        return torch.Generator().manual_seed((start + place) % 2**32)
+        return torch.Generator().manual_seed((start + offset) % 2**32)

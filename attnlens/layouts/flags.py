@@ -83,11 +83,11 @@ ATTRIBUTE_FLAGS: dict[str, str] = {
 
 def layers_by_reason(reasons: Iterable[tuple[int, Iterable[str]]]) -> dict[str, list[int]]:
     """Return the layers each reason is true of, from the reasons of each layer; empty ones are left out."""
-    found: dict[str, list[int]] = {}
+    layers_of: dict[str, list[int]] = {}
     for layer, texts in reasons:
         for text in filter(None, texts):
-            found.setdefault(text, []).append(layer)
-    return found
+            layers_of.setdefault(text, []).append(layer)
+    return layers_of
 
 
 def in_words(by_reason: dict[str, list[int]], layers: int) -> str:

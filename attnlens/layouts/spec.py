@@ -96,8 +96,8 @@ class AttentionSpec:
 
     def slots(self) -> dict[str, Slot]:
         """Return the slots by role, without o where there is none."""
-        found = {"q": self.q, "k": self.k, "v": self.v}
-        return found if self.o is None else {**found, "o": self.o}
+        slots = {"q": self.q, "k": self.k, "v": self.v}
+        return slots if self.o is None else {**slots, "o": self.o}
 
     def norm_of(self, role: str) -> NormSpec | None:
         """Return the norm whose output the projection of ``role`` (q, k or v) reads."""

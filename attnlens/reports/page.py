@@ -64,10 +64,10 @@ def report(
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
-    inspection = need_attention(inspect(model, checkpoint, **own, **reach), "the report")
+    form: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
+    inspection = need_attention(inspect(model, checkpoint, **form, **reach), "the report")
     fold = _common_fold(inspection)
-    entries, unjudged = _judgements(model, checkpoint=checkpoint, fold=fold, **own, **reach)
+    entries, unjudged = _judgements(model, checkpoint=checkpoint, fold=fold, **form, **reach)
     others = [need_attention(inspect(other, **reach), "the report") for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
@@ -115,7 +115,7 @@ def _judgements(model: Any, **how: Any) -> tuple[list[Entry], str]:
 
 
 def _common_fold(*inspections: Inspection) -> Fold:
-    return "effective" if all("effective" in found.folds for found in inspections) else "raw"
+    return "effective" if all("effective" in inspection.folds for inspection in inspections) else "raw"
 
 
 def _key(record: dict[str, Any]) -> str:
@@ -133,8 +133,8 @@ def _rows(inspection: Inspection, entries: Sequence[Entry]) -> list[dict[str, An
     judged = {_key(vars(entry)): entry for entry in entries}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in inspection.stats.json_rows():
-        place = tuple(record[name] for name in KEYS if name != "circuit")
-        row = rows.setdefault(place, {"layer": place[0], "head": place[1], "fold": place[2], "qk": None, "ov": None})
+        key = tuple(record[name] for name in KEYS if name != "circuit")
+        row = rows.setdefault(key, {"layer": key[0], "head": key[1], "fold": key[2], "qk": None, "ov": None})
         row[record["circuit"]] = record | {"entry": judged.get(_key(record))}
     order = {fold: i for i, fold in enumerate(inspection.folds)}
     return sorted(rows.values(), key=lambda row: (order[row["fold"]], row["layer"]))  # stable: heads keep their order

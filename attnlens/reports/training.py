@@ -59,9 +59,9 @@ class Arm(_Part):
     @property
     def value(self) -> Mean:
         """The metric's mean."""
-        found = self.accuracy or self.bits_per_byte
-        assert found is not None
-        return found
+        metric = self.accuracy or self.bits_per_byte
+        assert metric is not None
+        return metric
 
 
 class Contrast(_Part):
@@ -115,8 +115,8 @@ def read_training(folder: Path) -> Training:
     if not kept:
         raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
     summary = within(folder, folder / "summary.json", ResultsError)
-    found = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
-    return Training(folder=folder.name, points=kept, summary=found)
+    stored = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
+    return Training(folder=folder.name, points=kept, summary=stored)
 
 
 def _read(path: Path) -> str:

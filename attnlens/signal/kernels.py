@@ -148,6 +148,6 @@ def cosines(kernel: Array) -> Array:
 
 def mean_cosine(kernel: Array) -> float:
     """Return the mean cosine of two different tokens."""
-    found = cosines(kernel)
-    tokens = len(found)
-    return float((found.sum() - np.trace(found)) / (tokens * (tokens - 1)))
+    cosine = cosines(kernel)
+    tokens = len(cosine)
+    return float((cosine.sum() - np.trace(cosine)) / (tokens * (tokens - 1)))

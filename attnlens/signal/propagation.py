@@ -129,7 +129,7 @@ def representations(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
 def measure(module: nn.Module, x: Tensor, theory: Sequence[Array] | None) -> list[tuple[float, ...]]:
     """Return by depth the numbers of `COLUMNS` from ``cosine`` on, for a network in evaluation mode."""
-    found: list[tuple[float, ...]] = []
+    records: list[tuple[float, ...]] = []
     for layer, y in enumerate(representations(module.eval(), x)):
         C = token_cosines(y).numpy()
         kernel = None if theory is None else theory[layer]
@@ -140,8 +140,8 @@ def measure(module: nn.Module, x: Tensor, theory: Sequence[Array] | None) -> lis
             alike, square = mean_cosine(T), float(np.diagonal(kernel).mean())
             expected = sampling_error(T, y.shape[-1])
         measured = float(np.mean([mean_cosine(one) for one in C])), float(y.square().mean())
-        found.append((*measured, error, alike, square, expected))
-    return found
+        records.append((*measured, error, alike, square, expected))
+    return records
 
 
 def token_cosines(x: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def rewire_with_theory_(
         width = blocks[0].attn.qkv.in_features
         weight = blocks[0].attn.qkv.weight
         module.norm_pre = nn.LayerNorm(width, elementwise_affine=False).to(weight).train(module.training)
-        notes.append("a LayerNorm without parameters before the first block; the norm after the last one stays")
+        notes.append("a LayerNorm without parameters in front of the first block; the norm behind the last one stays")
     if slope is not None:
         notes.append(f"MLPs: leaky ReLU of slope {slope:.4f}, scaled orthogonal weights (eta {eta:g})")
     sums = () if mixes is None else tuple(_ends(mix.matrix().sum(1)) for mix in mixes.layers)

@@ -124,7 +124,7 @@ def verify_init(
     whole = rule.replays and (claim.seed is not None or not rule.random)
     layers = planned_layers(rule, network, claim.init)
     jobs: list[Callable[[], _Found]] = [partial(_verify_layer, rule, network, *p, whole) for p in layers.attention]
-    jobs += [partial(_verify_filters, rule, network, *place, whole) for place in layers.filters]
+    jobs += [partial(_verify_filters, rule, network, *layer, whole) for layer in layers.filters]
     results = run_each(jobs, tensors, layers.specs())
     checks = _with_repeated_layers([check for result in results for check in result.checks], results)
     skipped = [*layers.refused, *(item for result in results for item in result.skipped)]
