@@ -259,7 +259,7 @@ class _Work:
         return over_threads(function, specs, progress, largest=largest)
 
     def blocks(self, specs: Sequence[IndexedSpec]) -> Iterator[list[IndexedSpec]]:
-        """Part the layers into runs whose readers, smaller than their weights, fit into `READERS_HELD`."""
+        """Split the layers into runs whose readers, smaller than their weights, fit into `READERS_HELD`."""
         held = np.cumsum([self._opened.bytes_of(spec) for _, spec in specs]) // READERS_HELD
         for _, run in groupby(zip(specs, held, strict=True), key=lambda item: item[1]):
             yield [spec for spec, _ in run]

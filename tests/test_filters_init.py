@@ -1,4 +1,4 @@
-"""`conv-covariance`: filters have the covariance asked for and their own scale, a seed determines them, checks hold."""
+"""`conv-covariance`: filters have the requested covariance and their own scale, a seed determines them, checks hold."""
 
 import json
 import math

@@ -56,7 +56,7 @@ def fit_params(
     command: str | None = None,
     progress: Progress = iter,
 ) -> InitParams:
-    """Return the fit of every circuit and every layer of filters of models: what to ask of an initialiser.
+    """Return the fit of every circuit and every layer of filters of models: what to request of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
     on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
@@ -214,7 +214,7 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
             inferred: dict[str, Any] = {
                 field: finite_or_none(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
-            asked, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
+            request, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
             yield Entry(
                 **stack.place,
                 **inferred,
@@ -226,8 +226,8 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
                 p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
                 verdict=judgement.verdict.value,
                 reason=judgement.reason,
-                request_alpha=asked.alpha,
-                request_beta=asked.beta,
+                request_alpha=request.alpha,
+                request_beta=request.beta,
                 reachable=reachable,
             )
 

@@ -1,4 +1,4 @@
-"""The parameter file: what was measured in which models, and what to ask of an initialiser to start there.
+"""The parameter file: what was measured in which models, and what to request of an initialiser to start there.
 
 A file holds, per source, layer and head, the realised fit (alpha, beta with intervals) and the *request*: the (alpha,
 beta) to draw with so that the truncated product realises it. Requests are free of width and rank: a full d x d draw

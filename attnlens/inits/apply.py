@@ -185,7 +185,7 @@ def make_filter_layer(network: Network, index: int, spec: FilterSpec) -> FilterL
 
 
 def planned_bias(spec: FilterSpec, plan: FilterPlan) -> Array | None:
-    """Return the bias a plan asks for, zero where it says nothing; None where the layer has none."""
+    """Return the bias a plan requests, zero where it says nothing; None where the layer has none."""
     if not spec.bias:
         return None
     return np.zeros(spec.filters) if plan.bias is None else plan.bias
@@ -218,7 +218,7 @@ def make_layer(network: Network, index: int, spec: AttentionSpec) -> Layer:
 
 
 def planned_heads(layer: Layer, plan: Plan, rule: Rule) -> HeadWeights:
-    """Return the weights a plan asks the network to hold: raw, with the biases that go with them."""
+    """Return the weights a plan requests of the network: raw, with the biases that go with them."""
     by = gains(layer.weights, rule.fold)
     new = unfolded(plan.weights(), by)
     names = {"q": ("W_Q", "b_Q"), "k": ("W_K", "b_K"), "v": ("W_V", "b_V"), "o": ("W_O", "b_O")}

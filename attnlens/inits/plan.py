@@ -91,7 +91,7 @@ class Plan:
     total: Array | None = None
     requests: tuple[Request, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
-    """(circuit, reason) for what was left as it is though it was asked for."""
+    """(circuit, reason) for what was left as it is though it was requested."""
     notes: tuple[str, ...] = ()
 
     def weights(self) -> dict[str, Array]:

@@ -50,7 +50,7 @@ class ProductReport:
 
 @dataclass(frozen=True)
 class FilterReport:
-    """One layer of depthwise filters as the network holds it now; NaN where no covariance was asked for.
+    """One layer of depthwise filters as the network holds it now; NaN where no covariance was requested.
 
     ``rms`` is the root mean square of a weight, ``rms_before`` what it was. With S = F^T F / n of the n filters and
     Sigma the requested covariance of the same trace, ``covariance_error`` is ||S - Sigma|| / ||Sigma||, and
@@ -162,9 +162,9 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
 
     def row(circuit: Kind, head: int | str, measured: Parameters, error: float) -> ProductReport:
         request = requests.get((circuit, head))
-        asked = _UNKNOWN if request is None else Parameters(request.alpha, request.beta)
+        requested = _UNKNOWN if request is None else Parameters(request.alpha, request.beta)
         expected = _UNKNOWN if request is None else expected_parameters(layer, request)
-        return ProductReport(layer.index, layer.spec.path, circuit, head, *asked, *expected, *measured, error)
+        return ProductReport(layer.index, layer.spec.path, circuit, head, *requested, *expected, *measured, error)
 
     if "q" in planned:
         wanted = (planned["q"], expand_groups(planned["k"], layer.weights.num_heads))

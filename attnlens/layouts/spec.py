@@ -108,7 +108,7 @@ class AttentionSpec:
         return fold == "raw" or "norm_unknown" not in self.leaves_out
 
     def opt_in_refusal(self) -> Refusal | None:
-        """Return why a channel or linear layer is not read unless asked for, with the option; None for token layers."""
+        """Return why a channel or linear layer is not read unless requested, with the option; None for token layers."""
         if self.kind not in OPT_IN:
             return None
         title, reason = OPT_IN[self.kind]

@@ -91,7 +91,7 @@ def root(kernel: Array, causal: bool) -> Array:
     values, vectors = np.linalg.eigh(kernel)
     if values[0] < 1e-12 * values[-1]:
         raise UsageError(
-            f"the kernel of {len(kernel)} tokens is singular to rounding: ask for less similar tokens (a larger gamma, "
+            f"the kernel of {len(kernel)} tokens is singular to rounding: choose less similar tokens (a larger gamma, "
             "a smaller rho)"
         )
     return np.asarray(np.linalg.cholesky(kernel) if causal else (vectors * np.sqrt(values)) @ vectors.T)

@@ -60,11 +60,11 @@ def fitted(
     def requests(layer: Layer) -> tuple[Request, ...]:
         heads, total = _pairs(layer, by_layer, "qk"), _pairs(layer, by_layer, "ov" if ov == "layer" else "ov_heads")
         square = layer.weights.W_Q.shape[1] == layer.weights.W_K.shape[1]
-        asked = [Request("qk", head, *pair) for head, pair in enumerate(heads) if square]
+        requested = [Request("qk", head, *pair) for head, pair in enumerate(heads) if square]
         if not ov_reason(layer):
             names: Sequence[int | str] = [ALL_HEADS] if ov == "layer" else range(len(total))
-            asked += [Request("ov", name, *pair) for name, pair in zip(names, total, strict=False)]
-        return tuple(asked)
+            requested += [Request("ov", name, *pair) for name, pair in zip(names, total, strict=False)]
+        return tuple(requested)
 
     return Rule(plan, file.fold, requests)
 
@@ -101,5 +101,5 @@ def _pairs(layer: Layer, by_layer: dict[int, LayerRequest], which: str) -> list[
     if not np.isfinite(values).all():
         return []
     if (values[:, 0] < 0).any():
-        raise UsageError(f"the parameters ask for a negative alpha in layer {layer.index}: it is a standard deviation")
+        raise UsageError(f"the parameters request a negative alpha in layer {layer.index}: it is a standard deviation")
     return [(float(alpha), float(beta)) for alpha, beta in values]

@@ -85,10 +85,10 @@ def _hypotheses(
 ) -> Iterator[tuple[str, Parameters, Parameters]]:
     """Yield each mistake with a measured and a predicted pair of parameters that agree where it was made."""
     measured = Parameters(row.alpha, row.beta)
-    asked = Parameters(row.requested_alpha, row.requested_beta)
+    requested = Parameters(row.requested_alpha, row.requested_beta)
     yield "sign", measured, Parameters(expected.alpha, -expected.beta)
-    yield "noise 1/d", measured, expected_at(asked.alpha / math.sqrt(width), asked.beta, rank, width)
-    yield "unscaled noise", measured, expected_at(asked.alpha * math.sqrt(width), asked.beta, rank, width)
+    yield "noise 1/d", measured, expected_at(requested.alpha / math.sqrt(width), requested.beta, rank, width)
+    yield "unscaled noise", measured, expected_at(requested.alpha * math.sqrt(width), requested.beta, rank, width)
     product = one_product(layer.weights, row.circuit, row.head, fold)
     yield "double square root", parameters(squared_values(product))[0], expected
     if row.circuit == "ov" and row.head == ALL_HEADS:

@@ -77,7 +77,7 @@ class Text(Dataset):
     def cut(self, context: int, windows: int, test_windows: int | None) -> Text:
         """Resolve how many windows are drawn an epoch and how many of the test split are measured on.
 
-        Raises `UsageError` where a split is too short, or holds fewer windows than asked for.
+        Raises `UsageError` where a split is too short, or holds fewer windows than requested.
         """
         for split, title in ((self.train, "training"), (self.test, "test")):
             if len(split) <= context:
