@@ -151,6 +151,8 @@ def claims() -> dict[str, list[str]]:
     from benchmarks.trust.readers import IMAGES, WEIGHTS
 
     mixer, text = CONVMIXERS["convmixer-tiny"], PRESETS["text"]
+    alike = [each for each in CONVMIXERS.values() if {**each, "kernel_size": mixer["kernel_size"]} == mixer]
+    kernels = " or ".join(f"{each['kernel_size']} x {each['kernel_size']}" for each in alike)
     seeds = next(p.default for p in load_command("train-compare").params if p.name == "seeds")
     trust = json.loads((ROOT / "benchmarks" / "results" / "trust.json").read_text())
     scan, faults = trust["scan"], trust["faults"]
@@ -159,7 +161,7 @@ def claims() -> dict[str, list[str]]:
     return {
         "docs/training.md": [
             f"digits, {len(ViT.default_arms)} arms x {seeds} seeds",
-            f"width {mixer['dim']}, depth {mixer['depth']}, {mixer['kernel_size']} x {mixer['kernel_size']} filters",
+            f"width {mixer['dim']}, depth {mixer['depth']}, {kernels} filters",
             f"(`--train-images`, {text['train_images']:,}), each of `--context` bytes ({text['context']})",
             f"`--target` ({text['target']:g})",
             f"with seeds from {TUNING_SEEDS:,} on",
