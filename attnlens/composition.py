@@ -185,8 +185,8 @@ def compose(
 
     With row vectors, for head 1 in an earlier layer and head 2 in a later one (see `composition_scores`):
 
-    - Q: ||W_OV1 W_QK2||_F / (||W_OV1||_F ||W_QK2||_F), what head 1 wrote asks;
-    - K: ||W_OV1 W_QK2^T||_F / (||W_OV1||_F ||W_QK2||_F), what head 1 wrote is asked for;
+    - Q: ||W_OV1 W_QK2||_F / (||W_OV1||_F ||W_QK2||_F), what head 1 wrote is the query;
+    - K: ||W_OV1 W_QK2^T||_F / (||W_OV1||_F ||W_QK2||_F), what head 1 wrote is the key;
     - V: ||W_OV1 W_OV2||_F / (||W_OV1||_F ||W_OV2||_F), what head 1 wrote is carried on.
 
     ``fold`` is raw, effective (gain of the norm that head 2 reads, LayerScale behind head 1) or centred, as in
@@ -266,7 +266,7 @@ class _Work:
         return over_threads(function, specs, progress, largest=largest)
 
     def blocks(self, specs: Sequence[IndexedSpec]) -> Iterator[list[IndexedSpec]]:
-        """Part the layers into runs whose readers, smaller than their weights, fit into `READERS_HELD`."""
+        """Split the layers into runs whose readers, smaller than their weights, fit into `READERS_HELD`."""
         held = np.cumsum([self._opened.bytes_of(spec) for _, spec in specs]) // READERS_HELD
         for _, run in groupby(zip(specs, held, strict=True), key=lambda item: item[1]):
             yield [spec for spec, _ in run]
@@ -306,7 +306,7 @@ class _Work:
 
 
 def _stream(path: str) -> str:
-    """Return what stands in front of the first number in a path: the layers of one tower share it."""
+    """Return what precedes the first number in a path: the layers of one tower share it."""
     parts = path.split(".")
     return ".".join(parts[: next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))])
 

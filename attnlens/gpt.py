@@ -23,7 +23,7 @@ POSITIONS = ("learned", "sincos")
 
 
 class CausalAttention(Attention):  # type: ignore[misc]  # timm is untyped
-    """timm's attention under a causal mask: a token asks itself and those before it.
+    """timm's attention under a causal mask: a token attends to itself and those before it.
 
     ``fused_attn`` takes torch's fused attention; otherwise scores are formed, which `torch.func.vmap` can map anywhere.
     """

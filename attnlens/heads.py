@@ -36,9 +36,9 @@ class HeadWeights:
     ``[out_dim]``, None where the layer has none. Query head h uses key/value head h // (num_heads / num_kv_heads); in
     differential attention W_V and W_O have half as many heads as W_Q and W_K, one for each pair of score heads.
 
-    ``norm_gain`` ``[embed_dim]`` multiplies the input coordinates before the projections (weight of the norm in
-    front of the layer), ``layer_scale`` ``[out_dim]`` the output coordinates. ``norm_gain`` is None where nothing
-    stands in front; ``norm_centres`` says that norm also subtracts the mean (LayerNorm). Where q, k and v do not all
+    ``norm_gain`` ``[embed_dim]`` multiplies the input coordinates before the projections (weight of the norm
+    before the layer), ``layer_scale`` ``[out_dim]`` the output coordinates. ``norm_gain`` is None where no norm
+    precedes the layer; ``norm_centres`` says that norm also subtracts the mean (LayerNorm). Where q, k and v do not all
     read that norm, ``own_norms`` holds what the role ("q", "k" or "v") reads instead: see `input_norm`.
 
     ``W_O`` is None where no matrix maps a head's value to the output (the values are the output, or a spatial

@@ -122,10 +122,10 @@ def test_every_kind_is_its_dense_product_with_grouped_heads(grouped, fold):
 def test_layers_read_in_blocks_give_the_same_scores(grouped, monkeypatch):
     whole = attnlens.compose(grouped)
     monkeypatch.setattr("attnlens.composition.READERS_HELD", 1)
-    parted = attnlens.compose(grouped)
-    assert list(parted.scores) == list(whole.scores)
+    separate = attnlens.compose(grouped)
+    assert list(separate.scores) == list(whole.scores)
     for pair, scores in whole.scores.items():
-        np.testing.assert_array_equal(parted.scores[pair], scores)
+        np.testing.assert_array_equal(separate.scores[pair], scores)
 
 
 def test_array_table_and_json_hold_the_same_scores(grouped):

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -9,10 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from attnlens.cli.app import load_command
 from attnlens.models.catalogue import shipped_file
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
+
+
+def flat(page: str) -> str:
+    """Return a page with every line break a space."""
+    return " ".join((ROOT / page).read_text().split())
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table behind a heading, without its two first lines."""
+    section = (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
 
 
 def load_script(name: str):
@@ -42,6 +57,9 @@ def test_the_table_in_the_readme_is_what_inspect_prints(tmp_path):
     command = [sys.executable, "-c", "from attnlens.cli import main; main()", "inspect", "-o", str(tmp_path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "\n".join(line.rstrip() for line in done.stdout.strip().splitlines()) in README.read_text()
+    figures = len(list(tmp_path.glob("*.png")))
+    assert f"writes {WORDS[figures]} figures" in flat("README.md")
+    assert f"`inspect` writes {WORDS[figures]} figures" in flat("docs/trust-faults.md")
 
 
 def test_the_python_example_prints_what_the_readme_says():
@@ -68,14 +86,133 @@ def test_the_readme_counts_the_initialisers():
     assert re.findall(r"Of (\d+) initialisers", README.read_text()) == [str(len(initialisers()))]
 
 
-def test_the_page_of_initialisers_names_each_with_its_options():
+def test_the_page_of_initialisers_names_each_with_its_options_and_their_defaults():
     from attnlens.inits import initialisers
 
-    lines = [
-        line.split("|")[1:-1] for line in (ROOT / "docs" / "inits.md").read_text().splitlines() if line[:3] == "| `"
-    ]
-    told = {name: cells[-1] for cells in lines for name in re.findall(r"`([\w-]+)`", cells[0])}
-    assert set(initialisers()) <= set(told)
+    told = {name: cells[-1] for cells in rows("docs/inits.md", "Names") for name in re.findall(r"`([\w-]+)`", cells[0])}
+    assert set(told) == set(initialisers())
+    numbers = 0
     for name, known in initialisers().items():
-        missing = [option for option in known.options if f"`{option}`" not in told[name] and option not in told[name]]
+        missing = [option for option in known.options if option not in told[name]]
         assert "..." in told[name] or not missing, name
+        for option, value in re.findall(r"`(\w+)` (-?\d*\.?\d+)", told[name]):
+            assert float(value) == known.options[option], (name, option)
+            numbers += 1
+    assert numbers > 10
+
+
+def test_a_default_in_a_synopsis_is_that_of_the_command():
+    checked = set()
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text()
+        for command, synopsis in re.findall(r"^    attnlens ([a-z-]+) (.*(?:\n {12,}\S.*)*)", text, re.MULTILINE):
+            defaults = {name: p.default for p in load_command(command).params for name in p.opts}
+            for option, value in re.findall(r"\[(--[\w-]+) ([\d.]*\d)\]", synopsis):
+                assert defaults[option] == float(value), (page.name, command, option)
+                checked.add((command, option))
+    assert {("fit-params", "--level"), ("fit-params", "--dpi"), ("signal", "--eta"), ("init", "--seed")} <= checked
+
+
+def test_the_page_of_signal_propagation_names_each_variant_with_its_options():
+    from attnlens.signal.variants import KEEP, VARIANTS, accepted_options
+
+    told = {cells[0].strip("`"): cells[-1] for cells in rows("docs/signal.md", "Attention variants")}
+    assert list(told) == [*VARIANTS, KEEP]
+    for name, options in told.items():
+        assert re.findall(r"`(\w+)`", options) == list(accepted_options(name)), name
+        for option, value in re.findall(r"`(\w+)` (\.?\d+)", options):
+            assert accepted_options(name)[option] == float(value)
+
+
+def test_the_page_of_comparisons_names_the_arms_and_the_defaults_of_each_network():
+    from attnlens.training.arms import CONTROLS, WIRINGS
+    from attnlens.training.networks.registry import networks
+
+    arms = [name for cells in rows("docs/training.md", "Arms") for name in re.findall(r"`([\w-]+)`", cells[0])]
+    assert arms[-len(WIRINGS) :] == list(WIRINGS)
+    defaults = {cells[-1].strip("`") for cells in rows("docs/training.md", "Networks")}
+    assert defaults == {",".join(kind.default_arms) for kind in networks()}
+    assert {arm for row in defaults for arm in row.split(",")} | set(CONTROLS.values()) <= set(arms)
+
+
+def claims() -> dict[str, list[str]]:
+    """Return what pages say with numbers that the code or a file of results holds, by page."""
+    from attnlens.checkpoints import archives, converted
+    from attnlens.cli.train_compare import EXIT_CODES
+    from attnlens.inits.verify.mistakes import SAME_DRAW
+    from attnlens.models.architecture import LARGEST_ARGUMENT, MOST_MODULES
+    from attnlens.printable import LONGEST
+    from attnlens.training.config import TUNING_SEEDS
+    from attnlens.training.data import image_files
+    from attnlens.training.networks.convmixer import PRESETS as CONVMIXERS
+    from attnlens.training.networks.vit import ViT
+    from attnlens.training.options import PRESETS
+    from benchmarks.trust.guard import SECONDS
+    from benchmarks.trust.readers import IMAGES, WEIGHTS
+
+    mixer, text = CONVMIXERS["convmixer-tiny"], PRESETS["text"]
+    alike = [each for each in CONVMIXERS.values() if {**each, "kernel_size": mixer["kernel_size"]} == mixer]
+    kernels = " or ".join(f"{each['kernel_size']} x {each['kernel_size']}" for each in alike)
+    seeds = next(p.default for p in load_command("train-compare").params if p.name == "seeds")
+    trust = json.loads((ROOT / "benchmarks" / "results" / "trust.json").read_text())
+    scan, faults = trust["scan"], trust["faults"]
+    kills = faults["kills_by_command"]
+    parts = {name: part["cases"] for name, part in faults["parts"].items() if "cases" in part}
+    return {
+        "docs/training.md": [
+            f"digits, {len(ViT.default_arms)} arms x {seeds} seeds",
+            f"width {mixer['dim']}, depth {mixer['depth']}, {kernels} filters",
+            f"(`--train-images`, {text['train_images']:,}), each of `--context` bytes ({text['context']})",
+            f"`--target` ({text['target']:g})",
+            f"with seeds from {TUNING_SEEDS:,} on",
+            f"0 after a budget, {EXIT_CODES['interrupt']} after Ctrl-C, {EXIT_CODES['terminate']} after SIGTERM",
+        ],
+        "docs/inits.md": [f"cosine above {SAME_DRAW}"],
+        "docs/trust.md": [
+            f"of images only {', '.join(image_files.FORMATS)} are ever decoded",
+            f"at most {LONGEST:,} printable characters",
+            f"{SECONDS:g} seconds of processor time",
+            f"{WEIGHTS.multiple} bytes for each byte of file, and {WEIGHTS.constant >> 20} MiB",
+            f"{IMAGES.multiple} bytes for each byte of file, and {IMAGES.constant >> 20} MiB",
+            f"Pixels may be {image_files.DECODED} times the file",
+            f"members may hold {archives.EXPANDS} times its length",
+            f"tar may expand {image_files.EXPANDS}-fold and {image_files.ALLOWANCE >> 20} MiB",
+            f"at most {MOST_MODULES:,} modules",
+            f"is above {LARGEST_ARGUMENT:,}",
+            f"at most {converted._GROWS} times the file, and {converted._ALWAYS >> 20} MiB",
+        ],
+        "docs/scale.md": [
+            f"{scan['local']['models']} small models with random weights",
+            f"{scan['local']['read']} were read, {scan['local']['failed_as_planted']} failed as planted",
+            f"{scan['scan_seconds']['local']:.0f} s and {scan['scan_seconds']['ray']:.0f} s on 2 cores",
+        ],
+        "docs/trust-faults.md": [
+            (
+                f"{faults['kills']} kills ({kills['inspect']} each of inspect, fit-params and init, "
+                f"{kills['train-compare']} of train-compare), {faults['kills_in_processes_of_their_own']} of them"
+            ),
+            f"{faults['half_files_or_lost_ones']} half or lost files",
+            f"{faults['kills_before_writing']} came before writing, {faults['kills_while_writing']} while a file",
+            (
+                f"{faults['kills_between_two_writes']} between two writes of a comparison, "
+                f"{faults['kills_after_writing']} after the command"
+            ),
+            f"{faults['sets_of_files_from_two_runs']} kills came between two renames",
+            f"{faults['of_those_equal_to_the_one_never_killed']} of {faults['comparisons_resumed']} comparisons",
+            (
+                f"{parts['disks']} cases of full and read-only disks, {parts['two_writers']} pairs of writers, "
+                f"{parts['two_comparisons']} pairs of comparisons, {parts['inputs_that_vanish']} inputs and "
+                f"{parts['folders_that_vanish']} cases of folders that vanish, {parts['hub']} of a hub"
+            ),
+        ],
+    }
+
+
+def test_a_number_on_a_page_is_that_of_the_code_or_of_the_results():
+    missing = [
+        (page, claim)
+        for page, said in claims().items()
+        for claim in said
+        if not re.search(rf"(?<![\d.,]){re.escape(claim)}", flat(page))
+    ]
+    assert missing == []

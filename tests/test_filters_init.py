@@ -1,4 +1,4 @@
-"""`conv-covariance`: filters have the covariance asked for and their own scale, a seed settles them, checks hold."""
+"""`conv-covariance`: filters have the requested covariance and their own scale, a seed determines them, checks hold."""
 
 import json
 import math
@@ -103,7 +103,7 @@ def test_several_filters_a_channel_and_oblong_kernels_are_drawn_alike():
 
 
 @pytest.mark.parametrize("name", [NAME, "norm-matched"])
-def test_nothing_but_depthwise_layers_changes_and_the_seed_settles_it(name):
+def test_nothing_but_depthwise_layers_changes_and_the_seed_determines_it(name):
     given = {"of": NAME} if name == "norm-matched" else {}
     state = torch.get_rng_state()
     made = [both(), both(), both()]

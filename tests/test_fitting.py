@@ -105,7 +105,7 @@ def test_layers_that_are_not_fitted_and_what_is_left_out_are_said():
     torch.manual_seed(0)
     (source,) = attnlens.fit_params(timm.create_model("xcit_nano_12_p16_224", depth=1, cls_attn_layers=1)).sources
     assert source.not_read == ["blocks.0.attn is channel attention: its product never acts between tokens"]
-    assert source.left_out["only the class token asks"] == [1]
+    assert source.left_out["only the class token is a query"] == [1]
     without = timm.create_model("xcit_nano_12_p16_224", depth=1, cls_attn_layers=0)
     found = attnlens.fit_params(without)  # its depthwise filters are left
     assert (found.entries, len(found.filters)) == ([], 2)

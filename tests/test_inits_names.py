@@ -1,4 +1,4 @@
-"""Every initialiser by name: what it sets, what it leaves alone, and that a seed settles it."""
+"""Every initialiser by name: what it sets, what it leaves alone, and that a seed determines it."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_the_names_of_the_registry():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_but_attention_changes_and_the_seed_settles_it(name):
+def test_nothing_but_attention_changes_and_the_seed_determines_it(name):
     given = options(name)
     model, twin, other, before = vit(), vit(), vit(), vit().state_dict()
     state = torch.get_rng_state()
@@ -62,8 +62,8 @@ def test_nothing_but_attention_changes_and_the_seed_settles_it(name):
             changed.add(key)
     assert changed
     assert all(any(part in key for part in ATTENTION) for key in changed)
-    settled = name in ("weight-selection", "transfer-attention", "impulse")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)) == settled
+    unseeded = name in ("weight-selection", "transfer-attention", "impulse")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)) == unseeded
 
 
 @pytest.mark.parametrize(("name", "kept"), [("qk-only", slice(96, 144)), ("ov-only", slice(0, 96))])

@@ -177,7 +177,7 @@ def test_theory_without_skips_and_mlps_is_the_kernel(norms):
     ("attention", "options", "text"),
     [
         ("e-spa", {"gamma": 0}, "gamma = 0 is not accepted: pass a number above 0"),
-        ("e-spa", {"gamma": 1e-14}, "singular to rounding: ask for less similar tokens"),
+        ("e-spa", {"gamma": 1e-14}, "singular to rounding: choose less similar tokens"),
         ("e-spa", {"distance": "hops"}, "distance = 'hops' is not accepted: pass 'sequence' or 'grid'"),
         ("e-spa", {"distance": "grid"}, "'grid' needs patches on a grid"),
         ("u-spa", {"rho": 1}, "rho = 1 is not accepted: pass a number between 0 and 1"),

@@ -1,18 +1,15 @@
-"""The public call and its tables, results of earlier comparisons, and what a new network, arm or data set costs."""
+"""The public call and its tables, results of earlier comparisons, and what is found without a change elsewhere."""
 
 import inspect as python_inspect
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import attnlens
 from attnlens.cli.app import load_command
-from attnlens.inits import registry as initialisers
 from attnlens.training.config import Config
-from attnlens.training.data import images
 from attnlens.training.networks import __path__ as network_folders
 from attnlens.training.networks import base
 from attnlens.training.networks.registry import network_named, network_of, networks
@@ -94,55 +91,18 @@ def test_no_two_networks_have_the_same_names_of_sizes_and_prefixes_tell_them_apa
         network_of({"width": 3, "height": 4})
 
 
-NETWORK = '''
-"""One depthwise convolution between two linear maps."""
-
-from typing import ClassVar
-
-from pydantic import Field
-from torch import nn
-
-from attnlens.training.networks.base import ImageNetwork, register
-
-
-@register
-class Sandwich(ImageNetwork):
-    """Sizes of a patch embedding, a depthwise convolution and a classifier."""
-
-    prefix: ClassVar[str] = "sandwich-"
-    module: ClassVar[str] = "torch.nn.Sequential"
-    default_arms: ClassVar[tuple[str, ...]] = ("default",)
-
-    width: int = Field(ge=1)
-
-    @classmethod
-    def sizes_of(cls, name):
-        """Return the width that stands behind the dash."""
-        return {"width": int(name.removeprefix(cls.prefix))}
-
-    def draw(self):
-        """Build the network as torch draws it."""
-        embed = nn.Conv2d(self.channels, self.width, self.patch_size, self.patch_size)
-        mix = nn.Conv2d(self.width, self.width, 3, padding=1, groups=self.width)
-        tokens = (self.image_size // self.patch_size) ** 2
-        return nn.Sequential(embed, mix, nn.GELU(), nn.Flatten(), nn.Linear(self.width * tokens, self.classes))
-
-    def describe(self):
-        """Say what the network is."""
-        return f"depthwise convolution of width {self.width}"
-'''
-
-
 def test_a_network_is_one_file(tmp_path, monkeypatch):
-    assert len(NETWORK.strip().splitlines()) < 40
+    """The class of docs/extending.md is found by its file alone, trains, and is read back from config.json."""
+    page = (ROOT / "docs" / "extending.md").read_text().partition("\n## A network\n")[2]
+    definition = page.partition("```python\n")[2].partition("\n\n\nwith ")[0]
     (tmp_path / "networks").mkdir()
-    (tmp_path / "networks" / "sandwich.py").write_text(NETWORK.lstrip())
+    (tmp_path / "networks" / "sandwich.py").write_text(definition)
     folders = [*network_folders, str(tmp_path / "networks")]
     monkeypatch.setattr("attnlens.training.networks.registry.folder", folders)
     monkeypatch.setattr("attnlens.training.networks.__path__", folders)
     before = list(base.KNOWN)
     try:
-        options = {**small(None), "model": "sandwich-23", "arms": None, "seeds": 1, "epochs": 6, "lr": 1e-2}
+        options = {**small(None), "model": "sandwich-23", "arms": ("default",), "seeds": 1, "epochs": 6, "lr": 1e-2}
         found = compare(None, tmp_path / "out", options=options)
         stored = json.loads((tmp_path / "out" / "config.json").read_text())
         stored.pop("sha256")
@@ -153,35 +113,3 @@ def test_a_network_is_one_file(tmp_path, monkeypatch):
     assert f"| network | {network.describe()} |" in found.report
     (run,) = found.runs.records()
     assert run["accuracy"] > 0.3  # of ten classes
-
-
-def test_an_arm_is_one_initialiser(tmp_path, monkeypatch):
-    """An initialiser that needs no option is an arm under its own name."""
-    initialisers.initialisers()
-    monkeypatch.setattr(initialisers, "_KNOWN", dict(initialisers._KNOWN))
-
-    @initialisers.initialiser("half-mimetic")
-    def half_mimetic(network):
-        """Draw QK and OV at half of what `mimetic` asks for."""
-        options = {"alpha_qk": 0.35, "beta_qk": 0.35, "alpha_ov": 0.2, "beta_ov": -0.2}
-        return initialisers._KNOWN["mimetic"].rule(network, options)
-
-    options = small(write_source(tmp_path), arms=("default", "half-mimetic"), seeds=1, epochs=1)
-    found = compare(None, tmp_path / "out", options=options)
-    start = {arm: runs[0][0][1]["raw"]["qk_beta"] for arm, runs in found.findings.structure.items()}
-    assert np.mean(start["half-mimetic"]) == pytest.approx(0.35, abs=0.1)
-    assert np.mean(start["default"]) == pytest.approx(0, abs=0.1)
-
-
-def test_a_data_set_is_one_function(tmp_path, monkeypatch):
-    def noise(name: str, folder: Path) -> images.Images:  # noqa: ARG001
-        """Return 8 x 8 images of noise under labels of three classes."""
-        random = np.random.default_rng(0)
-        pixels, labels = random.integers(0, 256, (180, 1, 8, 8), dtype=np.uint8), np.arange(180) % 3
-        return images.Images(name, pixels[:120], labels[:120], pixels[120:], labels[120:], ("a", "b", "c"))
-
-    monkeypatch.setitem(images.NAMED, "noise", noise)
-    found = compare(None, tmp_path / "out", options={**small(write_source(tmp_path)), "dataset": "noise", "seeds": 1})
-    assert "noise: 120 training and 60 test images" in found.report
-    assert found.findings.config.network.classes == 3
-    assert found.findings.complete

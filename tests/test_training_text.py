@@ -14,7 +14,7 @@ from attnlens import gpt
 from attnlens.errors import UsageError
 from attnlens.training.comparison import best_lrs, train_compare
 from attnlens.training.data.images import DatasetError
-from attnlens.training.data.text import ResidentText, Text, load_text, parted
+from attnlens.training.data.text import ResidentText, Text, load_text, split_text
 from attnlens.training.figures import draw_curves, draw_structure
 from attnlens.training.metrics import ACCURACY, BITS_PER_BYTE
 from attnlens.training.networks.gpt import Gpt
@@ -74,7 +74,7 @@ def whole(tmp_path_factory):
 def counted(length):
     """Return a text whose every byte says where it stands, up to 250."""
     content = (np.arange(length) % 250 + 1).astype(np.uint8)
-    train, test = parted(content)
+    train, test = split_text(content)
     return Text("counted", train, test, 1, "")
 
 
@@ -132,7 +132,7 @@ def test_targets_are_the_bytes_behind_the_inputs_and_windows_stay_in_their_part(
 
 
 def test_bits_per_byte_are_the_loss_of_the_module_itself(whole):
-    """The first record's figure, from timm's blocks run plainly over the windows of the test part."""
+    """The first record's figure, from timm's blocks run plainly over the windows of the test split."""
     text = load_text(f"text:{text_at_hand()}").cut(16, 80, 12)
     shape = whole.findings.config.network
     network = shape.build(0)
@@ -271,7 +271,7 @@ def test_a_run_whose_bits_are_no_number_counts_as_diverged(tmp_path, monkeypatch
         ({"augment": "none"}, "--augment is about images"),
         ({"model": "vit_tiny_patch16_224"}, "is text: name a language model, as in --model gpt-tiny"),
         ({"context": 100_000}, "too few for a window of 100000 and the byte behind it"),
-        ({"test_images": 100_000}, r"--test-images 100000: the test part of text:descr has \d+ windows"),
+        ({"test_images": 100_000}, r"--test-images 100000: the test split of text:descr has \d+ windows"),
         ({"batch_size": 81}, "--batch-size 81 is more than the 80 training windows"),
         ({"dataset": "text:nothing/here.txt"}, "there is no such file or folder, and no file matches it as a pattern"),
         ({"arms": ("fitted",)}, "gpt-test has no weights it could be fitted in: give --params a file"),

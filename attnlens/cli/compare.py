@@ -37,7 +37,7 @@ def compare(
     json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
-    found = attnlens.compare(
+    comparison = attnlens.compare(
         *models,
         fold=fold,
         checkpoints=checkpoints or [],
@@ -48,16 +48,16 @@ def compare(
         progress=tracked("layers"),
     )
     if json_:
-        distances = {"distances": found.distances, "filter_distances": found.filter_distances}
-        write_stdout(json.dumps({"fold": fold, "models": found.models, **distances}, indent=1))
-    if found.distances and not json_:
-        print_wide(distance_table(found))
-    if found.filter_distances and not json_:
-        print_wide(filter_distance_table(found))
+        distances = {"distances": comparison.distances, "filter_distances": comparison.filter_distances}
+        write_stdout(json.dumps({"fold": fold, "models": comparison.models, **distances}, indent=1))
+    if comparison.distances and not json_:
+        print_wide(distance_table(comparison))
+    if comparison.filter_distances and not json_:
+        print_wide(filter_distance_table(comparison))
     from attnlens.figures import save_figures
 
-    folder = options.figure_folder(figures, *found.models)
-    drawn = found.figures()
+    folder = options.figure_folder(figures, *comparison.models)
+    drawn = comparison.figures()
     save_figures(drawn, folder, format_, dpi)
     note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 

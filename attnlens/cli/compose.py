@@ -44,7 +44,7 @@ def compose(
     from attnlens.inspection import UNSAID
     from attnlens.layouts.flags import FLAGS
 
-    found = attnlens.compose(
+    composition = attnlens.compose(
         model,
         checkpoint,
         num_heads=num_heads,
@@ -57,45 +57,47 @@ def compose(
         remote=remote,
         progress=tracked("layers"),
     )
-    for flag in dict.fromkeys(flag for flags in found.leaves_out.values() for flag in flags if flag not in UNSAID):
-        own = [layer for layer, flags in found.leaves_out.items() if flag in flags]
-        note(f"{FLAGS[flag]}: layers {format_layers(own)}")
-    folder = options.figure_folder(output, found.model)
-    save_composition(found, folder, command_line())
+    for flag in dict.fromkeys(
+        flag for flags in composition.leaves_out.values() for flag in flags if flag not in UNSAID
+    ):
+        flagged = [layer for layer, flags in composition.leaves_out.items() if flag in flags]
+        note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
+    folder = options.figure_folder(output, composition.model)
+    save_composition(composition, folder, command_line())
     if json_:
-        write_stdout(json.dumps(found.to_json()))
+        write_stdout(json.dumps(composition.to_json()))
     else:
-        print_wide(strongest_table(found, top))
+        print_wide(strongest_table(composition, top))
     from attnlens.figures import save_figures
 
-    save_figures(found.figures(), folder, format_, dpi)
-    note(f"wrote composition.csv, composition.json and figures ({found.fold}, {format_}) to {folder}")
+    save_figures(composition.figures(), folder, format_, dpi)
+    note(f"wrote composition.csv, composition.json and figures ({composition.fold}, {format_}) to {folder}")
 
 
-def strongest_table(found: Composition, top: int) -> Table:
+def strongest_table(composition: Composition, top: int) -> Table:
     """Build the table: for each kind the pairs of the largest score over baseline, and the median over all pairs."""
     import numpy as np
 
     from attnlens.composition import KINDS
 
     table = plain_table(
-        title=f"[bold]{escape(found.model)}[/bold]: composition of heads, {found.fold}",
+        title=f"[bold]{escape(composition.model)}[/bold]: composition of heads, {composition.fold}",
         caption="score over the baseline 1/√d of unrelated directions; heads are layer.head\n"
         "deviation: squared score less 1/d, in standard deviations of random rotations",
     )
     for name in ("kind", "writes", "reads", "score", "÷ baseline", "deviation"):
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
     for kind in KINDS:
-        ratios, places, deviations = _pairs(found, kind)
-        for place in np.argsort(-ratios, kind="stable")[:top]:
-            first, i, second, j = places[place]
-            score = ratios[place] * found.baseline(second)
+        ratios, pairs, deviations = _pairs(composition, kind)
+        for rank in np.argsort(-ratios, kind="stable")[:top]:
+            first, i, second, j = pairs[rank]
+            score = ratios[rank] * composition.baseline(second)
             cells = (
                 f"{first}.{i}",
                 f"{second}.{j}",
                 f"{score:.4f}",
-                f"{ratios[place]:.2f}",
-                f"{deviations[place]:.1f}",
+                f"{ratios[rank]:.2f}",
+                f"{deviations[rank]:.1f}",
             )
             table.add_row(kind.upper(), *cells)
         if len(ratios):
@@ -105,17 +107,17 @@ def strongest_table(found: Composition, top: int) -> Table:
     return table
 
 
-def _pairs(found: Composition, kind: Composed) -> tuple[np.ndarray, list[tuple[int, int, int, int]], np.ndarray]:
+def _pairs(composition: Composition, kind: Composed) -> tuple[np.ndarray, list[tuple[int, int, int, int]], np.ndarray]:
     """Return score over baseline, (earlier layer, head, later layer, head) and deviation of every defined pair."""
     import numpy as np
 
-    ratios, places, deviations = [], [], []
-    for (of, first, second), scores in found.scores.items():
+    ratios, pairs, deviations = [], [], []
+    for (of, first, second), scores in composition.scores.items():
         if of != kind:
             continue
         for (i, j), score in np.ndenumerate(scores):
             if np.isfinite(score):
-                ratios.append(float(score) / found.baseline(second))
-                places.append((first, i, second, j))
-                deviations.append(float(found.deviations[of, first, second][i, j]))
-    return np.array(ratios), places, np.array(deviations)
+                ratios.append(float(score) / composition.baseline(second))
+                pairs.append((first, i, second, j))
+                deviations.append(float(composition.deviations[of, first, second][i, j]))
+    return np.array(ratios), pairs, np.array(deviations)

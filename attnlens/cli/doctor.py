@@ -81,10 +81,10 @@ def _packages() -> Iterator[Finding]:
 
 def _package(requirement: Requirement, remedy: str, use: str | None) -> Finding:
     """Judge one package; one with a ``use`` is optional."""
-    found = _version(requirement.name)
-    ok = found is not None and requirement.specifier.contains(found, prereleases=True)
+    version = _version(requirement.name)
+    ok = version is not None and requirement.specifier.contains(version, prereleases=True)
     needs = "" if ok else f" (needs {requirement.specifier})"
-    said = f"missing: only for {use}" if use and not found else f"{found or 'missing'}{needs}"
+    said = f"missing: only for {use}" if use and not version else f"{version or 'missing'}{needs}"
     part = "optional" if use else "required"
     return Finding(part, requirement.name, said, ok=ok, needed=use is None, remedy="" if ok else remedy)
 

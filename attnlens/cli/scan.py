@@ -68,7 +68,7 @@ def scan(
             note(message)
         return
     try:
-        found = attnlens.scan(
+        scanned = attnlens.scan(
             patterns,
             output,
             fold=fold,
@@ -83,40 +83,42 @@ def scan(
     except KeyboardInterrupt:
         note(f"stopped: what is measured is kept in {output}; the same command goes on from there")
         raise
-    for message in found.notes:
+    for message in scanned.notes:
         note(message)
-    shown: Fold = "effective" if "effective" in found.folds else (found.folds or ("raw",))[0]
+    shown: Fold = "effective" if "effective" in scanned.folds else (scanned.folds or ("raw",))[0]
     if json_:
         write_stdout((output / "scan.json").read_text())
     else:
-        print_wide(model_table(found, shown))
+        print_wide(model_table(scanned, shown))
     from attnlens.figures import save_figures
 
-    save_figures({"landscape": found.figure(shown)}, output, format_, dpi)
-    for name, error in found.failed.items():
+    save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi)
+    for name, error in scanned.failed.items():
         note(f"failed: {name}: {error}")
-    read = len(found.results) - len(found.failed)
-    earlier = len(found.results) - found.measured
+    read = len(scanned.results) - len(scanned.failed)
+    earlier = len(scanned.results) - scanned.measured
     note(
-        f"{len(found.results)} models: {read} read, {len(found.failed)} failed, {earlier} of them done before"
-        + (f"; {found.lost} times a worker was lost and its model begun again" if found.lost else "")
+        f"{len(scanned.results)} models: {read} read, {len(scanned.failed)} failed, {earlier} of them done before"
+        + (f"; {scanned.lost} times a worker was lost and its model begun again" if scanned.lost else "")
     )
     note(f"wrote scan.csv, layers.csv, scan.json, landscape.{format_} and models/ to {output}")
     if not read:
-        raise AttnlensError(f"none of {len(found.results)} models could be read: the errors are above and in scan.csv")
+        raise AttnlensError(
+            f"none of {len(scanned.results)} models could be read: the errors are above and in scan.csv"
+        )
 
 
-def model_table(found: Scan, fold: Fold) -> Table:
+def model_table(scanned: Scan, fold: Fold) -> Table:
     """Build the table of one fold: a row a model, medians over its layers."""
     table = plain_table(
-        title=f"[bold]{len(found.results)} models[/bold]: {fold} products, M ~ α Z + β I",
+        title=f"[bold]{len(scanned.results)} models[/bold]: {fold} products, M ~ α Z + β I",
         caption="medians over layers; QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\n"
         "OV β < 0: share of layers",
     )
     table.add_column("model", overflow="fold")
     for name in ("layers", "heads", *_HEADINGS):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows():
+    for row in scanned.rows():
         if row["status"] == "ok" and row["fold"] == fold:
             layers = f"{row['layers']}" if row["layers"] == row["depth"] else f"{row['layers']}/{row['depth']}"
             table.add_row(escape(row["model"]), layers, row["heads"], *(_cell(row, name) for name in _STATISTICS))

@@ -72,7 +72,7 @@ def signal(
     from attnlens.signal.figure import draw_signal
     from attnlens.signal.propagation import propagate
 
-    found = propagate(
+    propagation = propagate(
         model,
         ARMS if arms is None else options.split_words(arms),
         depth=depth,
@@ -86,39 +86,39 @@ def signal(
         options=options.parse_pairs("--option", pairs),
         progress=tracked("networks"),
     )
-    folder = options.figure_folder(output, found.model)
-    record = {**found.to_json(), "provenance": {**run_provenance(), "command": command_line()}}
+    folder = options.figure_folder(output, propagation.model)
+    record = {**propagation.to_json(), "provenance": {**run_provenance(), "command": command_line()}}
     text = json.dumps(record, indent=1)
     with FileSet() as files:
-        save_figures({"signal": draw_signal(found)}, folder, format_, dpi, into=files.write)
-        files.write(folder / "signal.csv", methodcaller("write", found.table.to_csv().encode()))
+        save_figures({"signal": draw_signal(propagation)}, folder, format_, dpi, into=files.write)
+        files.write(folder / "signal.csv", methodcaller("write", propagation.table.to_csv().encode()))
         files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))
     if json_:
         write_stdout(text)
     else:
-        print_wide(signal_table(found))
+        print_wide(signal_table(propagation))
     note(f"wrote signal.csv, signal.json and signal.{format_} to {folder}")
 
 
-def signal_table(found: Propagation) -> Table:
+def signal_table(propagation: Propagation) -> Table:
     """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
     from attnlens.signal.figure import describe
 
     table = plain_table(
-        title=f"[bold]{escape(found.model)}[/bold]: mean cosine of two tokens behind a block",
-        caption=f"{describe(found)[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to theory; "
-        "by chance: expected of\nrandom coordinates; entries: mean square of the tokens behind the last block",
+        title=f"[bold]{escape(propagation.model)}[/bold]: mean cosine of two tokens behind a block",
+        caption=f"{describe(propagation)[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to "
+        "theory; by chance: expected of\nrandom coordinates; entries: mean square of the tokens behind the last block",
     )
-    layers = sorted({0, round(found.depth / 4), round(found.depth / 2), found.depth})
+    layers = sorted({0, round(propagation.depth / 4), round(propagation.depth / 2), propagation.depth})
     names = ["arm", *(f"block {layer}" if layer else "input" for layer in layers)]
     for name in (*names, "theory", "error", "by chance", "entries"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    for arm in found.arms:
-        cosine, error = found.curve(arm, "cosine"), found.curve(arm, "kernel_error")[:, -1].mean()
-        theory, chance = (found.curve(arm, name)[0, -1] for name in ("theory_cosine", "theory_error"))
+    for arm in propagation.arms:
+        cosine, error = propagation.curve(arm, "cosine"), propagation.curve(arm, "kernel_error")[:, -1].mean()
+        theory, chance = (propagation.curve(arm, name)[0, -1] for name in ("theory_cosine", "theory_error"))
         cells = [_spread(cosine[:, layer]) for layer in layers]
         last = [_cell(value) for value in (theory, error, chance)]
-        table.add_row(arm, *cells, *last, f"{found.curve(arm, 'mean_square')[:, -1].mean():.1e}")
+        table.add_row(arm, *cells, *last, f"{propagation.curve(arm, 'mean_square')[:, -1].mean():.1e}")
     return table
 
 

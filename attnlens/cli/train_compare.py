@@ -140,7 +140,7 @@ def train_compare(
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
     command = command_line()
-    found = attnlens.train_compare(
+    comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
         model=model,
@@ -177,12 +177,12 @@ def train_compare(
         output=output,
     )
     if os.environ.get("RANK", "0") == "0":
-        write_stdout(found.report)
-        note(f"wrote {found.folder}")
-        if found.stopped:
+        write_stdout(comparison.report)
+        note(f"wrote {comparison.folder}")
+        if comparison.stopped:
             again = command if resume else f"{command} --resume"
-            note(f"stopped ({found.stopped}) before all runs were done. To go on: {again}")
-    sys.exit(EXIT_CODES[found.stopped])
+            note(f"stopped ({comparison.stopped}) before all runs were done. To go on: {again}")
+    sys.exit(EXIT_CODES[comparison.stopped])
 
 
 def _words(option: str, text: str) -> list[str]:

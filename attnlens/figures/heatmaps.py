@@ -72,7 +72,7 @@ def compose(panels: Panels) -> Mosaic:
     width = max(columns for _, columns in shapes)
     gap = max(1, round(0.06 * width))
     heads = sorted({head for row in panels.values() for head in row if isinstance(head, int)})
-    lefts: dict[int | str, int] = {head: place * (width + gap) for place, head in enumerate(heads)}
+    lefts: dict[int | str, int] = {head: index * (width + gap) for index, head in enumerate(heads)}
     if any(ALL_HEADS in row for row in panels.values()):
         lefts[ALL_HEADS] = len(heads) * (width + gap) + 2 * gap
     heights = {layer: max(panel.shape[0] for panel in row.values()) for layer, row in panels.items()}

@@ -93,9 +93,9 @@ def _panel(axes: Axes, row: str, series: Mapping[Fold, Series], layers: Sequence
     crowded = any(len(values.layer) > len(layers) for values in series.values())
     spread = 0.26 * pitch if crowded else 0.0
     faded = max(0.3, min(1.0, (150 / max(len(values.layer) for values in series.values())) ** 0.5))
-    for place, (fold, values) in enumerate(series.items()):
+    for index, (fold, values) in enumerate(series.items()):
         y = getattr(values, row)
-        x = values.layer + spread * (place - (len(series) - 1) / 2)
+        x = values.layer + spread * (index - (len(series) - 1) / 2)
         colour = style.FOLD_COLOURS[fold]
         if row == "beta":
             ends = np.stack([y - 2 * values.beta_stderr, y + 2 * values.beta_stderr], -1)
@@ -104,12 +104,12 @@ def _panel(axes: Axes, row: str, series: Mapping[Fold, Series], layers: Sequence
             axes.add_collection(LineCollection(list(bars), **bars_look), autolim=False)
         points = {"markersize": 2.8, "alpha": 0.7 * faded, "markeredgewidth": 0}
         axes.plot(x, y, style.FOLD_MARKERS[fold], color=colour, gid=f"{row} {fold}", **points)
-        own = np.unique(values.layer)
-        mean = np.array([y[values.layer == layer].mean() for layer in own])
-        if len(own) == 1:
-            own, mean = np.array([own[0] - 0.3, own[0] + 0.3]), mean.repeat(2)
+        drawn = np.unique(values.layer)
+        mean = np.array([y[values.layer == layer].mean() for layer in drawn])
+        if len(drawn) == 1:
+            drawn, mean = np.array([drawn[0] - 0.3, drawn[0] + 0.3]), mean.repeat(2)
         axes.plot(
-            own,
+            drawn,
             mean,
             style.FOLD_LINES[fold],
             color=colour,

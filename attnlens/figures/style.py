@@ -146,7 +146,7 @@ def wrapped(text: str, width: float, points: float) -> str:
     lines = textwrap.wrap(text, letters)
     if len(lines) > 1 and len(lines[-1]) < 0.3 * letters:
         narrower = (textwrap.wrap(text, fewer) for fewer in range(letters, letters // 2, -1))
-        lines = next((found for found in narrower if len(found[-1]) >= 0.6 * len(found[0])), lines)
+        lines = next((wrapped for wrapped in narrower if len(wrapped[-1]) >= 0.6 * len(wrapped[0])), lines)
     return "\n".join(lines)
 
 
@@ -277,15 +277,15 @@ def log_ticks(low: float, high: float) -> list[float]:
 def arcsinh_ticks(low: float, high: float, width: float, apart: float = 0.2) -> list[float]:
     """Return 0 and round numbers in [low, high], far enough apart on an arcsinh scale for their labels."""
     limit = max(-low, high)
-    found: list[float] = []
-    place = 2.0
+    ticks: list[float] = []
+    previous = 2.0
     power = math.floor(math.log10(limit))
     for tick in (step * 10.0**p for p in range(power, power - 9, -1) for step in (5, 2, 1)):
         here = math.asinh(tick / width) / math.asinh(limit / width)
-        if apart <= here <= 1 and place - here >= apart:
-            found.append(tick)
-            place = here
-    return [tick for tick in (*(-tick for tick in found), 0.0, *reversed(found)) if low <= tick <= high]
+        if apart <= here <= 1 and previous - here >= apart:
+            ticks.append(tick)
+            previous = here
+    return [tick for tick in (*(-tick for tick in ticks), 0.0, *reversed(ticks)) if low <= tick <= high]
 
 
 def _even_ticks(low: float, high: float) -> list[float]:
@@ -296,7 +296,7 @@ def _even_ticks(low: float, high: float) -> list[float]:
         for step in (1, 2, 5)
         if (high - low) / (step * 10.0**power) <= 6
     )
-    return [float(f"{place * step:.12g}") for place in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return [float(f"{multiple * step:.12g}") for multiple in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 # Okabe & Ito's palette; beyond seven arms the line's pattern tells them apart.
@@ -304,6 +304,6 @@ COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 DASHES = ("-", "--", ":")
 
 
-def line_style(place: int) -> dict[str, Any]:
-    """Return the colour and dash of the arm at a place."""
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}
+def line_style(index: int) -> dict[str, Any]:
+    """Return the colour and dash of the arm at ``index``."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}

@@ -85,26 +85,32 @@ def compare(
         "remote": remote,
         "progress": progress,
     }
-    return compare_inspections([inspect(model, file, **how) for model, file in zip(models, files, strict=True)], fold)
+    inspections = [inspect(model, file, **how) for model, file in zip(models, files, strict=True)]
+    return compare_inspections(inspections, fold)
 
 
 def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Comparison:
     """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each."""
     names = _distinct([inspection.model for inspection in inspections])
     named = list(zip(names, inspections, strict=True))
-    kinds = [bool(found.specs) for found in inspections], [bool(found.filters.specs) for found in inspections]
+    kinds = (
+        [bool(inspection.specs) for inspection in inspections],
+        [bool(inspection.filters.specs) for inspection in inspections],
+    )
     if all(sum(kind) < 2 for kind in kinds):
-        held = ", ".join(f"{name}: {'attention' if found.specs else 'depthwise filters'}" for name, found in named)
+        held = ", ".join(
+            f"{name}: {'attention' if inspection.specs else 'depthwise filters'}" for name, inspection in named
+        )
         raise UnsupportedAttentionError(f"no two of these models hold layers of one kind ({held}): name others")
-    profiles = [profile for name, found in named for profile in profiles_of(found, name, fold)]
-    filters = [profile for name, found in named for profile in filter_profiles(found.filters, name)]
+    profiles = [profile for name, inspection in named for profile in profiles_of(inspection, name, fold)]
+    filters = [profile for name, inspection in named for profile in filter_profiles(inspection.filters, name)]
     distances = tuple(_distances(names, profiles)), tuple(filter_distances(filters))
     return Comparison(fold, tuple(names), tuple(profiles), distances[0], tuple(filters), distances[1])
 
 
 def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
     """Return every profile of one inspected model."""
-    found = []
+    profiles = []
     for circuit, heads in PROFILES:
         stats = inspection.stats.select(circuit=circuit, fold=fold)
         by_layer = {layer: _of_heads(stats.select(layer=layer), heads) for layer in inspection.layers}
@@ -113,20 +119,20 @@ def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
             means = {layer: v[np.isfinite(v)].mean() for layer, v in values.items() if np.isfinite(v).any()}
             if means:  # a layer without a number (a product that is zero, or not square) is interpolated over
                 depth = np.array([relative_depth(layer, inspection.depth) for layer in means])
-                found.append(Profile(name, circuit, statistic, depth, np.array(list(means.values()))))
-    return found
+                profiles.append(Profile(name, circuit, statistic, depth, np.array(list(means.values()))))
+    return profiles
 
 
 def _of_heads(stats: StatsTable, heads: str) -> StatsTable:
     if heads == ALL_HEADS:
         return stats.select(head=ALL_HEADS)
-    place = stats.columns.index("head")
-    return StatsTable(tuple(row for row in stats.rows if row[place] != ALL_HEADS), stats.columns)
+    head = stats.columns.index("head")
+    return StatsTable(tuple(row for row in stats.rows if row[head] != ALL_HEADS), stats.columns)
 
 
 def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[str, Any]]:
     by_key = {(p.model, p.circuit, p.statistic): p.at(GRID) for p in profiles}
-    found: list[dict[str, Any]] = []
+    distances: list[dict[str, Any]] = []
     for first, second in combinations(names, 2):
         for circuit, _ in PROFILES:
             if any((name, circuit, "identity_share") not in by_key for name in (first, second)):
@@ -134,7 +140,7 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
             shares = [by_key[name, circuit, "identity_share"] for name in (first, second)]
             with np.errstate(divide="ignore"):
                 logs = [np.log10(by_key[name, circuit, "alpha"]) for name in (first, second)]
-            found.append(
+            distances.append(
                 {
                     "first": first,
                     "second": second,
@@ -143,7 +149,7 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
                     "log_alpha": rms_over_depth(logs[0] - logs[1]) if np.isfinite(logs).all() else None,
                 }
             )
-    return found
+    return distances
 
 
 def _distinct(names: list[str]) -> list[str]:

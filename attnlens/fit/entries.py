@@ -99,7 +99,7 @@ class Summary(_Part):
 class Pooled(_Part):
     """One circuit's requests, pooled over all layers (and heads) of all models, and their trend with depth.
 
-    The trend of alpha is that of its logarithm: at no depth does it ask for less than no noise.
+    The trend of alpha is that of its logarithm: so it is positive at every depth.
     """
 
     circuit: Kind

@@ -26,14 +26,14 @@ def draw_filter_fits(sources: Sequence[Source], filters: Sequence[FilterEntry]) 
 
     ``filter_fit``, numbered where there are several models.
     """
-    found = {}
-    for place, source in enumerate(sources):
-        own = [entry for entry in filters if entry.source == place]
-        if not own:
+    figures = {}
+    for index, source in enumerate(sources):
+        entries = [entry for entry in filters if entry.source == index]
+        if not entries:
             continue
         full = {
             entry.layer: Covariance(entry.matrix(), entry.kernel, f"layer {entry.layer}: shrunk {entry.shrinkage:.2f}")
-            for entry in own
+            for entry in entries
         }
         form = {
             entry.layer: Covariance(
@@ -41,15 +41,15 @@ def draw_filter_fits(sources: Sequence[Source], filters: Sequence[FilterEntry]) 
                 entry.kernel,
                 f"s = {entry.s:.3g}, explains {entry.explained_covariances:.2f}",
             )
-            for entry in own
+            for entry in entries
         }
         with style.look():
-            found["filter_fit" if len(sources) == 1 else f"filter_fit_{place}"] = draw_mosaics(
+            figures["filter_fit" if len(sources) == 1 else f"filter_fit_{index}"] = draw_mosaics(
                 {"full": full, "closed\nform": form},
                 model=source.model,
                 title="Covariance of each layer's depthwise filters, and the closed form fitted to it",
             )
-    return found
+    return figures
 
 
 # Okabe & Ito's colours, one a model; more models take them again with another line.
@@ -166,10 +166,10 @@ def draw_comparison(models: Sequence[str], profiles: Sequence[Profile], fold: Fo
         for j, statistic in enumerate(rows):
             for i, (circuit, _, title) in enumerate(COLUMNS):
                 axes = cells[j][i]
-                found = [p for p in profiles if (p.circuit, p.statistic) == (circuit, statistic)]
-                for profile in found:
+                shown = [p for p in profiles if (p.circuit, p.statistic) == (circuit, statistic)]
+                for profile in shown:
                     _profile_line(axes, models, profile)
-                _value_axis(axes, statistic, np.concatenate([p.values for p in found] or [np.zeros(1)]))
+                _value_axis(axes, statistic, np.concatenate([p.values for p in shown] or [np.zeros(1)]))
                 axes.set_xlim(-0.03, 1.03)
                 axes.set_title(title.replace("every head", "mean over heads"), loc="left", pad=5)
                 axes.set_xlabel("relative depth" if j == len(rows) - 1 else "")
@@ -201,11 +201,11 @@ def _grid(
             axes = cells[j][i]
             axes.set_title(label, loc="left", pad=5)
             shown: list[Entry] = []
-            for place, (source, fold) in enumerate(drawn):
+            for index, (source, fold) in enumerate(drawn):
                 entries = [e for e in select(fits.entries, circuit, head, fold=fold) if e.source == source]
                 if entries:
                     colour = _model_look(source)[0] if several else style.FOLD_COLOURS[fold]
-                    row.draw(axes, entries, colour, 0.3 * (place - (len(drawn) - 1) / 2) / len(drawn))
+                    row.draw(axes, entries, colour, 0.3 * (index - (len(drawn) - 1) / 2) / len(drawn))
                 shown += entries
             row.finish(axes, shown, j == len(rows) - 1)
     return figure
@@ -267,8 +267,8 @@ def _abreast(entries: Sequence[str], width: float) -> int:
     return max(1, min(len(entries), int(width / (max(map(len, entries)) * letter + handle))))
 
 
-def _model_look(place: int) -> Look:
-    return MODEL_COLOURS[place % len(MODEL_COLOURS)], MODEL_LINES[place // len(MODEL_COLOURS) % len(MODEL_LINES)]
+def _model_look(index: int) -> Look:
+    return MODEL_COLOURS[index % len(MODEL_COLOURS)], MODEL_LINES[index // len(MODEL_COLOURS) % len(MODEL_LINES)]
 
 
 def _layers(entries: Sequence[Entry], shift: float) -> Array:

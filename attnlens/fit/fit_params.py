@@ -58,7 +58,7 @@ def fit_params(
     command: str | None = None,
     progress: Progress = iter,
 ) -> InitParams:
-    """Return the fit of every circuit and every layer of filters of models: what to ask of an initialiser.
+    """Return the fit of every circuit and every layer of filters of models: what to request of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
     on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
@@ -82,12 +82,12 @@ def fit_params(
         opened = open_model(
             model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
         )
-        found, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
-        everything += found
-        own, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
-        if not found and not own:
+        fitted, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
+        everything += fitted
+        of_filters, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
+        if not fitted and not of_filters:
             raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {unread[0]}")
-        filters += own
+        filters += of_filters
         sources.append(
             Source(
                 model=opened.name,
@@ -222,27 +222,27 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
     p_values = corrected(np.concatenate([np.ravel(stack.inference.p_value) for stack in stacks]))
     start = 0
     for stack in stacks:
-        own = p_values[start : start + len(stack.names)]
+        of_stack = p_values[start : start + len(stack.names)]
         start += len(stack.names)
-        judged = judge(stack.fit, stack.inference, own)
+        judged = judge(stack.fit, stack.inference, of_stack)
         for index, (name, judgement) in enumerate(zip(stack.names, judged, strict=True)):
             alpha, beta = (float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta"))
             inferred: dict[str, Any] = {
                 field: finite_or_none(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
-            asked, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
+            request, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
             yield Entry(
                 **stack.place,
                 **inferred,
                 head=name,  # type: ignore[arg-type]
                 alpha=alpha,
                 beta=beta,
-                p_value=float(own[index]),
+                p_value=float(of_stack[index]),
                 p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
                 verdict=judgement.verdict.value,
                 reason=judgement.reason,
-                request_alpha=asked.alpha,
-                request_beta=asked.beta,
+                request_alpha=request.alpha,
+                request_beta=request.beta,
                 reachable=reachable,
             )
 
@@ -260,8 +260,8 @@ def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
     for circuit, heads in _GROUPS:
         group = select(entries, circuit, heads)
         for source, layer in dict.fromkeys((entry.source, entry.layer) for entry in group):
-            found = [entry for entry in group if (entry.source, entry.layer) == (source, layer)]
-            alpha, beta = (np.array([getattr(entry, name) for entry in found]) for name in ("alpha", "beta"))
+            measured = [entry for entry in group if (entry.source, entry.layer) == (source, layer)]
+            alpha, beta = (np.array([getattr(entry, name) for entry in measured]) for name in ("alpha", "beta"))
             yield LayerSummary(
                 source=source,
                 layer=layer,
@@ -271,7 +271,7 @@ def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
                 alpha_sd=_sd(alpha),
                 beta_mean=float(beta.mean()),
                 beta_sd=_sd(beta),
-                n=len(found),
+                n=len(measured),
             )
 
 

@@ -64,12 +64,12 @@ def _models(sources: Sequence[Source]) -> str:
 def _rows(sources: Sequence[Source], entries: Sequence[Entry], fold: Fold) -> Iterator[list[str]]:
     chosen = [entry for entry in entries if entry.fold == fold]
     for source, layer in dict.fromkeys((entry.source, entry.layer) for entry in chosen):
-        own = [entry for entry in chosen if (entry.source, entry.layer) == (source, layer)]
-        heads = [entry for entry in own if entry.circuit == "qk"]
+        of_layer = [entry for entry in chosen if (entry.source, entry.layer) == (source, layer)]
+        heads = [entry for entry in of_layer if entry.circuit == "qk"]
         counts = Counter(entry.verdict for entry in heads)
         words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         cells = [sources[source].model, str(layer), _mean_of(heads, "alpha"), _mean_of(heads, "beta"), words]
-        total = next((entry for entry in own if entry.head == ALL_HEADS), None)
+        total = next((entry for entry in of_layer if entry.head == ALL_HEADS), None)
         yield cells + ([""] * 5 if total is None else _total_cells(total))
 
 

@@ -1,4 +1,4 @@
-"""The parameter file: what was measured in which models, and what to ask of an initialiser to start there.
+"""The parameter file: what was measured in which models, and what to request of an initialiser to start there.
 
 A file holds, per source, layer and head, the realised fit (alpha, beta with intervals) and the *request*: the (alpha,
 beta) to draw with so that the truncated product realises it. Requests are free of width and rank: a full d x d draw
@@ -72,8 +72,8 @@ class InitParams(_Part):
     @model_validator(mode="after")
     def _refer_to_sources(self) -> InitParams:
         rows: list[tuple[str, Entry | FilterEntry]] = [
-            *((f"entries.{place}", entry) for place, entry in enumerate(self.entries)),
-            *((f"filters.{place}", filters) for place, filters in enumerate(self.filters)),
+            *((f"entries.{index}", entry) for index, entry in enumerate(self.entries)),
+            *((f"filters.{index}", filters) for index, filters in enumerate(self.filters)),
         ]
         if not rows:
             raise ValueError("entries and filters are both empty")
@@ -166,14 +166,14 @@ class InitParams(_Part):
         depths = [source.num_layers for source in self.sources if source.num_layers]
         same_depth = all(layers == depth for layers in depths)
         by_layer = same_depth and (self.per == "layer" or (self.per == "head" and len(depths) == 1))
-        found = []
+        requests = []
         for layer, heads, value_heads in places:
             t = relative_depth(layer, depth)
             qk = self._heads("qk", layer if by_layer else None, heads, t)
             ov = self._heads("ov", layer if by_layer else None, value_heads, t)
             total = self._pairs("ov", "all", layer if by_layer else None, t)
-            found.append(LayerRequest(layer=layer, qk=qk, ov=total.mean(0) if len(total) else None, ov_heads=ov))
-        return tuple(found)
+            requests.append(LayerRequest(layer=layer, qk=qk, ov=total.mean(0) if len(total) else None, ov_heads=ov))
+        return tuple(requests)
 
     def _heads(self, circuit: Kind, layer: int | None, heads: int, t: float) -> Array | None:
         pairs = self._pairs(circuit, "each", layer, t)

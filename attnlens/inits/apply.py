@@ -63,12 +63,12 @@ def init_(
     rule = chosen.rule(network, options)
     if rule.plan and rule.fold != "raw" and architecture.untraced:
         raise UnusableScaleError(
-            f"fold = {rule.fold!r} needs the norms in front of the layers of {architecture.name}, and no forward pass "
+            f"fold = {rule.fold!r} needs the norms before the layers of {architecture.name}, and no forward pass "
             f"could be followed ({architecture.untraced}): give input_size=, or pass fold='raw'"
         )
     layers = planned_layers(rule, network, init)
-    jobs: list[Callable[[], _Result]] = [partial(_initialise, rule, network, *place) for place in layers.attention]
-    jobs += [partial(_initialise_filters, rule, network, *place) for place in layers.filters]
+    jobs: list[Callable[[], _Result]] = [partial(_initialise, rule, network, *layer) for layer in layers.attention]
+    jobs += [partial(_initialise_filters, rule, network, *layer) for layer in layers.filters]
     results = run_each(jobs, tensors, layers.specs())
     skipped = [*layers.refused, *(item for result in results for item in result.skipped)]
     if not any(result.written for result in results):
@@ -79,10 +79,10 @@ def init_(
     for (index, _), result in zip((*layers.attention, *layers.filters), results, strict=True):
         for note in result.notes:
             notes[note] = (*notes.get(note, ()), index)
-    settled = {**{k: v for k, v in chosen.options.items() if k in options or _plain(v)}, **options}
+    resolved = {**{k: v for k, v in chosen.options.items() if k in options or _plain(v)}, **options}
     products = tuple(row for result in results for row in result.products)
     filters = tuple(row for result in results for row in result.filters)
-    return InitReport(init, seed, settled, rule.fold, products, tuple(skipped), notes, filters)
+    return InitReport(init, seed, resolved, rule.fold, products, tuple(skipped), notes, filters)
 
 
 def create_model(
@@ -185,7 +185,7 @@ def make_filter_layer(network: Network, index: int, spec: FilterSpec) -> FilterL
 
 
 def planned_bias(spec: FilterSpec, plan: FilterPlan) -> Array | None:
-    """Return the bias a plan asks for, zero where it says nothing; None where the layer has none."""
+    """Return the bias a plan requests, zero where it says nothing; None where the layer has none."""
     if not spec.bias:
         return None
     return np.zeros(spec.filters) if plan.bias is None else plan.bias
@@ -218,7 +218,7 @@ def make_layer(network: Network, index: int, spec: AttentionSpec) -> Layer:
 
 
 def planned_heads(layer: Layer, plan: Plan, rule: Rule) -> HeadWeights:
-    """Return the weights a plan asks the network to hold: raw, with the biases that go with them."""
+    """Return the weights a plan requests of the network: raw, with the biases that go with them."""
     by = gains(layer.weights, rule.fold)
     new = unfolded(plan.weights(), by)
     names = {"q": ("W_Q", "b_Q"), "k": ("W_K", "b_K"), "v": ("W_V", "b_V"), "o": ("W_O", "b_O")}

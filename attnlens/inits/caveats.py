@@ -54,7 +54,7 @@ def whole_layer_reason(spec: AttentionSpec) -> str:
     if refusal is not None:
         return refusal.reason.split(". Pass")[0]
     if "latent_query" in spec.leaves_out:
-        return "asks with a learned latent, not with tokens: its product has no diagonal that means anything"
+        return "has a learned latent as query, not tokens: its product has no diagonal that means anything"
     return ""
 
 

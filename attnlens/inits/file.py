@@ -38,10 +38,10 @@ def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
     """Build a network with the weights timm draws under ``seed``: a timm name, a model folder, or the shipped ViT."""
     folder = EMBEDDED if model is None else Path(model.removeprefix("local-dir:"))
     if folder.is_dir():
-        settled = {**_folder_args(folder / "config.json"), **model_args}
-        module = build_model(f"local-dir:{folder}", seed, settled)
+        resolved = {**_folder_args(folder / "config.json"), **model_args}
+        module = build_model(f"local-dir:{folder}", seed, resolved)
         config: Any = module.pretrained_cfg
-        return Built(module, str(config["architecture"]), settled)
+        return Built(module, str(config["architecture"]), resolved)
     assert model is not None
     module = build_model(model, seed, model_args)
     return Built(module, model.removeprefix("timm/").partition(".")[0], dict(model_args))

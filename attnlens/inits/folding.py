@@ -48,13 +48,13 @@ class Gain(NamedTuple):
 def gains(weights: HeadWeights, fold: Fold) -> dict[str, Gain]:
     """Return the gain of each role under a fold; roles without one are left out.
 
-    Raises `UnusableScaleError` where a gain or LayerScale is zero all over, or where the norm in front is not known.
+    Raises `UnusableScaleError` where a gain or LayerScale is zero all over, or where the preceding norm is not known.
     """
     if fold == "raw":
         return {}
     if "norm_unknown" in weights.leaves_out:
         raise UnusableScaleError(
-            f"{weights.name}: fold = 'effective' needs the norm in front, which is not known. Pass fold='raw'."
+            f"{weights.name}: fold = 'effective' needs the preceding norm, which is not known. Pass fold='raw'."
         )
     found: dict[str, Gain] = {}
     for role, label in _GAINS.items():

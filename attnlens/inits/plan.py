@@ -91,7 +91,7 @@ class Plan:
     total: Array | None = None
     requests: tuple[Request, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
-    """(circuit, reason) for what was left as it is though it was asked for."""
+    """(circuit, reason) for what was left as it is though it was requested."""
     notes: tuple[str, ...] = ()
 
     def weights(self) -> dict[str, Array]:
@@ -146,7 +146,7 @@ class FilterPlan:
 
 @dataclass(frozen=True)
 class Rule:
-    """An initialiser with its options settled: what it will do to each layer of attention, of filters, or of both."""
+    """An initialiser with its options resolved: what it will do to each layer of attention, of filters, or of both."""
 
     plan: Callable[[Layer], Plan] | None = None
     fold: Fold = "raw"

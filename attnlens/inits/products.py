@@ -133,7 +133,7 @@ def ov_reason(layer: Layer) -> str:
 
 
 class _Draw:
-    """A draw that is made when it is asked for: one matrix at a time is in memory on a CPU."""
+    """A draw that is made when it is needed: one matrix at a time is in memory on a CPU."""
 
     def __init__(self, pair: Pair, size: int, noise: Noise, generator: torch.Generator) -> None:
         self.pair, self.size, self.noise, self.generator = pair, size, noise, generator

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 PURPOSES = ("qk", "ov", "columns", "qk_left", "qk_right", "ov_left", "ov_right", "padding")
-"""What is drawn of attention layers. Their number and order settle what every seed means: none can be added."""
+"""What is drawn of attention layers. Their number and order determine what every seed means: none can be added."""
 FILTER_PURPOSES = ("filters", "directions")
 """What is drawn of layers of depthwise filters, whose streams begin where those of 65,536 attention layers end."""
 _HEADS = 4096
@@ -39,6 +39,6 @@ class Streams:
 
         assert 0 <= head < _HEADS, "more heads than the streams are laid out for"
         half, known = (_HALF, FILTER_PURPOSES) if purpose in FILTER_PURPOSES else (0, PURPOSES)
-        place = half + (layer * len(known) + known.index(purpose)) * _HEADS + head
+        offset = half + (layer * len(known) + known.index(purpose)) * _HEADS + head
         start = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-        return torch.Generator().manual_seed((start + place) % 2**32)
+        return torch.Generator().manual_seed((start + offset) % 2**32)

@@ -18,7 +18,7 @@ _MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse
 
 @dataclass(frozen=True)
 class Initialiser:
-    """A named initialiser: ``make(network, **options)`` settles its options and returns its rule."""
+    """A named initialiser: ``make(network, **options)`` resolves its options and returns its rule."""
 
     name: str
     make: Make
@@ -40,7 +40,7 @@ class Initialiser:
         return (inspect.getdoc(self.make) or "").split("\n\n")[0].replace("\n", " ")
 
     def rule(self, network: Network, options: Mapping[str, Any]) -> Rule:
-        """Settle the options; raises `UsageError` naming an option that is not accepted, or one that is missing."""
+        """Return the rule with its options resolved; raises `UsageError` naming one that is unknown or missing."""
         known = self.options
         unknown = [name for name in options if name not in known]
         if unknown and not self.passes_on:

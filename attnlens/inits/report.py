@@ -50,7 +50,7 @@ class ProductReport:
 
 @dataclass(frozen=True)
 class FilterReport:
-    """One layer of depthwise filters as the network holds it now; NaN where no covariance was asked for.
+    """One layer of depthwise filters as the network holds it now; NaN where no covariance was requested.
 
     ``rms`` is the root mean square of a weight, ``rms_before`` what it was. With S = F^T F / n of the n filters and
     Sigma the requested covariance of the same trace, ``covariance_error`` is ||S - Sigma|| / ||Sigma||, and
@@ -128,11 +128,11 @@ class InitReport:
 
     def _filter_lines(self) -> list[str]:
         count, layers = sum(row.filters for row in self.filters), len(self.filters)
-        found = [f"filters: {count} in {layers} layers, effective rank {_range(self.filters, 'effective_rank')}"]
+        lines = [f"filters: {count} in {layers} layers, effective rank {_range(self.filters, 'effective_rank')}"]
         if not math.isnan(self.filters[0].covariance_error):
             errors = [row.covariance_error / row.expected_error for row in self.filters]
-            found.append(f"error of their covariance: {min(errors):.2f} to {max(errors):.2f} of what sampling makes")
-        return found
+            lines.append(f"error of their covariance: {min(errors):.2f} to {max(errors):.2f} of what sampling makes")
+        return lines
 
     def _what(self) -> str:
         return " or ".join(
@@ -160,17 +160,17 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
     rows = []
     planned = plan.weights()
 
-    def row(circuit: Kind, head: int | str, found: Parameters, error: float) -> ProductReport:
+    def row(circuit: Kind, head: int | str, measured: Parameters, error: float) -> ProductReport:
         request = requests.get((circuit, head))
-        asked = _UNKNOWN if request is None else Parameters(request.alpha, request.beta)
+        requested = _UNKNOWN if request is None else Parameters(request.alpha, request.beta)
         expected = _UNKNOWN if request is None else expected_parameters(layer, request)
-        return ProductReport(layer.index, layer.spec.path, circuit, head, *asked, *expected, *found, error)
+        return ProductReport(layer.index, layer.spec.path, circuit, head, *requested, *expected, *measured, error)
 
     if "q" in planned:
         wanted = (planned["q"], expand_groups(planned["k"], layer.weights.num_heads))
         product = qk_circuit(now, fold)
         errors = factored_errors((product.A, product.B), wanted)
-        rows += [row("qk", head, found, float(errors[head])) for head, found in enumerate(parameters(product))]
+        rows += [row("qk", head, measured, float(errors[head])) for head, measured in enumerate(parameters(product))]
     if "v" in planned and layer.weights.W_O is not None:
         have = ov_circuit(now, fold)
         total = product_matrix(have.A, have.B)
@@ -183,26 +183,26 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
         whole = WholeProduct.of(total.double().numpy(), layer.values_width)
         rows.append(row("ov", ALL_HEADS, parameters(whole)[0], error))
         if ("ov", 0) in requests:
-            rows += [row("ov", head, found, math.nan) for head, found in enumerate(parameters(have))]
+            rows += [row("ov", head, measured, math.nan) for head, measured in enumerate(parameters(have))]
     return rows
 
 
 def measure_filters(layer: FilterLayer, now: Array, plan: FilterPlan) -> FilterReport:
     """Measure a layer's filters as the network holds them now."""
     assert plan.filters is not None
-    own = second_moment(now)
+    covariance = second_moment(now)
     error, expected = math.nan, math.nan
     if plan.covariance is not None:
-        error, expected = covariance_error(own, plan.covariance, len(now))
-    trace = float(own.trace())
+        error, expected = covariance_error(covariance, plan.covariance, len(now))
+    trace = float(covariance.trace())
     return FilterReport(
         layer.index,
         layer.spec.path,
         len(now),
         layer.spec.kernel,
         rms_before=math.sqrt(float((layer.filters**2).mean())),
-        rms=math.sqrt(trace / len(own)),
-        effective_rank=trace**2 / float((own**2).sum()) if trace else math.nan,
+        rms=math.sqrt(trace / len(covariance)),
+        effective_rank=trace**2 / float((covariance**2).sum()) if trace else math.nan,
         covariance_error=error,
         expected_error=expected,
         relative_error=relative_distance(now, plan.filters),

@@ -52,15 +52,15 @@ def split(A: Tensor, count: int, unwanted: Band | None = None) -> tuple[Tensor, 
     import torch
 
     width = A.shape[-1]
-    found = None
+    factors = None
     if unwanted is not None and width > _WIDE and count <= _KRYLOV_SHARE * width:
         with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # rank lost: the exact way
-            found = _krylov(A, count, unwanted)
-    if found is None:
+            factors = _krylov(A, count, unwanted)
+    if factors is None:
         wide = width > _WIDE and count == width and A.device.type == "cpu"
         basis = _dense(A.float() if wide else A, count).double()
-        found = A @ basis, basis
-    image, basis = found  # columns u_i s_i and v_i
+        factors = A @ basis, basis
+    image, basis = factors  # columns u_i s_i and v_i
     roots = torch.linalg.vector_norm(image, dim=-2, keepdim=True).sqrt()
     # A singular vector's sign is the library's choice, and another one's on a GPU: the largest entry of v is positive.
     largest = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))

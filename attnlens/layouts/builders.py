@@ -45,11 +45,11 @@ def rows(
 
 def blocks(module: Any, name: str, heads: int, *widths: int, start: int = 0) -> list[Slot]:
     """Describe rows ``[role][head][unit]``: one block of all heads after another, the first at row ``start``."""
-    found = []
+    slots = []
     for width in widths:
-        found.append(rows(module, name, heads, width, offset=start))
+        slots.append(rows(module, name, heads, width, offset=start))
         start += heads * width
-    return found
+    return slots
 
 
 def by_head(module: Any, name: str, heads: int, *widths: int) -> list[Slot]:

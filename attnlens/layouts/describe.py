@@ -35,23 +35,23 @@ def describe_attention(module: nn.Module, path: str) -> AttentionSpec | Refusal 
     A subclass is read by its parent's rule under the visible label ``layout of <parent>``.
     """
     _load_rules()
-    own = class_name(type(module))
+    class_path = class_name(type(module))
     for cls in type(module).__mro__:
         known = class_name(cls)
         if known in REFUSED:
-            return Refusal(path, own, REFUSED[known].family, REFUSED[known].reason)
+            return Refusal(path, class_path, REFUSED[known].family, REFUSED[known].reason)
         for candidate in RULES.get(known, ()):
             try:
                 slots = candidate.describe(module)
             except UnsupportedAttentionError as error:
-                return Refusal(path, own, candidate.family, str(error))
+                return Refusal(path, class_path, candidate.family, str(error))
             except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-                return Refusal(path, own, candidate.family, _changed(module, error))
+                return Refusal(path, class_path, candidate.family, _changed(module, error))
             if slots is not None and candidate.refusal:
-                return Refusal(path, own, candidate.family, candidate.refusal)
+                return Refusal(path, class_path, candidate.family, candidate.refusal)
             if slots is not None:
                 label = "" if cls is type(module) else f"layout of {known}"
-                return _spec(module, path, own, candidate, slots, label)
+                return _spec(module, path, class_path, candidate, slots, label)
     return None
 
 
@@ -63,18 +63,18 @@ def _changed(module: nn.Module, error: Exception) -> str:
     return f"is not built as its class builds it ({type(error).__name__}: {error})"
 
 
-def _spec(module: Any, path: str, own: str, found: Rule, slots: Slots, label: str) -> AttentionSpec:
-    flags = [flag for name, flag in {**ATTRIBUTE_FLAGS, **found.flags}.items() if flag and _is_present(module, name)]
+def _spec(module: Any, path: str, class_path: str, matched: Rule, slots: Slots, label: str) -> AttentionSpec:
+    flags = [flag for name, flag in {**ATTRIBUTE_FLAGS, **matched.flags}.items() if flag and _is_present(module, name)]
     biased = any(slots[role].bias or slots[role].batch_norm for role in "qk")
-    scale = slots["q"].width ** -0.5 if found.sdpa_scale else float(getattr(module, "scale", 1.0))
+    scale = slots["q"].width ** -0.5 if matched.sdpa_scale else float(getattr(module, "scale", 1.0))
     return AttentionSpec(
         path=path,
-        module_class=own,
-        family=found.family,
+        module_class=class_path,
+        family=matched.family,
         scale=scale,
-        leaves_out=tuple(dict.fromkeys((*found.leaves_out, *flags, *(["qk_bias"] if biased else [])))),
-        kind=found.kind,
-        label="; ".join(filter(None, (label, found.label))),
+        leaves_out=tuple(dict.fromkeys((*matched.leaves_out, *flags, *(["qk_bias"] if biased else [])))),
+        kind=matched.kind,
+        label="; ".join(filter(None, (label, matched.label))),
         **{role: _at(slots[role], path) if role in slots else None for role in "qkvo"},  # type: ignore[arg-type]
     )
 
@@ -93,8 +93,8 @@ def attention_modules(model: nn.Module) -> Iterator[AttentionSpec | Refusal]:
 
 def attention_spec(module: nn.Module, path: str) -> AttentionSpec | None:
     """Return the layout of the module at ``path``, known or guessed; None where it is refused or holds no attention."""
-    found = describe_attention(module, path) or _describe_unknown(module, path)
-    return found if isinstance(found, AttentionSpec) else None
+    described = describe_attention(module, path) or _describe_unknown(module, path)
+    return described if isinstance(described, AttentionSpec) else None
 
 
 def _describe_unknown(module: nn.Module, path: str) -> AttentionSpec | Refusal | None:
@@ -103,11 +103,11 @@ def _describe_unknown(module: nn.Module, path: str) -> AttentionSpec | Refusal |
 
     if not looks_like_attention(module):
         return None
-    own, slots = class_name(type(module)), guess(module)
+    class_path, slots = class_name(type(module)), guess(module)
     if slots is None:
-        return Refusal(path, own, "unknown", "looks like attention, but its class and its layout are not known")
+        return Refusal(path, class_path, "unknown", "looks like attention, but its class and its layout are not known")
     scaled = not isinstance(getattr(module, "scale", None), int | float)
-    return _spec(module, path, own, Rule(family="A", describe=guess, sdpa_scale=scaled), slots, LABEL)
+    return _spec(module, path, class_path, Rule(family="A", describe=guess, sdpa_scale=scaled), slots, LABEL)
 
 
 def _at(slot: Slot, path: str) -> Slot:

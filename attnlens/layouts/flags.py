@@ -20,16 +20,16 @@ FLAGS = {
     "q_pool": "queries stand on a coarser grid than the input",
     "kv_pool": "keys and values are pooled after their projection",
     "spatial_reduction": "keys and values come from a reduced grid of the input",
-    "conv_before_qkv": "a depthwise convolution stands in front of the projections",
+    "conv_before_qkv": "a depthwise convolution precedes the projections",
     "conv_on_q": "a depthwise convolution stands behind the query projection",
-    "class_query": "only the class token asks",
-    "latent_query": "a learned latent asks, not a token: W_Q reads the latent",
+    "class_query": "only the class token is a query",
+    "latent_query": "the query is a learned latent, not a token: W_Q reads the latent",
     "pooled_query": "only the first token of the result is used, that of the mean or class token",
     "query_added": "the query is added to the heads' output",
     "local_values": "a depthwise convolution of the values is added to the heads' output",
     "gate": "a gate computed from the input multiplies the heads' output",
-    "norm_before_proj": "a norm stands in front of the output projection",
-    "act_before_proj": "an activation stands in front of the output projection",
+    "norm_before_proj": "a norm precedes the output projection",
+    "act_before_proj": "an activation precedes the output projection",
     "act_on_v": "an activation stands behind the value projection",
     "act_on_qk": "an activation stands behind the query and key projections",
     "softmax_on_k": "a softmax over tokens stands behind the key projection",
@@ -44,8 +44,8 @@ FLAGS = {
     "out_pool": "the output is pooled",
     "out_upsampled": "the output is upsampled to the grid of the input",
     "cross": "cross attention: queries read one stream, keys and values another: the diagonal stands between the two",
-    "causal": "a causal mask stands over the scores: a token asks itself and those before it",
-    "softcap": "scores pass through a tanh in front of the softmax",
+    "causal": "a causal mask stands over the scores: a token attends to itself and those before it",
+    "softcap": "scores pass through a tanh before the softmax",
     "post_norm": "post-norm: the gain folded in is that of the norm behind the layer before, and the sum of input and "
     "output is normed again, which the effective OV product does not include",
     "norm_after": "a norm stands behind the layer's output",
@@ -83,11 +83,11 @@ ATTRIBUTE_FLAGS: dict[str, str] = {
 
 def layers_by_reason(reasons: Iterable[tuple[int, Iterable[str]]]) -> dict[str, list[int]]:
     """Return the layers each reason is true of, from the reasons of each layer; empty ones are left out."""
-    found: dict[str, list[int]] = {}
+    layers_of: dict[str, list[int]] = {}
     for layer, texts in reasons:
         for text in filter(None, texts):
-            found.setdefault(text, []).append(layer)
-    return found
+            layers_of.setdefault(text, []).append(layer)
+    return layers_of
 
 
 def in_words(by_reason: dict[str, list[int]], layers: int) -> str:

@@ -96,7 +96,7 @@ def _read_weight(slot: Slot, tensors: Tensors) -> Array:
     index = _indices(slot, slot.offset)
     parts = []
     for position, name in enumerate(slot.named(slot.tensor)):
-        stored, rows = _matrix(tensors, name), index[_own(slot, position)]
+        stored, rows = _matrix(tensors, name), index[_heads_held(slot, position)]
         if rows.max(initial=-1) >= stored.shape[slot.axis]:
             raise CheckpointError(
                 f"{name} has shape {tuple(stored.shape)}, too small for {slot.heads} heads of width {slot.width}: "
@@ -117,16 +117,16 @@ def _write_weight(slot: Slot, weight: Array, tensors: MutableMapping[str, Any]) 
         gain, _ = _batch_norm(slot, tensors, whole=slot.axis == 1)
         weight = _divide(weight, gain[:, :, None] if slot.axis == 0 else gain, slot)
     for position, name in enumerate(slot.named(slot.tensor)):
-        own = _own(slot, position)
-        stored, flat = _matrix(tensors, name), weight[own].reshape(-1, weight.shape[-1])
-        place = index[own].ravel()
+        heads = _heads_held(slot, position)
+        stored, flat = _matrix(tensors, name), weight[heads].reshape(-1, weight.shape[-1])
+        units = index[heads].ravel()
         if slot.axis == 0:
-            stored[place] = stored_as(stored, flat)
+            stored[units] = stored_as(stored, flat)
         else:
-            stored[:, place] = stored_as(stored, flat.T)
+            stored[:, units] = stored_as(stored, flat.T)
 
 
-def _own(slot: Slot, position: int) -> slice:
+def _heads_held(slot: Slot, position: int) -> slice:
     """Return the heads that the slot's tensor number ``position`` holds: one, or all of them."""
     return slice(position, position + 1) if slot.per_head else slice(None)
 
@@ -158,9 +158,9 @@ def _write_bias(slot: Slot, bias: Array, tensors: MutableMapping[str, Any], whol
     if whole:
         tensors[name][:] = stored_as(tensors[name], bias)
         return
-    for position, own_name in enumerate(slot.named(name)):
-        own = _own(slot, position)
-        tensors[own_name][_indices(slot, offset)[own]] = stored_as(tensors[own_name], bias[own])
+    for position, tensor in enumerate(slot.named(name)):
+        heads = _heads_held(slot, position)
+        tensors[tensor][_indices(slot, offset)[heads]] = stored_as(tensors[tensor], bias[heads])
 
 
 def _batch_norm(slot: Slot, tensors: Tensors, whole: bool) -> tuple[Array, Array]:
@@ -181,7 +181,7 @@ def _divide(values: Array, gain: Array, slot: Slot) -> Array:
     silent = np.broadcast_to(gain == 0, values.shape)
     if np.any(values[silent]):
         raise CheckpointError(
-            f"{slot.batch_norm}.weight is zero for some channels of {slot.tensor}: no weight in front of it can "
+            f"{slot.batch_norm}.weight is zero for some channels of {slot.tensor}: no weight before it can "
             "make the heads given; set it before writing"
         )
     return np.divide(values, gain, out=np.zeros_like(values), where=~silent)
@@ -192,11 +192,11 @@ def _per_unit(slot: Slot, name: str, offset: int, tensors: Tensors, whole: bool)
     if whole:
         return _vector(tensors, name)
     parts, index = [], _indices(slot, offset)
-    for position, own in enumerate(slot.named(name)):
-        stored, place = _vector(tensors, own), index[_own(slot, position)]
-        if place.max(initial=-1) >= stored.size:
-            raise CheckpointError(f"{own} has {stored.size} entries, too few for {slot.heads} heads of {slot.width}")
-        parts.append(stored[place])
+    for position, tensor in enumerate(slot.named(name)):
+        stored, units = _vector(tensors, tensor), index[_heads_held(slot, position)]
+        if units.max(initial=-1) >= stored.size:
+            raise CheckpointError(f"{tensor} has {stored.size} entries, too few for {slot.heads} heads of {slot.width}")
+        parts.append(stored[units])
     return np.concatenate(parts)
 
 
@@ -204,8 +204,8 @@ def _norms(spec: AttentionSpec, tensors: Tensors) -> tuple[InputNorm, dict[str, 
     """Return the norm the layer reads, and apart the norm of each role that reads another one."""
     by_role = {role: spec.norm_of(role) for role in "qkv"}
     layer = next((norm for norm in by_role.values() if norm is not None), None)
-    own = {role: _input_norm(norm, tensors) for role, norm in by_role.items() if norm != layer}
-    return _input_norm(layer, tensors), own
+    others = {role: _input_norm(norm, tensors) for role, norm in by_role.items() if norm != layer}
+    return _input_norm(layer, tensors), others
 
 
 def _input_norm(norm: NormSpec | None, tensors: Tensors) -> InputNorm:

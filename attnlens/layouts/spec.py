@@ -55,7 +55,7 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """A norm in front of an attention layer: ``kind`` is layer, rms, batch or group, ``weight`` None without a gain.
+    """A norm before an attention layer: ``kind`` is layer, rms, batch or group, ``weight`` None without a gain.
 
     ``roles`` are the projections (of q, k, v) whose input comes out of this norm. A learned query, or keys and values
     of a reduced grid, read another norm than the rest of the layer, or none.
@@ -96,19 +96,19 @@ class AttentionSpec:
 
     def slots(self) -> dict[str, Slot]:
         """Return the slots by role, without o where there is none."""
-        found = {"q": self.q, "k": self.k, "v": self.v}
-        return found if self.o is None else {**found, "o": self.o}
+        slots = {"q": self.q, "k": self.k, "v": self.v}
+        return slots if self.o is None else {**slots, "o": self.o}
 
     def norm_of(self, role: str) -> NormSpec | None:
         """Return the norm whose output the projection of ``role`` (q, k or v) reads."""
         return next((norm for norm in self.norms if role in norm.roles), None)
 
     def has_fold(self, fold: str) -> bool:
-        """Whether the layer's products are known under a fold: all but ``raw`` need the norm in front."""
+        """Whether the layer's products are known under a fold: all but ``raw`` need the preceding norm."""
         return fold == "raw" or "norm_unknown" not in self.leaves_out
 
     def opt_in_refusal(self) -> Refusal | None:
-        """Return why a channel or linear layer is not read unless asked for, with the option; None for token layers."""
+        """Return why a channel or linear layer is not read unless requested, with the option; None for token layers."""
         if self.kind not in OPT_IN:
             return None
         title, reason = OPT_IN[self.kind]

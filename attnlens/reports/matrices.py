@@ -36,15 +36,15 @@ def corner_size(inspection: Inspection) -> int:
 
 def draw_data(inspection: Inspection, size: int, progress: Progress = iter) -> dict[str, dict[str, Any]]:
     """Return by ``layer.head.circuit.fold`` what is drawn of a product: ``corner``, ``histogram``, ``singular``."""
-    found: dict[str, dict[str, Any]] = {}
+    matrices: dict[str, dict[str, Any]] = {}
     for layer in progress(inspection.layers):
         weights = inspection.heads(layer)
         for circuit in CIRCUITS:
             for fold in inspection.folds:
                 if (layer, circuit, fold) in inspection.spectra:
                     singular = inspection.spectra[layer, circuit, fold]
-                    found |= dict(_of_layer(weights, circuit, fold, singular, size))
-    return found
+                    matrices |= dict(_of_layer(weights, circuit, fold, singular, size))
+    return matrices
 
 
 def _of_layer(

@@ -72,12 +72,12 @@ def report(
     """
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
-    own: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
-    own |= {"weights": weights, "row_order": row_order}
-    inspection = inspect(model, checkpoint, fold=fold, **own, **reach)
+    form: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
+    form |= {"weights": weights, "row_order": row_order}
+    inspection = inspect(model, checkpoint, fold=fold, **form, **reach)
     entries, unjudged = list[Entry](), ""
     if inspection.specs:
-        entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **own, **reach)
+        entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **form, **reach)
     others = [inspect(other, fold=fold, **reach) for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
@@ -136,7 +136,7 @@ def _judgements(model: Any, folds: Sequence[Fold], **how: Any) -> tuple[list[Ent
 def _common_fold(*inspections: Inspection) -> Fold:
     """Return the fold to show: effective where all have it, otherwise the first that all have."""
     folds: tuple[Fold, ...] = ("effective", *inspections[0].folds)
-    shared = [fold for fold in folds if all(fold in found.folds for found in inspections)]
+    shared = [fold for fold in folds if all(fold in inspection.folds for inspection in inspections)]
     if not shared:
         raise UsageError("the models have no fold in common: compare them with --fold raw")
     return shared[0]
@@ -157,8 +157,8 @@ def _rows(inspection: Inspection, entries: Sequence[Entry]) -> list[dict[str, An
     judged = {_key(vars(entry)): entry for entry in entries}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in inspection.stats.json_rows():
-        place = tuple(record[name] for name in KEYS if name != "circuit")
-        row = rows.setdefault(place, {"layer": place[0], "head": place[1], "fold": place[2], "qk": None, "ov": None})
+        key = tuple(record[name] for name in KEYS if name != "circuit")
+        row = rows.setdefault(key, {"layer": key[0], "head": key[1], "fold": key[2], "qk": None, "ov": None})
         row[record["circuit"]] = record | {"entry": judged.get(_key(record))}
     order = {fold: i for i, fold in enumerate(inspection.folds)}
     return sorted(rows.values(), key=lambda row: (order[row["fold"]], row["layer"]))  # stable: heads keep their order

@@ -61,9 +61,9 @@ class Arm(_Part):
     @property
     def value(self) -> Mean:
         """The metric's mean."""
-        found = self.accuracy or self.bits_per_byte
-        assert found is not None
-        return found
+        metric = self.accuracy or self.bits_per_byte
+        assert metric is not None
+        return metric
 
 
 class Contrast(_Part):
@@ -121,12 +121,12 @@ def read_training(folder: Path) -> Training:
     kept = [point for point in points if not point.tuning]
     if not kept:
         raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
-    found = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
-    if found is not None and found.files.get(path.name, _sha256(text)) != _sha256(text):
+    stored = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
+    if stored is not None and stored.files.get(path.name, _sha256(text)) != _sha256(text):
         raise ResultsError(
             f"{path} is not what {summary} was made of: run attnlens train-compare --resume, which writes both again"
         )
-    return Training(folder=folder.name, points=kept, summary=found)
+    return Training(folder=folder.name, points=kept, summary=stored)
 
 
 def _sha256(text: str) -> str:

@@ -29,7 +29,7 @@ class BuiltArm:
     rewired: Rewired
 
 
-def settled_options(arms: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def resolved_options(arms: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return each arm's share of the options; raises `UsageError` for an unknown arm, or an option no arm has."""
     from attnlens.inits import initialisers
 

@@ -22,32 +22,32 @@ _THEORY: Any = {"color": style.INK, "linewidth": 0.9, "linestyle": (0, (1.2, 1.6
 """Of theory's lines, dotted over the measured ones."""
 
 
-def draw_signal(found: Propagation) -> Figure:
+def draw_signal(propagation: Propagation) -> Figure:
     """Draw mean cosine of tokens and relative kernel error against depth: mean and range over seeds, dotted theory."""
     with style.look():
         heading = style.Heading(WIDTH)
-        heading.add(f"{found.model}: signal propagation at the start", 10, weight="bold")
-        heading.add(describe(found), 8)
+        heading.add(f"{propagation.model}: signal propagation at the start", 10, weight="bold")
+        heading.add(describe(propagation), 8)
         top = heading.height + 14
-        arms = list(found.arms)
+        arms = list(propagation.arms)
         figure = style.new_figure(WIDTH, top + 455 + 22 * ((len(arms) + 1) // 5))
         heading.write(figure)
         panels = [style.add_axes(figure, left, top + 20, 415, 320) for left in (75, 595)]
         panels[0].set_title("mean cosine of two tokens", loc="left")
         panels[1].set_title("relative error of the kernel against theory", loc="left")
         columns = ("kernel_error", "theory_error")
-        errors = {(arm, name): _without_rounding(found.curve(arm, name)) for arm in arms for name in columns}
-        looks = _looks(found)
+        errors = {(arm, name): _without_rounding(propagation.curve(arm, name)) for arm in arms for name in columns}
+        looks = _looks(propagation)
         for arm in arms:
-            _curve(panels[0], found.curve(arm, "cosine"), looks[arm])
+            _curve(panels[0], propagation.curve(arm, "cosine"), looks[arm])
             _curve(panels[1], errors[arm, "kernel_error"], looks[arm])
         for arm in arms:  # over all curves
-            _theory(panels[0], found.curve(arm, "theory_cosine"))
+            _theory(panels[0], propagation.curve(arm, "theory_cosine"))
             _theory(panels[1], errors[arm, "theory_error"])
-        style.linear_y_axis(panels[0], min(0.0, *(np.nanmin(found.curve(arm, "cosine")) for arm in arms)), 1.0)
+        style.linear_y_axis(panels[0], min(0.0, *(np.nanmin(propagation.curve(arm, "cosine")) for arm in arms)), 1.0)
         _error_axis(panels[1], list(errors.values()))
         for axes in panels:
-            axes.set_xlim(0, found.depth)
+            axes.set_xlim(0, propagation.depth)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             axes.set_xlabel("block (0: the input)")
         handles = [Line2D([], [], label=arm, **looks[arm]) for arm in arms]
@@ -56,27 +56,28 @@ def draw_signal(found: Propagation) -> Figure:
     return figure
 
 
-def describe(found: Propagation) -> str:
+def describe(propagation: Propagation) -> str:
     """Say in a sentence what was measured."""
-    parts = f"{with_or_without(found.skips)} skips and {with_or_without(found.norms)} norms"
-    mlp = {"keep": "MLPs as they are", "tailored": "tailored MLPs", "none": "no MLPs"}[found.mlp]
-    which = "causal" if found.causal else "bidirectional"
+    parts = f"{with_or_without(propagation.skips)} skips and {with_or_without(propagation.norms)} norms"
+    mlp = {"keep": "MLPs as they are", "tailored": "tailored MLPs", "none": "no MLPs"}[propagation.mlp]
+    which = "causal" if propagation.causal else "bidirectional"
     return (
-        f"{found.depth} blocks {parts}, {mlp}; width {found.embed_dim}, {found.tokens} random tokens, "
-        f"{which}. Mean over {found.seeds} seeds of {found.sequences} sequences, band from least to largest seed."
+        f"{propagation.depth} blocks {parts}, {mlp}; width {propagation.embed_dim}, "
+        f"{propagation.tokens} random tokens, {which}. "
+        f"Mean over {propagation.seeds} seeds of {propagation.sequences} sequences, band from least to largest seed."
     )
 
 
-def _looks(found: Propagation) -> dict[str, Any]:
+def _looks(propagation: Propagation) -> dict[str, Any]:
     """Return each arm's line: thinner than the one before it, and broken where it lies on an earlier one."""
     looks: dict[str, Any] = {}
     curves: list[Array] = []
-    for place, arm in enumerate(found.arms):
-        curve = found.curve(arm, "cosine").mean(0)
+    for index, arm in enumerate(propagation.arms):
+        curve = propagation.curve(arm, "cosine").mean(0)
         hides = any(np.abs(curve - other).max() < 5e-3 for other in curves)
         looks[arm] = {
-            **line_style(place),
-            "linewidth": max(1.2, 3.0 - 0.4 * place),
+            **line_style(index),
+            "linewidth": max(1.2, 3.0 - 0.4 * index),
             "linestyle": (0, (3, 3)) if hides else "-",
         }
         curves.append(curve)

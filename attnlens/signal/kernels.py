@@ -91,7 +91,7 @@ def root(kernel: Array, causal: bool) -> Array:
     values, vectors = np.linalg.eigh(kernel)
     if values[0] < 1e-12 * values[-1]:
         raise UsageError(
-            f"the kernel of {len(kernel)} tokens is singular to rounding: ask for less similar tokens (a larger gamma, "
+            f"the kernel of {len(kernel)} tokens is singular to rounding: choose less similar tokens (a larger gamma, "
             "a smaller rho)"
         )
     return np.asarray(np.linalg.cholesky(kernel) if causal else (vectors * np.sqrt(values)) @ vectors.T)
@@ -148,6 +148,6 @@ def cosines(kernel: Array) -> Array:
 
 def mean_cosine(kernel: Array) -> float:
     """Return the mean cosine of two different tokens."""
-    found = cosines(kernel)
-    tokens = len(found)
-    return float((found.sum() - np.trace(found)) / (tokens * (tokens - 1)))
+    cosine = cosines(kernel)
+    tokens = len(cosine)
+    return float((cosine.sum() - np.trace(cosine)) / (tokens * (tokens - 1)))

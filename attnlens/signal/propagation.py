@@ -12,7 +12,7 @@ import torch
 
 from attnlens.errors import UsageError
 from attnlens.heads import Array
-from attnlens.signal.arms import ARMS, build_arm, settled_options
+from attnlens.signal.arms import ARMS, build_arm, resolved_options
 from attnlens.signal.kernels import cosines, mean_cosine
 from attnlens.signal.rewire import RewireReport
 from attnlens.statistics.table import Row, StatsTable
@@ -86,7 +86,7 @@ def propagate(
 
     Raises `UsageError` for values that are not accepted, and what `rewire_` raises.
     """
-    settled = settled_options(arms, options or {})
+    resolved = resolved_options(arms, options or {})
     if min(seeds, sequences, 1 if depth is None else depth) < 1 or (tokens is not None and tokens < 2):
         raise UsageError("there is nothing to measure: pass at least one seed, one sequence, one block and two tokens")
     rows: list[Row] = []
@@ -94,8 +94,8 @@ def propagate(
     theory: dict[str, list[Array] | None] = {}
     head: dict[str, Any] = {}
     rewiring: dict[str, Any] = {"skips": skips, "norms": norms, "mlp": mlp, "eta": eta}
-    for arm, seed in progress([(arm, seed) for arm in settled for seed in range(seeds)]):
-        built = build_arm(model, arm, seed, depth, tokens, {**rewiring, **settled[arm]})
+    for arm, seed in progress([(arm, seed) for arm in resolved for seed in range(seeds)]):
+        built = build_arm(model, arm, seed, depth, tokens, {**rewiring, **resolved[arm]})
         report = built.rewired.report
         if arm not in reports:
             reports[arm], theory[arm] = report, built.rewired.predicted()
@@ -117,7 +117,7 @@ def random_tokens(seed: int, sequences: int, tokens: int, embed_dim: int) -> Ten
 
 
 def representations(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Yield ``[sequence, token, embed_dim]`` in front of the first block and behind each, the input being ``x``."""
+    """Yield ``[sequence, token, embed_dim]`` before the first block and after each, the input being ``x``."""
     network: Any = module
     with torch.no_grad():
         x = network.norm_pre(x)
@@ -129,7 +129,7 @@ def representations(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
 def measure(module: nn.Module, x: Tensor, theory: Sequence[Array] | None) -> list[tuple[float, ...]]:
     """Return by depth the numbers of `COLUMNS` from ``cosine`` on, for a network in evaluation mode."""
-    found: list[tuple[float, ...]] = []
+    records: list[tuple[float, ...]] = []
     for layer, y in enumerate(representations(module.eval(), x)):
         C = token_cosines(y).numpy()
         kernel = None if theory is None else theory[layer]
@@ -140,8 +140,8 @@ def measure(module: nn.Module, x: Tensor, theory: Sequence[Array] | None) -> lis
             alike, square = mean_cosine(T), float(np.diagonal(kernel).mean())
             expected = sampling_error(T, y.shape[-1])
         measured = float(np.mean([mean_cosine(one) for one in C])), float(y.square().mean())
-        found.append((*measured, error, alike, square, expected))
-    return found
+        records.append((*measured, error, alike, square, expected))
+    return records
 
 
 def token_cosines(x: Tensor) -> Tensor:

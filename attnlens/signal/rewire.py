@@ -80,7 +80,7 @@ class Rewired:
             skips=report.skips,
             norms=report.norms,
             attend_only=report.mlp == "none",
-            bend=None if slope is None else lambda found: similarity(slope, found),
+            bend=None if slope is None else lambda covariance: similarity(slope, covariance),
         )
 
 
@@ -191,16 +191,16 @@ def tokens_of(module: nn.Module) -> Tokens:
     if not isinstance(module, VisionTransformer | GPT):
         raise UnsupportedAttentionError(f"{title} cannot be rewired: pass a timm VisionTransformer or attnlens' GPT")
     wanted = CausalAttention if isinstance(module, GPT) else Attention
-    for place, block in enumerate(module.blocks):
+    for index, block in enumerate(module.blocks):
         if type(block) is not Block or type(block.attn) is not wanted:
             raise UnsupportedAttentionError(
-                f"blocks.{place} is a {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}: only "
+                f"blocks.{index} is a {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}: only "
                 "plain blocks are rewired, and only once; build the network again"
             )
         odd = [name for name in ("q_norm", "k_norm", "norm", "gate") if _is_present(getattr(block.attn, name, None))]
         if odd or block.attn.qkv.out_features != 3 * block.attn.num_heads * block.attn.head_dim:
             raise UnsupportedAttentionError(
-                f"blocks.{place}.attn has {odd[0] if odd else 'grouped heads'}, which the theory does not know: build "
+                f"blocks.{index}.attn has {odd[0] if odd else 'grouped heads'}, which the theory does not know: build "
                 "the network without it"
             )
     if isinstance(module, GPT):
@@ -221,10 +221,10 @@ def _is_present(module: object) -> bool:
 def _check_mlps(blocks: Any) -> None:
     from timm.layers import Mlp
 
-    for place, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         if type(block.mlp) is not Mlp or _is_present(block.mlp.norm):
             raise UnsupportedAttentionError(
-                f"blocks.{place}.mlp is a {type(block.mlp).__name__} that cannot be tailored: pass mlp='keep' or "
+                f"blocks.{index}.mlp is a {type(block.mlp).__name__} that cannot be tailored: pass mlp='keep' or "
                 "mlp='none'"
             )
 
@@ -257,9 +257,9 @@ def _start_attention(attention: Attention, streams: Streams, layer: int) -> None
     write_heads(spec, new, tensors)  # type: ignore[arg-type]
 
 
-def _start_mlp(mlp: Any, streams: Streams, place: int) -> None:
+def _start_mlp(mlp: Any, streams: Streams, index: int) -> None:
     for linear, purpose in ((mlp.fc1, "ov_left"), (mlp.fc2, "ov_right")):
-        weight = scaled_orthogonal(linear.in_features, linear.out_features, streams.generator(purpose, place))
+        weight = scaled_orthogonal(linear.in_features, linear.out_features, streams.generator(purpose, index))
         with torch.no_grad():
             linear.weight.copy_(weight.mT)  # torch's Linear holds the transpose of x @ W
             if linear.bias is not None:

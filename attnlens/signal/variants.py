@@ -160,7 +160,7 @@ def predicted_kernels(
     keeps the diagonal; with ``attend_only`` there is none. Exact at any width for attention without skips and norms.
     """
     kernel = np.eye(len(mixes.layers[0].P))
-    found = [kernel]
+    kernels = [kernel]
     for mix in mixes.layers:
         A = mix.matrix()
         branch = A @ (cosines(kernel) if norms else kernel) @ A.T
@@ -171,5 +171,5 @@ def predicted_kernels(
             lengths = np.sqrt(np.diagonal(kernel))
             branch = bent if norms else bent * np.outer(lengths, lengths)
             kernel = kernel + branch if skips else branch
-        found.append(kernel)
-    return found
+        kernels.append(kernel)
+    return kernels

@@ -20,7 +20,7 @@ from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display
 from attnlens.training.distributed import Spread, spread
 from attnlens.training.metrics import ACCURACY, Metric
-from attnlens.training.options import Options, find_source, load_data, settle
+from attnlens.training.options import Options, find_source, load_data, resolve
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, results_lines, summarise
 from attnlens.training.source import Source
@@ -134,7 +134,7 @@ def train_compare(
         on = _device(device, process)
         data = load_data(options, cache)
         source = find_source(options, data)
-        config, data = settle(options, data, source, on, output, resume=resume)
+        config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
         store = _store(output, config, process, claims, resume=resume)
         if process.leads and source.params is not None:

@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "test_images": None,
     },
 }
-"""What a data set is trained with when nothing else is asked for: by its name, else by `Dataset.preset`.
+"""What a data set is trained with when nothing else is given: by its name, else by `Dataset.preset`.
 
 Of a text ``train_images`` are the windows an epoch draws, and ``target`` is in bits per byte.
 """
@@ -116,10 +116,10 @@ def find_source(options: Options, data: Dataset) -> Source:
     return source
 
 
-def settle(
+def resolve(
     options: Options, data: Dataset, source: Source, device: torch.device, output: Path, *, resume: bool
 ) -> tuple[Config, Dataset]:
-    """Settle every choice; return the configuration, and the data cut to it. Raises `UsageError`."""
+    """Resolve every choice; return the configuration, and the data cut to it. Raises `UsageError`."""
     for name, topic in data.foreign.items():
         if getattr(options, name) is not None:
             option = name.replace("_", "-")

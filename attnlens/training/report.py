@@ -82,8 +82,8 @@ def _frozen(config: Config) -> str:
 
 def _state(summary: Summary) -> str:
     config, ended = summary.config, sum(map(len, summary.finished.values()))
-    asked = f"{config.seeds} seeds an arm, {config.recipe.epochs} epochs, on {config.dataset}"
-    parts = [f"{ended} of {summary.expected} runs finished; {asked}."]
+    conditions = f"{config.seeds} seeds an arm, {config.recipe.epochs} epochs, on {config.dataset}"
+    parts = [f"{ended} of {summary.expected} runs finished; {conditions}."]
     if not summary.complete:
         parts.append("**Unfinished: everything below changes when the remaining runs are done.**")
     if summary.screening:

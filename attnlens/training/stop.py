@@ -13,7 +13,7 @@ Reason = Literal["", "time budget", "interrupt", "terminate", "failure"]
 
 
 class Control:
-    """Shared by everything that trains: `stopping` is asked between steps, from any thread."""
+    """Shared by everything that trains: `stopping` is checked between steps, from any thread."""
 
     def __init__(self, time_budget: float | None = None) -> None:
         self.deadline = None if time_budget is None else time.monotonic() + time_budget

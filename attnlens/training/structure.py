@@ -19,7 +19,7 @@ Structure = dict[str, dict[str, list[float]]]
 def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mapping[str, Any]) -> Structure:
     """Return, by fold, a value a layer of ``qk_alpha``, ``qk_beta`` (mean over heads), ``ov_alpha``, ``ov_beta`` (sum).
 
-    A layer without a known norm in front, or without an output projection, is left out.
+    A layer without a known preceding norm, or without an output projection, is left out.
     """
     fits: Structure = {fold: {"qk_alpha": [], "qk_beta": [], "ov_alpha": [], "ov_beta": []} for fold in FOLDS}
     for layer, spec in specs:

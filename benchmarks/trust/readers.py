@@ -200,7 +200,7 @@ def read_cache(path: Path, output: Path) -> None:
 WEIGHTS = Bound(64, 64 << 20)
 """Of readers of weights and JSON. Python's objects of a document of ``[[],[],...`` take thirty times its length."""
 IMAGES = Bound(256, 320 << 20)
-"""Of readers of images: decoded, stacked and parted, each 64 times the file and 64 MiB at most."""
+"""Of readers of images: decoded, stacked and split, each 64 times the file and 64 MiB at most."""
 
 READERS: dict[str, tuple[Reader, Bound]] = {
     "safetensors": (read_weights, WEIGHTS),

@@ -40,19 +40,19 @@ def conv_covariance(
     squares is the one the layer holds now: in a new network the scale of its own initialisation. Biases zero. Inspired
     by Trockman, Willmott & Kolter, ICLR 2023 (arXiv 2210.03651), whose closed form was not at hand.
     """
-    found = None if params is None else load_params(params)
-    settled = choose("form", form or ("parametric" if found is None else "full"), ("full", "parametric"))
-    if found is None and settled == "full":
+    fitted = None if params is None else load_params(params)
+    resolved = choose("form", form or ("parametric" if fitted is None else "full"), ("full", "parametric"))
+    if fitted is None and resolved == "full":
         raise UsageError("form = 'full' needs params: covariances that `attnlens fit-params` measured in some network")
     given = _given(relative_s=relative_s, blur=blur, slope=slope, contrast=contrast)
-    if found is not None and given:
+    if fitted is not None and given:
         raise UsageError(f"{', '.join(given)}: width and shares are measured in the params, leave one of the two out")
-    shapes = {strided: _settled(strided, given) for strided in (False, True)}
+    shapes = {strided: _resolved_shape(strided, given) for strided in (False, True)}
 
     def target(layer: FilterLayer) -> Array | None:
         spec = layer.spec
-        if found is not None:
-            return found.filter_covariance(layer.depth, spec.kernel, settled, spec.strided)
+        if fitted is not None:
+            return fitted.filter_covariance(layer.depth, spec.kernel, resolved, spec.strided)
         return closed_form(spec.kernel, shapes[spec.strided].at(spec.kernel))
 
     def plan(layer: FilterLayer) -> FilterPlan:
@@ -101,7 +101,7 @@ def _given(**options: float | None) -> dict[str, float]:
     return found
 
 
-def _settled(strided: bool, given: dict[str, float]) -> Relative:
+def _resolved_shape(strided: bool, given: dict[str, float]) -> Relative:
     """Return the shape of layers of stride 1 or above, the given options in place of what was measured."""
     shape = trained_shape(strided)._replace(**given)
     if shape.blur + shape.slope + shape.contrast > 1 + 1e-9:

@@ -38,13 +38,13 @@ def fitted(
     of effective products the network's own norm gain and LayerScale are divided out, so that its effective products
     have the parameters. Attention biases are set to zero.
     """
-    found = load_params(params)
-    if found.fold not in ("raw", "effective"):
-        raise UsageError(f"the parameters are of {found.fold} products: fit again with fold='raw' or 'effective'")
+    file = load_params(params)
+    if file.fold not in ("raw", "effective"):
+        raise UsageError(f"the parameters are of {file.fold} products: fit again with fold='raw' or 'effective'")
     choose("ov", ov, ("layer", "head"))
     choose("columns", columns, ("svd", "shuffled"))
     choose("noise", noise, ("normal", "uniform"))
-    by_layer = {request.layer: request for request in found.requests(network.architecture)}
+    by_layer = {request.layer: request for request in file.requests(network.architecture)}
 
     def plan(layer: Layer) -> Plan:
         heads, total = _pairs(layer, by_layer, "qk"), _pairs(layer, by_layer, "ov" if ov == "layer" else "ov_heads")
@@ -60,13 +60,13 @@ def fitted(
     def requests(layer: Layer) -> tuple[Request, ...]:
         heads, total = _pairs(layer, by_layer, "qk"), _pairs(layer, by_layer, "ov" if ov == "layer" else "ov_heads")
         square = layer.weights.W_Q.shape[1] == layer.weights.W_K.shape[1]
-        asked = [Request("qk", head, *pair) for head, pair in enumerate(heads) if square]
+        requested = [Request("qk", head, *pair) for head, pair in enumerate(heads) if square]
         if not ov_reason(layer):
             names: Sequence[int | str] = [ALL_HEADS] if ov == "layer" else range(len(total))
-            asked += [Request("ov", name, *pair) for name, pair in zip(names, total, strict=False)]
-        return tuple(asked)
+            requested += [Request("ov", name, *pair) for name, pair in zip(names, total, strict=False)]
+        return tuple(requested)
 
-    return Rule(plan, found.fold, requests)
+    return Rule(plan, file.fold, requests)
 
 
 def load_params(params: Any) -> InitParams:
@@ -89,10 +89,10 @@ def _nothing(circuit: str) -> Plan:
 def _pairs(layer: Layer, by_layer: dict[int, LayerRequest], which: str) -> list[Pair]:
     """Return a layer's requests as pairs, one a head (one in all for ``ov``); empty where there are none."""
     request = by_layer.get(layer.index)
-    found = None if request is None else getattr(request, which)
-    if found is None:
+    given = None if request is None else getattr(request, which)
+    if given is None:
         return []
-    values = np.asarray(found, dtype=np.float64).reshape(-1, 2)
+    values = np.asarray(given, dtype=np.float64).reshape(-1, 2)
     expected = {"qk": layer.weights.num_heads, "ov": 1, "ov_heads": layer.weights.num_value_heads}[which]
     if len(values) != expected:
         raise UsageError(
@@ -101,5 +101,5 @@ def _pairs(layer: Layer, by_layer: dict[int, LayerRequest], which: str) -> list[
     if not np.isfinite(values).all():
         return []
     if (values[:, 0] < 0).any():
-        raise UsageError(f"the parameters ask for a negative alpha in layer {layer.index}: it is a standard deviation")
+        raise UsageError(f"the parameters request a negative alpha in layer {layer.index}: it is a standard deviation")
     return [(float(alpha), float(beta)) for alpha, beta in values]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from attnlens.circuits import Fold
 from attnlens.inits.plan import ALL_HEADS, Layer, Network, Plan, Request, Rule
@@ -58,18 +59,8 @@ def ov_only(
     return _rule(None, (number("alpha", alpha, 0), number("beta", beta)), noise, columns, fold)
 
 
-@initialiser("ov-positive")
-def ov_positive(
-    network: Network,
-    *,
-    alpha: float = 0.4,
-    beta: float = 0.4,
-    columns: Columns = "svd",
-    noise: Noise = "normal",
-    fold: Fold = "raw",
-) -> Rule:
-    """Draw OV as `ov-only` does with the sign of its diagonal turned: the control for that sign."""
-    return ov_only(network, alpha=alpha, beta=beta, columns=columns, noise=noise, fold=fold)
+ov_positive = initialiser("ov-positive")(partial(ov_only, beta=0.4))
+ov_positive.__doc__ = "Draw OV as `ov-only` does with the sign of its diagonal turned: the control for that sign."
 
 
 def _rule(qk: Pair | None, ov: Pair | None, noise: Noise, columns: Columns, fold: Fold) -> Rule:

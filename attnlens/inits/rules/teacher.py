@@ -104,20 +104,20 @@ def _plan(layer: Layer, theirs: HeadWeights, fold: Fold, select: Select) -> Plan
     sizes = _sizes(mine)
     if mine.W_O is not None and theirs.W_O is None:
         raise UsageError(f"layer {layer.index}: the teacher has no output projection")
-    found = {role: select(new[role], sizes[role]) for role in sizes}
+    selected = {role: select(new[role], sizes[role]) for role in sizes}
     biases = {}
     for role in sizes:
-        bias, own = getattr(theirs, f"b_{role.upper()}"), getattr(mine, f"b_{role.upper()}")
-        if bias is None or own is None:
+        bias, present = getattr(theirs, f"b_{role.upper()}"), getattr(mine, f"b_{role.upper()}")
+        if bias is None or present is None:
             continue  # a bias the teacher has and the student cannot hold is lost; one it lacks is zero
         if role == "o" and fold != "raw" and theirs.layer_scale is not None:
             bias = bias * theirs.layer_scale
-        biases[role] = select(bias, own.shape)
+        biases[role] = select(bias, present.shape)
     return Plan(
-        W_Q=found["q"],
-        W_K=found["k"],
-        W_V=found["v"],
-        W_O=found.get("o"),
+        W_Q=selected["q"],
+        W_K=selected["k"],
+        W_V=selected["v"],
+        W_O=selected.get("o"),
         biases=biases,
         notes=(_NORM_BIAS,) if fold != "raw" and theirs.norm_gain is not None else (),
     )

@@ -1,1 +1,1 @@
-"""Whether a network is what an initialiser asked for, and which known mistakes it shows."""
+"""Whether a network is what an initialiser requested, and which known mistakes it shows."""

@@ -29,19 +29,19 @@ def verify_filter_layer(
     plan = rule.filters(layer)
     if plan.filters is None:
         return [], plan.skipped
-    place = (index, spec.path, "filters", ALL_HEADS)
+    key = (index, spec.path, "filters", ALL_HEADS)
     if whole:
         have = read_filters(spec, network.tensors)
         limit = max(MATRIX_TOLERANCE, 4 * stored_eps(network.tensors[spec.tensor]))
         error = relative_distance(have, plan.filters)
         problem = f"||F - D|| / ||D|| is {error:.2g}, above {limit:.1g}: another draw, or other options"
-        checks = [Check(*place, matrix_error=error, matrix_tolerance=limit, problem=problem if error > limit else "")]
+        checks = [Check(*key, matrix_error=error, matrix_tolerance=limit, problem=problem if error > limit else "")]
         return [*checks, *_bias_check(network, index, spec, plan, limit)], ""
     if plan.covariance is None:
         return [], "is drawn without a covariance that is known: only with the seed can it be compared"
     error, limit = _of_covariance(layer.filters, plan.covariance), _limit(rule, layer)
     problem = f"the error of the covariance is {error:.2g}, above {limit:.2g} that draws of it have"
-    return [Check(*place, matrix_error=error, matrix_tolerance=limit, problem=problem if error > limit else "")], ""
+    return [Check(*key, matrix_error=error, matrix_tolerance=limit, problem=problem if error > limit else "")], ""
 
 
 def _limit(rule: Rule, layer: FilterLayer) -> float:
@@ -67,5 +67,5 @@ def _bias_check(network: Network, index: int, spec: FilterSpec, plan: FilterPlan
     have = widened(network.tensors[spec.bias], spec.bias)
     worst = float(np.abs(have - wanted).max() / max(1.0, np.abs(wanted).max()))
     problem = f"a bias is {worst:.2g} away from what it is set to" if worst > limit else ""
-    place = (index, spec.path, "bias", ALL_HEADS)
-    return [Check(*place, matrix_error=worst, matrix_tolerance=limit, problem=problem)]
+    key = (index, spec.path, "bias", ALL_HEADS)
+    return [Check(*key, matrix_error=worst, matrix_tolerance=limit, problem=problem)]

@@ -45,9 +45,9 @@ class Tolerance(NamedTuple):
     alpha: float
     beta: float
 
-    def distance(self, found: Parameters, expected: Parameters) -> float:
+    def distance(self, measured: Parameters, expected: Parameters) -> float:
         """Return the larger deviation in units of its tolerance: at most 1 where both parameters agree."""
-        away = (abs(found.alpha - expected.alpha) / self.alpha, abs(found.beta - expected.beta) / self.beta)
+        away = (abs(measured.alpha - expected.alpha) / self.alpha, abs(measured.beta - expected.beta) / self.beta)
         return math.inf if any(map(math.isnan, away)) else max(away)
 
 
@@ -76,8 +76,8 @@ def recognise(layer: Layer, row: ProductReport, fold: Fold, eps: float) -> str:
         return ""
     width, rank = size_of(layer, row)
     met: dict[str, float] = {}
-    for name, found, predicted in _hypotheses(layer, row, fold, expected, rank, width):
-        distance = tolerance_at(predicted, width, eps).distance(found, predicted)
+    for name, measured, predicted in _hypotheses(layer, row, fold, expected, rank, width):
+        distance = tolerance_at(predicted, width, eps).distance(measured, predicted)
         if distance <= 1:
             met[name] = min(distance, met.get(name, math.inf))
     return min(met, key=lambda name: met[name], default="")
@@ -96,11 +96,11 @@ def _hypotheses(
     layer: Layer, row: ProductReport, fold: Fold, expected: Parameters, rank: int, width: int
 ) -> Iterator[tuple[str, Parameters, Parameters]]:
     """Yield each mistake with a measured and a predicted pair of parameters that agree where it was made."""
-    found = Parameters(row.alpha, row.beta)
-    asked = Parameters(row.requested_alpha, row.requested_beta)
-    yield "sign", found, Parameters(expected.alpha, -expected.beta)
-    yield "noise 1/d", found, expected_at(asked.alpha / math.sqrt(width), asked.beta, rank, width)
-    yield "unscaled noise", found, expected_at(asked.alpha * math.sqrt(width), asked.beta, rank, width)
+    measured = Parameters(row.alpha, row.beta)
+    requested = Parameters(row.requested_alpha, row.requested_beta)
+    yield "sign", measured, Parameters(expected.alpha, -expected.beta)
+    yield "noise 1/d", measured, expected_at(requested.alpha / math.sqrt(width), requested.beta, rank, width)
+    yield "unscaled noise", measured, expected_at(requested.alpha * math.sqrt(width), requested.beta, rank, width)
     product = one_product(layer.weights, row.circuit, row.head, fold)
     yield "double square root", parameters(squared_values(product))[0], expected
     repacked = _repacked(layer.weights)
@@ -154,16 +154,16 @@ def _repacked(weights: HeadWeights) -> HeadWeights | None:
 
 def clones(product: FactoredProduct) -> list[tuple[int, int, float]]:
     """Return the pairs of heads of a stack, each with the first one it repeats, whose off-diagonals are one draw."""
-    found: list[tuple[int, int, float]] = []
+    clones: list[tuple[int, int, float]] = []
     originals: list[int] = []
     for head in range(product.A.shape[0]):
         cosines = [(off_diagonal_cosine(product.head(head), product.head(first)), first) for first in originals]
         cosine, first = max(cosines, default=(0.0, head))
         if cosine > SAME_DRAW:
-            found.append((first, head, cosine))
+            clones.append((first, head, cosine))
         else:
             originals.append(head)
-    return found
+    return clones
 
 
 def off_diagonal_cosine(one: FactoredProduct, other: FactoredProduct) -> float:

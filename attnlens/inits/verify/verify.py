@@ -125,13 +125,13 @@ def verify_init(
     whole = rule.replays and (claim.seed is not None or not rule.random)
     layers = planned_layers(rule, network, claim.init)
     jobs: list[Callable[[], _Found]] = [partial(_verify_layer, rule, network, *p, whole) for p in layers.attention]
-    jobs += [partial(_verify_filters, rule, network, *place, whole) for place in layers.filters]
-    found = run_each(jobs, tensors, layers.specs())
+    jobs += [partial(_verify_filters, rule, network, *layer, whole) for layer in layers.filters]
+    results = run_each(jobs, tensors, layers.specs())
     checks = _with_reuse(
-        [check for result in found for check in result.checks],
-        list(reused([signs for result in found for signs in result.signs])),
+        [check for result in results for check in result.checks],
+        list(reused([signs for result in results for signs in result.signs])),
     )
-    skipped = [*layers.refused, *(item for result in found for item in result.skipped)]
+    skipped = [*layers.refused, *(item for result in results for item in result.skipped)]
     if not checks:
         reason = f": {skipped[0].name} {skipped[0].reason}" if skipped else ""
         raise UnsupportedAttentionError(f"nothing in {opened.name} can be compared with {claim.init!r}{reason}")
@@ -149,18 +149,18 @@ def recorded(opened: OpenedModel, seed: int | None, options: dict[str, Any]) -> 
     if text is None:
         return Claim("mimetic", seed, options)
     data = json.loads(text)
-    settled = {**data["options"], **options}
-    unnamed = [name for name, value in settled.items() if isinstance(value, str) and value.startswith("<")]
+    resolved = {**data["options"], **options}
+    unnamed = [name for name, value in resolved.items() if isinstance(value, str) and value.startswith("<")]
     if unnamed:
-        raise UsageError(f"the file was made with {unnamed[0]} = {settled[unnamed[0]]}: pass that option again")
+        raise UsageError(f"the file was made with {unnamed[0]} = {resolved[unnamed[0]]}: pass that option again")
     made_with = data.get("params")
-    given = params_record(settled.get("params")) if made_with else None
+    given = params_record(resolved.get("params")) if made_with else None
     if given and made_with and given["sha256"] != made_with["sha256"]:
         raise UsageError(
             f"{opened.name} was made with a parameter file {made_with['file']} of another content (sha256 "
             f"{made_with['sha256'][:12]}...): pass that file as --params"
         )
-    return Claim(data["init"], data["seed"] if seed is None else seed, settled)
+    return Claim(data["init"], data["seed"] if seed is None else seed, resolved)
 
 
 def _builder(model: Any, opened: OpenedModel) -> Callable[[], nn.Module] | None:
@@ -307,15 +307,15 @@ def _deviation(
 ) -> str:
     """Say which statistic lies outside its tolerance; empty where none does, or none is defined."""
     for name in ("alpha", "beta"):
-        found, wanted, limit = getattr(row, name), getattr(expected, name), getattr(tolerance, name)
-        if abs(found - wanted) > limit:
-            return f"{name} is {found:.4g}, expected {wanted:.4g} ± {limit:.2g}"
+        measured, wanted, limit = getattr(row, name), getattr(expected, name), getattr(tolerance, name)
+        if abs(measured - wanted) > limit:
+            return f"{name} is {measured:.4g}, expected {wanted:.4g} ± {limit:.2g}"
     width, _ = size_of(layer, row)
     if spread and expected.alpha > 0:
         low, high = spread_limits(width)
-        found = float(diagonal_spread(one_product(layer.weights, row.circuit, row.head, fold)))
-        if not low <= found <= high:
-            return f"sd(diagonal) sqrt(d) / alpha is {found:.3g}, expected {low:.2f} to {high:.2f}"
+        measured = float(diagonal_spread(one_product(layer.weights, row.circuit, row.head, fold)))
+        if not low <= measured <= high:
+            return f"sd(diagonal) sqrt(d) / alpha is {measured:.3g}, expected {low:.2f} to {high:.2f}"
     return ""
 
 
@@ -327,12 +327,12 @@ def _bias_checks(layer: Layer, plan: Plan, planned: HeadWeights, eps: float, who
         return []
     name, worst = max(deviations, key=lambda pair: pair[1])
     limit = max(MATRIX_TOLERANCE, 4 * eps)
-    place = (layer.index, layer.spec.path, "bias", ALL_HEADS)
+    key = (layer.index, layer.spec.path, "bias", ALL_HEADS)
     problem, mistake = "", ""
     if worst > limit:
         problem = f"{name} is up to {worst:.2g} away from what it is set to"
         mistake = "" if np.any(getattr(planned, name)) else "bias not zero"
-    return [Check(*place, matrix_error=worst, matrix_tolerance=limit, problem=problem, mistake=mistake)]
+    return [Check(*key, matrix_error=worst, matrix_tolerance=limit, problem=problem, mistake=mistake)]
 
 
 def _with_clones(checks: list[Check], layer: Layer, fold: Fold) -> list[Check]:
@@ -349,9 +349,9 @@ def _with_clones(checks: list[Check], layer: Layer, fold: Fold) -> list[Check]:
     ]
 
 
-def _with_reuse(checks: list[Check], found: list[Reuse]) -> list[Check]:
+def _with_reuse(checks: list[Check], reuses: list[Reuse]) -> list[Check]:
     """Mark the checks of products whose noise is that of another layer or circuit."""
-    by_place = {(each.product.layer, each.product.circuit, each.product.head): each for each in found}
+    by_place = {(each.product.layer, each.product.circuit, each.product.head): each for each in reuses}
     marked = []
     for check in checks:
         each = by_place.get((check.layer, check.circuit, check.head))

@@ -29,8 +29,8 @@ def filter_modules(model: nn.Module) -> Iterator[FilterSpec | Refusal]:
         height, width = module.kernel_size
         if height * width == 1:
             continue
-        own = type(module)
-        name = f"{own.__module__}.{own.__qualname__}"
+        kind = type(module)
+        name = f"{kind.__module__}.{kind.__qualname__}"
         stored = dict(module.named_parameters(recurse=False))
         if "weight" not in stored:
             yield Refusal(path, name, "depthwise", "computes its filters from other tensors: nothing is stored as such")
@@ -46,10 +46,10 @@ def filter_modules(model: nn.Module) -> Iterator[FilterSpec | Refusal]:
             kernel=(height, width),
             stride=(module.stride[0], module.stride[1]),
             dilation=(module.dilation[0], module.dilation[1]),
-            label=STANDARDISED if any("StdConv2d" in base.__name__ for base in own.__mro__) else "",
+            label=STANDARDISED if any("StdConv2d" in base.__name__ for base in kind.__mro__) else "",
         )
 
 
 def filter_parameters(module: nn.Module) -> list[str]:
     """Name the parameters that hold a module's depthwise filters, in module order; biases are not among them."""
-    return [found.tensor for found in filter_modules(module) if isinstance(found, FilterSpec)]
+    return [filters.tensor for filters in filter_modules(module) if isinstance(filters, FilterSpec)]

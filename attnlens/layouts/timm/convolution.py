@@ -44,7 +44,7 @@ def bottleneck(module: Any) -> Slots:
 def strided(module: Any) -> Slots:
     """Describe `pwise` with rows ``[head][q | k | v]`` on a grid that a strided convolution made.
 
-    The output projection is `o_proj`, or a 1x1 convolution in front of the upsampling. Where the transposed
+    The output projection is `o_proj`, or a 1x1 convolution before the upsampling. Where the transposed
     convolution that upsamples also projects, every output pixel has a matrix of its own and there is no W_O.
     """
     heads, width = int(module.num_heads), int(module.head_dim)

@@ -9,7 +9,7 @@ FAMILIES = {
     "B2": "three projections of other names, class attention among them",
     "B3": "`q` and a fused `kv`",
     "B4": "a fused `qk` and `v`",
-    "P": "attention pooling: a learned latent or the mean token asks",
+    "P": "attention pooling: the query is a learned latent or the mean token",
     "C1": "fused `qkv` with each head's q, k, v together: the names of A, other rows",
     "C2": "parallel block: one projection for the MLP and q, k, v",
     "C3": "fused 1x1 convolution",

@@ -14,11 +14,11 @@ def separate(module: Any, q: str, k: str, v: str, o: str) -> Slots:
     kv_heads = int(getattr(module, "num_kv_heads", None) or heads)
     key_width = out_features(module, k) // kv_heads
     value_width = out_features(module, v) // kv_heads
-    own = {role: f"{role}_bias" if has(module, f"{role}_bias") else None for role in "qv"}
+    biases = {role: f"{role}_bias" if has(module, f"{role}_bias") else None for role in "qv"}
     return {
-        "q": rows(module, q, heads, key_width, own_bias=own["q"]),
+        "q": rows(module, q, heads, key_width, own_bias=biases["q"]),
         "k": rows(module, k, kv_heads, key_width),
-        "v": rows(module, v, kv_heads, value_width, own_bias=own["v"]),
+        "v": rows(module, v, kv_heads, value_width, own_bias=biases["v"]),
         "o": columns(module, o, heads, value_width),
     }
 

@@ -1,7 +1,7 @@
 """Images out of untrusted folders and tars: nothing outside is followed, nothing small becomes large, nothing runs.
 
 Bound: for each byte of file at most `DECODED` bytes of pixels, and `ALLOWANCE` beside that; of a compressed tar at most
-`EXPANDS` bytes, and `ALLOWANCE`. ``--image-size`` adds the pixels it asks for, image by image.
+`EXPANDS` bytes, and `ALLOWANCE`. ``--image-size`` adds the pixels of that size, image by image.
 """
 
 from __future__ import annotations

@@ -263,8 +263,8 @@ def _decoded(name: str, files: Iterator[Read], image_size: int | None) -> Images
         paths = sorted(decoded)
         tops = {path.split("/")[0] for path in paths}
     tested = next((folder for folder in TEST_FOLDERS if folder in tops), None)
-    parted = "train" in tops and tested is not None
-    least = 3 if parted else 2
+    split = "train" in tops and tested is not None
+    least = 3 if split else 2
     flat = next((path for path in paths if len(path.split("/")) < least), None)
     if flat is not None:
         raise DatasetError(f"{name}: {flat} lies in no class folder: expected [train/|test/]CLASS/IMAGE")
@@ -274,7 +274,7 @@ def _decoded(name: str, files: Iterator[Read], image_size: int | None) -> Images
         raise DatasetError(f"{name} has one class, {classes[0]}: there is nothing to tell apart")
     pixels = _stacked([decoded[path] for path in paths], name)
     labels = np.array([classes.index(folder) for folder in folders], np.int64)
-    if parted:
+    if split:
         train = np.array([path.startswith("train/") for path in paths])
         test = np.array([path.startswith(f"{tested}/") for path in paths])
     else:

@@ -1,4 +1,4 @@
-"""What training asks of a data set: what it is, and one epoch of it on the device, the same for every arm of a seed."""
+"""What training needs of a data set: its description, and one epoch on the device, equal for every arm of a seed."""
 
 from __future__ import annotations
 

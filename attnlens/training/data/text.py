@@ -75,26 +75,26 @@ class Text(Dataset):
         return ResidentText(self, config, device)
 
     def cut(self, context: int, windows: int, test_windows: int | None) -> Text:
-        """Settle how many windows are drawn an epoch and how many of the test part are measured on.
+        """Resolve how many windows are drawn an epoch and how many of the test split are measured on.
 
-        Raises `UsageError` where a part is too short, or holds fewer windows than asked for.
+        Raises `UsageError` where a split is too short, or holds fewer windows than requested.
         """
         for split, title in ((self.train, "training"), (self.test, "test")):
             if len(split) <= context:
                 raise UsageError(
-                    f"the {title} part of {self.name} has {len(split)} bytes, too few for a window of {context} and "
+                    f"the {title} split of {self.name} has {len(split)} bytes, too few for a window of {context} and "
                     "the byte behind it: give a longer text or a smaller --context"
                 )
         held = len(self.test_starts(context))
         if test_windows is not None and test_windows > held:
-            raise UsageError(f"--test-images {test_windows}: the test part of {self.name} has {held} windows")
+            raise UsageError(f"--test-images {test_windows}: the test split of {self.name} has {held} windows")
         return replace(self, windows=windows, test_windows=test_windows)
 
     def test_starts(self, context: int) -> NDArray[np.int64]:
-        """Return where the windows of the test part begin: side by side, so that each byte is predicted once.
+        """Return where the windows of the test split begin: side by side, so that each byte is predicted once.
 
         The first byte and the last ones that fill no window are not predicted. ``test_windows`` of them are spread
-        evenly over the part.
+        evenly over the split.
         """
         starts = np.arange(0, len(self.test) - context, context)
         if self.test_windows is None:
@@ -103,7 +103,7 @@ class Text(Dataset):
 
     def tuning(self) -> Text:
         """Split the training bytes by position: the last tenth is what learning rates are chosen on."""
-        train, test = parted(self.train)
+        train, test = split_text(self.train)
         return replace(self, name=f"{self.name}, tuning split", train=train, test=test, test_windows=None)
 
 
@@ -135,7 +135,7 @@ class ResidentText:
         return Epoch(*self._windows(self.train, torch.from_numpy(starts)), digest(starts, {}))
 
 
-def parted(content: Bytes) -> tuple[Bytes, Bytes]:
+def split_text(content: Bytes) -> tuple[Bytes, Bytes]:
     """Cut the last tenth off."""
     end = len(content) - len(content) // TEST_SHARE
     return content[:end], content[end:]
@@ -145,7 +145,7 @@ def load_text(name: str, *, data_dir: Path | None = None) -> Text:
     """Return ``text:FILE``, ``text:FOLDER``, ``text:PATTERN`` (files joined by a line break) or ``text:wikitext-103``.
 
     Files are taken as they are, byte for byte, in the order of their paths; the last tenth of the whole is the test
-    part. WikiText-103 keeps its own parts. Raises `DatasetError` for what is no text, `UsageError` for no files.
+    split. WikiText-103 keeps its own splits. Raises `DatasetError` for what is no text, `UsageError` for no files.
     """
     pattern = name.removeprefix(PREFIX)
     if pattern == WIKITEXT:
@@ -163,7 +163,7 @@ def load_text(name: str, *, data_dir: Path | None = None) -> Text:
     if not content.all():
         odd = next(path for path in paths if b"\0" in path.read_bytes())
         raise DatasetError(f"{odd} holds bytes of value 0: that is no text")
-    train, test = parted(content)
+    train, test = split_text(content)
     return Text(_title(pattern), train, test, len(paths), "the last tenth of the bytes is the test part")
 
 

@@ -207,7 +207,7 @@ def pretrained_weights(opened: OpenedModel, like: Mapping[str, Tensor]) -> dict[
     """Return a model's weights as the plain ViT ``like`` holds them; its classifier and prefix tokens are left behind.
 
     Patch and position embeddings are resampled by timm's own functions, input channels adapted by timm's; LayerScale is
-    folded into the projection in front of it, which changes nothing the network computes; the norm in front of the
+    folded into the projection before it, which changes nothing the network computes; the norm before the
     source's classifier goes behind the pooling. Raises `UnsupportedAttentionError` where the source is no plain ViT.
     """
     import torch
