@@ -213,6 +213,23 @@ class ImageNetwork(Network):
         return images, torch.randint(0, self.classes, (items,), generator=generator)
 
 
+class FilterNetwork(ImageNetwork):
+    """A kind whose depthwise filters are what its arms draw."""
+
+    default_arms: ClassVar[tuple[str, ...]] = ("default", "conv-covariance", "norm-matched")
+    control_keeps: ClassVar[str] = "same norm of every filter, random directions: what the covariance adds to the scale"
+
+    @classmethod
+    def fitted(cls, params: InitParams | None) -> tuple[str, dict[str, Any]]:
+        """Return the initialiser that draws filters with the fitted covariance."""
+        return "conv-covariance", {"params": params}
+
+    @classmethod
+    def control(cls, params: InitParams | None) -> dict[str, Any]:  # noqa: ARG003  # the covariance alone has a scale
+        """Return the options of `norm-matched`: every filter's norm is kept."""
+        return {"of": "conv-covariance"}
+
+
 @dataclass(frozen=True)
 class ModuleForward:
     """Any module as a stack: its own forward pass under each model's weights and buffers.

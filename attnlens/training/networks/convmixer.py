@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from attnlens.errors import ModelNotFoundError
-from attnlens.training.networks.base import ImageNetwork, register
+from attnlens.training.networks.base import FilterNetwork, register
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from attnlens.fit.params import InitParams
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "convmixer-tiny": {"dim": 64, "depth": 6, "kernel_size": 5, "activation": "gelu"},
@@ -23,7 +21,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 @register
-class ConvMixer(ImageNetwork):
+class ConvMixer(FilterNetwork):
     """Sizes of a ConvMixer: ``dim`` channels, ``depth`` pairs of a depthwise and a pointwise convolution.
 
     BatchNorm's running mean and variance are buffers of each model, updated by its own training batches with torch's
@@ -32,8 +30,6 @@ class ConvMixer(ImageNetwork):
 
     prefix: ClassVar[str] = "convmixer"
     module: ClassVar[str] = "timm.models.convmixer.ConvMixer"
-    default_arms: ClassVar[tuple[str, ...]] = ("default", "conv-covariance", "norm-matched")
-    control_keeps: ClassVar[str] = "same norm of every filter, random directions: what the covariance adds to the scale"
 
     dim: int = Field(ge=2)
     depth: int = Field(ge=1)
@@ -82,13 +78,3 @@ class ConvMixer(ImageNetwork):
             f"{self.kernel_size}, patch {self.patch_size} of {self.image_size} px, {self.activation.upper()}, "
             "BatchNorm with running statistics of each model's own"
         )
-
-    @classmethod
-    def fitted(cls, params: InitParams | None) -> tuple[str, dict[str, Any]]:
-        """Return the initialiser that draws filters with the fitted covariance."""
-        return "conv-covariance", {"params": params}
-
-    @classmethod
-    def control(cls, params: InitParams | None) -> dict[str, Any]:  # noqa: ARG003  # the covariance alone has a scale
-        """Return the options of `norm-matched`: every filter's norm is kept."""
-        return {"of": "conv-covariance"}

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attnlens.errors import ModelNotFoundError, UsageError
-from attnlens.training.networks.base import ImageNetwork, register
+from attnlens.training.networks.base import FilterNetwork, register
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from attnlens.fit.params import InitParams
-
 
 @register
-class ConvNeXt(ImageNetwork):
+class ConvNeXt(FilterNetwork):
     """A ConvNeXt by timm's name: depthwise filters, LayerNorm, stages that each halve the grid.
 
     Everything but patch, channels and classes is as the entry has it, and timm's rule of patches holds: at patch 2 the
@@ -23,8 +21,6 @@ class ConvNeXt(ImageNetwork):
 
     prefix: ClassVar[str] = "convnext"
     module: ClassVar[str] = "timm.models.convnext.ConvNeXt"
-    default_arms: ClassVar[tuple[str, ...]] = ("default", "conv-covariance", "norm-matched")
-    control_keeps: ClassVar[str] = "same norm of every filter, random directions: what the covariance adds to the scale"
 
     entry: str
     """timm's name."""
@@ -73,16 +69,6 @@ class ConvNeXt(ImageNetwork):
             f"ConvNeXt (timm's {self.entry}), widths {widths}, blocks {blocks}, depthwise filters {rows} x {columns}, "
             f"{type(first.norm).__name__}, patch {self.patch_size} of {self.image_size} px"
         )
-
-    @classmethod
-    def fitted(cls, params: InitParams | None) -> tuple[str, dict[str, Any]]:
-        """Return the initialiser that draws filters with the fitted covariance."""
-        return "conv-covariance", {"params": params}
-
-    @classmethod
-    def control(cls, params: InitParams | None) -> dict[str, Any]:  # noqa: ARG003  # the covariance alone has a scale
-        """Return the options of `norm-matched`: every filter's norm is kept."""
-        return {"of": "conv-covariance"}
 
 
 def _halves(stage: Any) -> bool:
