@@ -17,11 +17,10 @@ from tests.hub_server import Hub, serve
 
 ROOT = Path(__file__).parent.parent
 SLOW = """
-    bounded docs extending faults filters_inspect filters_report fitting hostile hub inference inits_fitted
-    inits_mistakes
-    layouts_census layouts_forward layouts_roundtrip packaging regression_counts report report_browser scan scan_ray
-    signal_rewiring sizes state trace training_checkpoints training_datasets training_display training_families
-    training_runs
+    bounded catalogue docs extending families_forward faults filters_inspect filters_params filters_report filters_trained
+    fitting hostile hub inference inits_fitted inits_mistakes inverse layouts_census layouts_forward layouts_roundtrip
+    live_networks packaging regression_counts report report_browser scan scan_ray signal_rewiring sizes state trace
+    training_checkpoints training_datasets training_display training_families training_runs
 """
 """Files that `make test-fast` leaves out: together nine tenths of the time, in which networks are built and trained,
 commands run as processes, and statistics simulated."""
