@@ -48,15 +48,15 @@ class Side(_Part):
         return quantiles
 
     @classmethod
-    def of(cls, gains: Array, alive: Array) -> Side:
-        """Describe the gains ``[head, channel]`` of a layer's heads."""
-        logs = np.where(alive, np.log(gains), -np.inf)
-        scores = normal_scores(logs)
-        typical = np.mean([_quantiles(row[np.isfinite(row)]) for row in logs], 0)
+    def of(cls, logs: Array) -> Side:
+        """Describe log gains ``[head, channel]``, -inf where dead; heads that are zero are left out."""
+        alive = np.isfinite(logs)
+        heads = [row[there] for row, there in zip(logs, alive, strict=True) if there.any()]
+        typical = np.mean([_quantiles(row) for row in heads], 0) if heads else np.zeros(len(LEVELS))
         return cls(
             quantiles=unit_mean_square(typical, _WEIGHTS).tolist(),
-            shared=float(np.clip(_mean_correlation(scores), 0, 1)),
-            dead=float(1 - np.mean(alive)),
+            shared=float(np.clip(_mean_correlation(normal_scores(logs)), 0, 1)),
+            dead=float(1 - np.mean(alive[alive.any(1)])) if heads else 1.0,
             channels=base64.b64encode(logs.astype(_STORED).tobytes()).decode(),
         )
 
@@ -101,21 +101,20 @@ class CircuitGains(_Part):
         gains = product.gains
         assert gains is not None
         width = product.shape[-1]
-        rows, cols, alive_rows, alive_cols = (
-            np.reshape(each, (-1, width)) for each in (gains.rows, gains.cols, gains.alive_rows, gains.alive_cols)
+        rows, cols = (
+            np.where(alive, np.log(each), -np.inf).reshape(-1, width)
+            for each, alive in ((gains.rows, gains.alive_rows), (gains.cols, gains.alive_cols))
         )
         tails = np.ravel(offdiagonal_kurtosis(product.scaled(gains.rows, gains.cols)))
-        scores = (
-            normal_scores(np.where(alive, np.log(g), -np.inf)) for g, alive in ((rows, alive_rows), (cols, alive_cols))
-        )
+        together = [_correlation(*pair) for pair in zip(normal_scores(rows), normal_scores(cols), strict=True)]
         return cls(
             **place,  # type: ignore[arg-type]
             head=head,
             num_heads=len(rows),
             embed_dim=width,
-            rows=Side.of(rows, alive_rows),
-            cols=Side.of(cols, alive_cols),
-            correlation=float(np.clip(np.mean([_correlation(*pair) for pair in zip(*scores, strict=True)]), -1, 1)),
+            rows=Side.of(rows),
+            cols=Side.of(cols),
+            correlation=float(np.clip(np.mean(together), -1, 1)),
             kurtosis=[finite_or_none(float(value)) for value in tails],
         )
 
@@ -153,8 +152,8 @@ class ChannelGains:
     @classmethod
     def of(cls, gains: CircuitGains) -> ChannelGains:
         """Take them from a file."""
-        sides = (side.by_channel(gains.num_heads, gains.embed_dim) for side in (gains.rows, gains.cols))
-        return cls(*sides, np.array(gains.kurtosis, dtype=np.float64))
+        rows, cols = (side.by_channel(gains.num_heads, gains.embed_dim) for side in (gains.rows, gains.cols))
+        return cls(rows, cols, np.array(gains.kurtosis, dtype=np.float64))
 
     def draw(self, heads: int, width: int, generator: np.random.Generator) -> tuple[Array, Array]:  # noqa: ARG002
         """Return r and c, ``[head, channel]``; nothing is drawn."""
@@ -244,8 +243,6 @@ def normal_scores(values: Array) -> Array:
 
 def _quantiles(logs: Array) -> Array:
     """Return quantiles at `LEVELS`; channel i of n in rising order stands at (i + 1/2) / n."""
-    if not len(logs):
-        return np.zeros(len(LEVELS))
     at = (np.arange(len(logs)) + 0.5) / len(logs)
     return np.interp(LOGITS, np.log(at / (1 - at)), np.sort(logs))
 
@@ -258,4 +255,4 @@ def _mean_correlation(scores: Array) -> float:
     if len(scores) < 2:
         return 0.0
     pairs = np.triu_indices(len(scores), 1)
-    return float(np.corrcoef(scores)[pairs].mean())
+    return float(np.atleast_2d(np.corrcoef(scores))[pairs].mean())

@@ -67,14 +67,13 @@ def gained_heads(
     found = [
         with_gains(
             Factors(*factors),
-            *sides,
+            r,
+            c,
             expected_parameters(layer, request).alpha,
             float(kurtosis),
             layer.streams.numpy_generator(f"{circuit}_channels", layer.index, place),
         )
-        for *factors, sides, request, kurtosis, place in zip(
-            *drawn, zip(rows, cols, strict=True), requests, tails, places, strict=True
-        )
+        for *factors, r, c, request, kurtosis, place in zip(*drawn, rows, cols, requests, tails, places, strict=True)
     ]
     left, right = (np.stack(side) for side in zip(*found, strict=True))
     planned = [
