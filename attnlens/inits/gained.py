@@ -116,13 +116,13 @@ def placed(N: Array, rows: Array, cols: Array, kurtosis: float) -> NDArray[np.in
     sums = tuple(_Sum(matrix, rows**power, cols**power) for matrix, power in ((squares, 2), (squares**2, 4)))
     free = np.flatnonzero((rows > 0) & (cols > 0))
     order = np.arange(len(N))
-    distance = float(apart(_kurtosis(*(each.value() for each in sums), len(N)), kurtosis))
+    distance = float(apart(_kurtosis(sums[0].value(), sums[1].value(), len(N)), kurtosis))
     for _ in range(_EXCHANGES):
         if distance <= CLOSE or len(free) < 2:
             break
         sizes = (sums[0].u + sums[0].w)[free]
         top = free[np.argsort(-sizes)[:_TOP]]
-        away = apart(_kurtosis(*(each.exchanged(top, free) for each in sums), len(N)), kurtosis)
+        away = apart(_kurtosis(sums[0].exchanged(top, free), sums[1].exchanged(top, free), len(N)), kurtosis)
         one, other = np.unravel_index(int(np.argmin(away)), away.shape)
         if not away[one, other] < distance:
             break
@@ -130,7 +130,7 @@ def placed(N: Array, rows: Array, cols: Array, kurtosis: float) -> NDArray[np.in
         for each in sums:
             each.exchange(pair)
         order[pair] = order[pair[::-1]]
-        distance = float(apart(_kurtosis(*(each.value() for each in sums), len(N)), kurtosis))
+        distance = float(apart(_kurtosis(sums[0].value(), sums[1].value(), len(N)), kurtosis))
     return np.argsort(order)
 
 
@@ -143,7 +143,7 @@ class _Sum:
     def value(self) -> Array:
         return np.asarray(self.u @ self.S @ self.w)
 
-    def exchange(self, pair: list[int]) -> None:
+    def exchange(self, pair: list[np.intp]) -> None:
         for gains in (self.u, self.w):
             gains[pair] = gains[pair[::-1]]
 
@@ -165,10 +165,10 @@ def offdiagonal_tails(N: Array, rows: Array, cols: Array) -> float:
     """Return the excess kurtosis about zero of diag(rows) N diag(cols) off its diagonal."""
     squares = N**2
     np.fill_diagonal(squares, 0.0)
-    sums = (rows**power @ matrix @ cols**power for matrix, power in ((squares, 2), (squares**2, 4)))
-    return float(_kurtosis(*(np.asarray(each) for each in sums), len(N)))
+    second, fourth = (rows**power @ matrix @ cols**power for matrix, power in ((squares, 2), (squares**2, 4)))
+    return float(_kurtosis(second, fourth, len(N)))
 
 
-def apart(found: Array, wanted: Array | float) -> Array:
+def apart(found: Array | float, wanted: float) -> Array:
     """Return the distance of excess kurtoses: relative where they are well above 0.1, in tenths near zero."""
-    return np.abs(np.arcsinh(10 * np.asarray(found)) - np.arcsinh(10 * np.asarray(wanted)))
+    return np.asarray(np.abs(np.arcsinh(10 * np.asarray(found)) - np.arcsinh(10 * wanted)))
