@@ -10,7 +10,7 @@ from attnlens.balance import Gains
 from attnlens.fit.gains import correlation, normal_scores
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.gained import CLOSE, apart
-from attnlens.inits.plan import Layer, PlannedGains
+from attnlens.inits.plan import Layer, Plan, PlannedGains
 from attnlens.inits.report import ProductReport
 from attnlens.inits.verify.mistakes import one_product
 
@@ -51,6 +51,11 @@ def gain_problem(
         if abs(found_together - asked_together) > spread:
             return f"r and c correlate by {found_together:.2f}, expected {asked_together:.2f} ± {spread:.2f}"
     return _tails_problem(row, twin, drawn)
+
+
+def has_dead_channels(plan: Plan) -> bool:
+    """Whether a channel of a planned factor has no weights, so that its product has no closed form."""
+    return any((weight == 0).all(1 if role == "o" else 2).any() for role, weight in plan.weights().items())
 
 
 def _tails_problem(row: ProductReport, twin: ProductReport, drawn: PlannedGains) -> str:

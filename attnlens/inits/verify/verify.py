@@ -26,7 +26,7 @@ from attnlens.inits.report import ProductReport, Skipped, describe_option, measu
 from attnlens.inits.verify.check import MATRIX_TOLERANCE, Check, stored_eps
 from attnlens.inits.verify.factors import bias_deviations, empty_directions, skipped_directions, split_problem
 from attnlens.inits.verify.filters import verify_filter_layer
-from attnlens.inits.verify.gains import gain_problem
+from attnlens.inits.verify.gains import gain_problem, has_dead_channels
 from attnlens.inits.verify.mistakes import (
     MISTAKES,
     Tolerance,
@@ -202,6 +202,7 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
     plan, cut = reachable(plan, layer.weights, rule.fold)
     planned, eps = planned_heads(layer, plan, rule), _coarsest(spec, network.tensors)
     rows = measure(layer, layer.weights, plan, rule.fold)
+    dead = bool(plan.gains) and has_dead_channels(plan)
     known = not cut and not any(math.isnan(row.expected_alpha) for row in rows)
     twins = rows if known and not plan.gains else measure(layer, planned, plan, rule.fold)
     checks = [
@@ -209,7 +210,8 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
             _Product(layer, row, twin, plan, planned),
             rule,
             eps,
-            closed=not cut and not math.isnan(row.expected_alpha),
+            closed=not cut and not dead and not math.isnan(row.expected_alpha),
+            settled=not cut,
             whole=whole,
         )
         for row, twin in zip(rows, twins, strict=True)
@@ -263,8 +265,11 @@ class _Product(NamedTuple):
     planned: HeadWeights
 
 
-def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, whole: bool) -> Check:
-    """Judge one product, against what the closed form expects or else what the initialiser's own draw measures."""
+def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, settled: bool, whole: bool) -> Check:
+    """Judge one product, against what the closed form expects or else what the initialiser's own draw measures.
+
+    ``settled``: whether a draw with gains has the alpha it was brought to.
+    """
     layer, row, twin = product.layer, product.row, product.twin
     width, rank = size_of(layer, row)
     if closed:
@@ -274,7 +279,7 @@ def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, whole: bo
         expected = Parameters(twin.alpha, twin.beta)
         tolerance = tolerance_at(expected, width, eps, drawn=2, rank=rank)
     drawn = next((each for each in product.plan.gains if (each.circuit, each.head) == (row.circuit, row.head)), None)
-    if drawn is not None and closed:
+    if drawn is not None and settled:
         tolerance = settled_alpha(expected, tolerance, eps)
     compared = whole and not math.isnan(row.relative_error)
     limit = max(MATRIX_TOLERANCE, 4 * eps)
