@@ -94,17 +94,15 @@ def test_the_file_holds_the_gains_that_balancing_finds(source):
         np.testing.assert_allclose(cols[head], np.log(gains.cols), atol=2e-3)
 
 
-def test_quantiles_are_those_of_the_channels_averaged_over_heads(source):
+def test_quantiles_lie_between_the_order_statistics_of_the_channels_averaged_over_heads(source):
     for each in source.gains:
         for side in (each.rows, each.cols):
-            channels = side.by_channel(each.num_heads, D)
-            at = (np.arange(D) + 0.5) / D
-            inside = (at[0] < LEVELS) & (at[-1] > LEVELS)
-            expected = np.quantile(channels, LEVELS[inside], axis=1, method="hazen").mean(1)
-            found = np.array(side.quantiles)[inside]
-            shift = np.mean(found - expected)  # to mean square 1
-            np.testing.assert_allclose(found - shift, expected, atol=0.06)  # straight lines in logit p, not in p
-            assert abs(shift) < 0.02
+            ordered = np.sort(side.by_channel(each.num_heads, D), -1).mean(0)
+            place = np.clip(LEVELS * D - 0.5, 0, D - 1)
+            found = np.array(side.quantiles)
+            found = found - (found[0] - ordered[0])  # they are shifted to mean square 1
+            assert (found >= ordered[np.floor(place).astype(int)] - 2e-3).all()  # channels are kept in float16
+            assert (found <= ordered[np.ceil(place).astype(int)] + 2e-3).all()
 
 
 def test_correlation_and_sharing_are_those_of_normal_scores(source):
