@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from attnlens.errors import UsageError
-from attnlens.training.metrics import Metric
+from attnlens.training.metrics import BALANCED_ACCURACY, Metric
 from attnlens.training.networks.base import Moments, Network, Part
 from attnlens.training.networks.registry import network_of
 
@@ -55,7 +55,7 @@ class TextData(Part):
     split: str
 
 
-_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}}
+_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "commonest": None}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
@@ -90,6 +90,10 @@ class Config(Part):
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
+
+    commonest: float | None = Field(
+        default=None, description="share of the test images in the commonest class, where classes are uneven"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -129,8 +133,8 @@ class Config(Part):
 
     @property
     def metric(self) -> Metric:
-        """What runs are compared by."""
-        return self.network.metric
+        """What runs are compared by: where classes are uneven, all of them count alike."""
+        return self.network.metric if self.commonest is None else BALANCED_ACCURACY
 
     @property
     def items(self) -> str:

@@ -10,7 +10,7 @@ stack are run is the network's own affair (`networks`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnlens.training.config import Config
 from attnlens.training.networks.base import PLAIN, Wiring
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = Mapping[str, "Tensor"]
+
+
+class Scores(NamedTuple):
+    """What an evaluation finds, a value a model."""
+
+    accuracy: list[float]
+    """Share of the targets guessed right."""
+    loss: list[float]
+    """Mean cross-entropy, in nats."""
+    balanced: list[float]
+    """Mean over the classes that occur of the share of a class guessed right."""
 
 
 class Stack:
@@ -137,12 +148,24 @@ class Stack:
 
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
-        """Return the share of targets guessed right and the mean loss of every model on the same items."""
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Scores:
+        """Return how every model does on the same items; waits for the device."""
+        hits, counts, loss = (found.cpu() for found in self.tally(inputs, targets))
+        recalls = (hits.double() / counts)[:, counts > 0]
+        return Scores(
+            (hits.sum(1).double() / targets.numel()).tolist(),
+            (loss.double() / targets.numel()).tolist(),
+            recalls.mean(1).tolist(),
+        )
+
+    def tally(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count hits ``[model, class]`` and targets ``[class]``, and sum losses ``[model]``; nothing waits."""
         import torch
         from torch.nn.functional import cross_entropy
 
-        correct, loss = torch.zeros_like(self.loss_sum), torch.zeros_like(self.loss_sum)
+        classes = self.config.network.outputs
+        hits = torch.zeros(self.models, classes, dtype=torch.long, device=self.device)
+        counts, loss = torch.zeros_like(hits[0]), torch.zeros_like(self.loss_sum)
         where = torch.zeros(self.models, dtype=torch.long, device=self.device)
         size = max(1, 2 * self.config.recipe.batch_size)
         with torch.inference_mode(), self._precision():
@@ -150,10 +173,11 @@ class Stack:
                 answer = targets[start : start + size].flatten().long()
                 batch = inputs[None, start : start + size]
                 logits = self.forward(self.weights, batch, where, training=False).flatten(1, -2)
-                correct += (logits.argmax(-1) == answer).sum(1)
+                hits.index_add_(1, answer, (logits.argmax(-1) == answer).long())
+                counts.index_add_(0, answer, torch.ones_like(answer))
                 expected = answer.expand(self.models, -1).flatten()
                 loss += cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(self.models, -1).sum(1)
-        return (correct.double() / targets.numel()).tolist(), (loss.double() / targets.numel()).tolist()
+        return hits, counts, loss
 
     def take_losses(self, steps: int) -> list[float]:
         """Return every model's mean training loss since the last call; waits for the device."""

@@ -191,6 +191,7 @@ def _config(
         text=TextData(**facts) if facts else None,
         freeze_filters=options.freeze_filters,
         starts=starts,
+        commonest=data.commonest(),
     )
 
 

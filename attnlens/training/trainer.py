@@ -255,7 +255,7 @@ class _Training:
     def _record(self, epoch: int, losses: Sequence[float]) -> None:
         """Measure every model that has not diverged, and note it."""
         session, config = self.session, self.session.config
-        accuracies, test_losses = self.stack.evaluate(session.data.test_inputs, session.data.test_targets)
+        scores = self.stack.evaluate(session.data.test_inputs, session.data.test_targets)
         for number, run in enumerate(self.unit):
             if self._diverged(self.records[number]):
                 continue
@@ -263,15 +263,17 @@ class _Training:
             items = epoch * session.steps * config.recipe.batch_size
             record: Record = {
                 "status": "finished" if epoch == config.recipe.epochs else "running",
-                "accuracy": accuracies[number],
-                "test_loss": _finite(test_losses[number]),
+                "accuracy": scores.accuracy[number],
+                "test_loss": _finite(scores.loss[number]),
                 "train_loss": _finite(losses[number]),
                 f"{config.items}_seen": items,
                 "effective_epochs": items / session.data.whole,
                 "structure": measure_structure(session.specs[self.wiring], tensors),
             }
+            if config.network.metric.share:
+                record["balanced_accuracy"] = scores.balanced[number]
             if config.metric.nats is not None:
-                record[config.metric.field] = _finite(test_losses[number] / config.metric.nats)
+                record[config.metric.field] = _finite(scores.loss[number] / config.metric.nats)
             if config.metric.of(record) is None:
                 record = {"status": "diverged"}
             self.records[number].append(self._line(run, number, epoch) | record)

@@ -34,6 +34,8 @@ TEST_FOLDERS = ("test", "val", "validation")
 HELD_OUT = 5
 """Without a test folder every fifth image of a class, in a fixed random order, is held out."""
 DIGITS_TRAIN = 1000
+UNEVEN = 1.25
+"""Times its fair share from which on the commonest class makes plain accuracy a poor measure."""
 LARGE = 128
 """From so many pixels on, images are trained with larger patches."""
 _AT_ONCE = 256
@@ -100,6 +102,11 @@ class Images(Dataset):
         share, value = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
         mean = share @ value
         return mean.tolist(), np.sqrt(np.maximum(share @ value**2 - mean**2, 1e-6)).tolist()
+
+    def commonest(self) -> float | None:
+        """See `Dataset`."""
+        share = float(np.bincount(self.test_labels).max() / len(self.test_labels))
+        return share if share * len(self.classes) > UNEVEN else None
 
     def tuning(self) -> Images:
         """Split the training images into nine tenths to train on and one tenth to choose learning rates on."""

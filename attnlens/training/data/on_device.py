@@ -89,6 +89,10 @@ class Dataset(ABC):
         """Return mean and standard deviation by channel, empty where nothing is normalised."""
         return [], []
 
+    def commonest(self) -> float | None:
+        """Return the share of the commonest class in what is tested on, None where classes are about even."""
+        return None
+
     def text_facts(self) -> dict[str, Any] | None:
         """Return what a configuration says about a text; None for images."""
         return None
