@@ -131,7 +131,7 @@ def train_compare(
     output = default_folder(dataset) if output is None else Path(output)
     control = Control(time_budget)
     with spread() as process, ExitStack() as claims:
-        on = _device(device, process)
+        on = device_named(device, process)
         data = load_data(options, cache)
         source = find_source(options, data)
         config, data = resolve(options, data, source, on, output, resume=resume)
@@ -291,18 +291,6 @@ def _write(
         save_figures(figures, output, into=files.write)
         data = json.dumps({**summary.to_json(), "files": files.hashes()}, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
-
-
-def _device(name: str, process: Spread) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name} is not known: choose cpu, cuda or auto")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device. Use --device cpu")
-    return torch.device(name, process.local_rank) if name == "cuda" else torch.device(name)
 
 
 def describe_device(device: torch.device) -> str:

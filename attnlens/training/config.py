@@ -20,6 +20,8 @@ from attnlens.training.metrics import BALANCED_ACCURACY, Metric
 from attnlens.training.networks.base import Moments, Network, Part
 from attnlens.training.networks.registry import network_of
 
+Precision = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["", "flash", "efficient", "math"]
 Augmentation = Literal["none", "shift", "flip-shift", "flip-randaugment"]
 AUGMENTATIONS: dict[str, str] = {
     "none": "none",
@@ -55,7 +57,7 @@ class TextData(Part):
     split: str
 
 
-_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "commonest": None}
+_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "commonest": None, "attention": ""}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
@@ -84,13 +86,14 @@ class Config(Part):
     lr_grid: list[float] = Field(description="empty: every arm trains with the recipe's lr")
     tune_seeds: int = Field(ge=1)
     device: Literal["cpu", "cuda"]
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision = Field(description="of matrix products; weights, norms and losses are float32")
     compiled: bool
     stack: int = Field(ge=1, description="models trained in one batched model")
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
 
+    attention: Attention = Field(default="", description="kernels of fused attention; empty where scores are formed")
     commonest: float | None = Field(
         default=None, description="share of the test images in the commonest class, where classes are uneven"
     )

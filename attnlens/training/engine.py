@@ -33,6 +33,55 @@ class Scores(NamedTuple):
     """Mean over the classes that occur of the share of a class guessed right."""
 
 
+class LossScale:
+    """What each model's loss is multiplied by, so that small gradients are no zeros in float16.
+
+    Torch's GradScaler has one factor for all that an optimizer trains, and leaves a step out for all: in a stack one
+    model's overflow would meet the others. Here a model has a factor of its own, 2^16 at first. Where a gradient
+    overflows, that model's step is one with gradient 0 and its factor is halved; after 2,000 steps without, doubled.
+    """
+
+    FIRST, PATIENCE = 2.0**16, 2000
+
+    def __init__(self, models: int, device: torch.device) -> None:
+        import torch
+
+        self.state = torch.zeros(2, models, device=device)
+        """Factors, and the steps since each was changed."""
+        self.reset()
+
+    @property
+    def scale(self) -> Tensor:
+        """The factors ``[model]``."""
+        return self.state[0]
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.state[0].fill_(self.FIRST)
+        self.state[1].zero_()
+
+    def unscale(self, gradient: Tensor) -> None:
+        """Divide gradients ``[model, value]`` by the factors, in place, and choose the next ones; nothing waits."""
+        import torch
+
+        gradient.div_(self.scale[:, None])
+        sound = gradient.isfinite().all(1)
+        gradient.masked_fill_(~sound[:, None], 0.0)
+        steps = torch.where(sound, self.state[1] + 1, 0)
+        grown = steps >= self.PATIENCE
+        self.state[0].mul_(torch.where(sound, torch.where(grown, 2.0, 1.0), 0.5))
+        self.state[1].copy_(torch.where(grown, 0, steps))
+
+
+def own_code(method: Any) -> Any:
+    """Return a bound method whose code is its own: torch counts compilations, and gives up at eight, by code."""
+    from types import FunctionType, MethodType
+
+    function = method.__func__
+    code = function.__code__.replace()
+    return MethodType(FunctionType(code, function.__globals__, function.__name__), method.__self__)
+
+
 class Stack:
     """``models`` networks of the same sizes and wiring on one device, trained side by side.
 
@@ -86,7 +135,10 @@ class Stack:
             start = stop
         self.forward = config.network.forward(template, wiring, config.moments, models, device)
         self.loss_sum = torch.zeros(models, device=device)
-        self._losses: Any = torch.compile(self._losses_of, mode=mode) if config.compiled else self._losses_of
+        self.scaler = LossScale(models, device) if config.precision == "float16" else None
+        self._losses: Any = self._losses_of
+        if config.compiled:
+            self._losses = torch.compile(own_code(self._losses), mode=mode, dynamic=False)
         self.updates = 0
 
     def load(self, states: Sequence[State], lrs: Sequence[float], steps: int) -> None:
@@ -118,6 +170,8 @@ class Stack:
         )
         self.loss_sum.zero_()
         self.updates = 0
+        if self.scaler is not None:
+            self.scaler.reset()
 
     def step(self, inputs: Tensor, targets: Tensor, where: Tensor) -> None:
         """Train every model on its batch: ``inputs [set, item, ...]`` uint8, ``where [model]`` its set."""
@@ -125,8 +179,11 @@ class Stack:
 
         with self._precision():
             losses = self._losses(self.weights, inputs, targets, where)
-        gradients = torch.autograd.grad(losses.sum(), [self.weights[name] for name in self.trained])
+        total = losses.sum() if self.scaler is None else (losses * self.scaler.scale).sum()
+        gradients = torch.autograd.grad(total, [self.weights[name] for name in self.trained])
         torch.cat([part.flatten(1) for part in gradients], dim=1, out=self.gradient)
+        if self.scaler is not None:
+            self.scaler.unscale(self.gradient)
         norm = self.gradient.norm(dim=1, keepdim=True)
         self.gradient.mul_((self.config.recipe.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
@@ -143,10 +200,11 @@ class Stack:
         return flat.view(self.models, -1).mean(1)
 
     def _precision(self) -> torch.autocast:
-        """Return the context that runs matrix products in bfloat16 where the configuration says so."""
+        """Return the context that runs matrix products in the precision of the configuration."""
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        half = self.config.precision != "float32"
+        return torch.autocast(self.device.type, getattr(torch, self.config.precision) if half else None, enabled=half)
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Scores:
         """Return how every model does on the same items; waits for the device."""
@@ -197,6 +255,7 @@ class Stack:
             "optimizer": self.optimizer.state_dict(),
             "loss_sum": self.loss_sum.cpu(),
             "updates": self.updates,
+            **({} if self.scaler is None else {"scale": self.scaler.state.cpu()}),
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -210,3 +269,5 @@ class Stack:
         self.optimizer.load_state_dict(snapshot["optimizer"])
         self.loss_sum.copy_(snapshot["loss_sum"])
         self.updates = snapshot["updates"]
+        if self.scaler is not None:
+            self.scaler.state.copy_(snapshot["scale"])
