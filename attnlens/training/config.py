@@ -57,7 +57,7 @@ class TextData(Part):
     split: str
 
 
-_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "commonest": None, "attention": ""}
+_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "commonest": None, "attention": "", "left_out": {}}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
@@ -92,7 +92,7 @@ class Config(Part):
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
-
+    left_out: dict[str, int] = Field(default={}, description="images of the data set that are not used, by reason")
     attention: Attention = Field(default="", description="kernels of fused attention; empty where scores are formed")
     commonest: float | None = Field(
         default=None, description="share of the test images in the commonest class, where classes are uneven"

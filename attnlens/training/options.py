@@ -13,6 +13,7 @@ from attnlens.training.arms import WIRINGS, default_contrasts, initial_state, st
 from attnlens.training.config import AUGMENTATIONS, Augmentation, Config, Recipe, TextData, check_config
 from attnlens.training.data.images import load_dataset
 from attnlens.training.data.on_device import Dataset
+from attnlens.training.data.reading import Say, silent
 from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
@@ -88,11 +89,11 @@ class Options:
     compiled: bool | None
 
 
-def load_data(options: Options, cache: Path | None) -> Dataset:
+def load_data(options: Options, cache: Path | None, say: Say = silent) -> Dataset:
     """Load what ``--dataset`` names. Raises `DatasetError`, `UsageError`."""
     if options.dataset.startswith(PREFIX):
         return load_text(options.dataset, data_dir=options.data_dir)
-    return load_dataset(options.dataset, data_dir=options.data_dir, image_size=options.image_size, cache=cache)
+    return load_dataset(options.dataset, data_dir=options.data_dir, image_size=options.image_size, cache=cache, say=say)
 
 
 def find_source(options: Options, data: Dataset) -> Source:
@@ -192,6 +193,7 @@ def _config(
         freeze_filters=options.freeze_filters,
         starts=starts,
         commonest=data.commonest(),
+        left_out=data.unused(),
     )
 
 

@@ -249,7 +249,9 @@ def _conditions(summary: Summary) -> str:
 def _data(config: Config) -> str:
     text = config.text
     if text is None:
-        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images"
+        unused = ", ".join(f"{count} {what}" for what, count in config.left_out.items())
+        left_out = f"; left out: {unused}" if unused else ""
+        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images{left_out}"
     return (
         f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of {text.files} "
         f"file{'s' * (text.files > 1)}, {text.split}; {config.train_items} windows an epoch, drawn with replacement, "

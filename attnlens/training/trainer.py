@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attnlens.errors import AttnlensError
 from attnlens.training.arms import initial_state, start_of
 from attnlens.training.config import TUNING_SEEDS, Config, Run
-from attnlens.training.data.on_device import Resident
+from attnlens.training.data.on_device import Resident, SideBySide, side_by_side
 from attnlens.training.engine import Stack
 from attnlens.training.networks.base import Wiring
 from attnlens.training.record_schema import check_gathered, restorable
@@ -239,7 +239,7 @@ class _Training:
         self.seconds += time.monotonic() - began
         return whole
 
-    def _epoch_data(self) -> tuple[Tensor, Tensor]:
+    def _epoch_data(self) -> tuple[Tensor | SideBySide, Tensor]:
         """Return every data seed's epoch in its order of use: inputs ``[seed, item, ...]`` and targets."""
         import torch
 
@@ -250,7 +250,7 @@ class _Training:
                 self.streams[seed].append(drawn.stream)
             inputs.append(drawn.inputs)
             targets.append(drawn.targets)
-        return torch.stack(inputs), torch.stack(targets)
+        return side_by_side(inputs), torch.stack(targets)
 
     def _record(self, epoch: int, losses: Sequence[float]) -> None:
         """Measure every model that has not diverged, and note it."""
