@@ -12,13 +12,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from attnlens.atomic import FileSet
-from attnlens.errors import AttnlensError, UsageError
+from attnlens.errors import AttnlensError
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display
 from attnlens.training.distributed import Spread, spread
+from attnlens.training.hardware import device_named, fixed_attention
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve
 from attnlens.training.report import LrTable, render_report
@@ -99,6 +100,7 @@ def train_compare(
     device: str = "auto",
     stack: int | None = None,
     compiled: bool | None = None,
+    precision: str = "auto",
     workers: int | None = None,
     time_budget: float | None = None,
     resume: bool = False,
@@ -136,6 +138,7 @@ def train_compare(
         source = find_source(options, data)
         config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
+        claims.enter_context(fixed_attention(config))
         store = _store(output, config, process, claims, resume=resume)
         if process.leads and source.params is not None:
             source.params.save(output / "params.json")

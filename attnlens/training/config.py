@@ -57,7 +57,14 @@ class TextData(Part):
     split: str
 
 
-_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "commonest": None, "attention": "", "left_out": {}}
+_LATER: dict[str, Any] = {
+    "text": None,
+    "freeze_filters": False,
+    "starts": {},
+    "commonest": None,
+    "attention": "",
+    "left_out": {},
+}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""

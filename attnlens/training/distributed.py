@@ -53,7 +53,7 @@ def spread() -> Iterator[Spread]:
 
     distributed.init_process_group("gloo", timeout=timedelta(days=14))
     try:
-        local = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-        yield Spread(distributed.get_rank(), distributed.get_world_size(), *local)
+        local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
+        yield Spread(distributed.get_rank(), distributed.get_world_size(), local_rank, local_world)
     finally:
         distributed.destroy_process_group()

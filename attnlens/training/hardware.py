@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, get_args
 
 from attnlens.errors import UsageError
+from attnlens.printable import printable
 from attnlens.training.config import Attention, Config, Precision
 
 if TYPE_CHECKING:
@@ -59,6 +61,21 @@ def precision_on(device: torch.device, wanted: str) -> Precision:
         if precision == wanted:
             return precision
     raise UsageError(f"--precision {wanted} is not known: choose auto, {', '.join(known)}")
+
+
+def compiles_on(device: torch.device, wanted: bool | None) -> bool:
+    """Return whether the training step is compiled: where nothing is wanted, on a GPU that can.
+
+    A note on stderr says why it cannot. Raises `UsageError` where it is wanted and cannot be.
+    """
+    if wanted is False or (wanted is None and device.type == "cpu"):
+        return False
+    reason = why_not_compiled(device)
+    if reason and wanted:
+        raise UsageError(f"--compile: torch cannot compile for {device.type} here ({reason}): use --no-compile")
+    if reason:
+        sys.stderr.write(f"note: the training step is not compiled, which is slower: {printable(reason)}\n")
+    return not reason
 
 
 def why_not_compiled(device: torch.device) -> str:

@@ -21,7 +21,7 @@ from attnlens.training.data.cache import read_decoded, write_decoded
 from attnlens.training.data.decoding import pixels_of
 from attnlens.training.data.folders import TEST_FOLDERS, split_of
 from attnlens.training.data.image_files import SUFFIXES, DatasetError, Read, folder_files, hidden, tar_files
-from attnlens.training.data.memory import free_memory, in_words
+from attnlens.training.data.memory import fits_on, free_memory, in_words
 from attnlens.training.data.on_device import Chunked, Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, epoch_order, generator
 from attnlens.training.data.reading import Say, decoded, in_memory, silent
@@ -137,7 +137,8 @@ class Images(Dataset):
 class ResidentImages:
     """Images as uint8; an epoch is a permutation of them, augmented as a whole or a chunk at a time.
 
-    Images that lie in a file stay there, and only what is at work is in memory. The numbers are the same.
+    Images that lie in a file stay there, those that would fill half of a GPU's free memory stay in the host's, and only
+    what is at work is on the device. The numbers are the same.
     """
 
     def __init__(self, images: Images, config: Config, device: torch.device) -> None:
@@ -146,11 +147,13 @@ class ResidentImages:
         self.device, self.recipe, self.count = device, config.recipe, len(images.train)
         self.whole = float(self.count)
         self.size = images.train.shape[-1]
-        self.train = images.train if in_file(images.train) else torch.from_numpy(images.train).to(device)
+        on_device = fits_on(device, images.train.nbytes + images.test.nbytes)
+        held = [on_device and not in_file(part) for part in (images.train, images.test)]
+        self.train = torch.from_numpy(images.train).to(device) if held[0] else images.train
         self.test_inputs = (
-            Chunked(len(images.test), 1, lambda start, stop: self._moved(images.test[start:stop]))
-            if in_file(images.test)
-            else torch.from_numpy(images.test).to(device)
+            torch.from_numpy(images.test).to(device)
+            if held[1]
+            else Chunked(len(images.test), 1, lambda start, stop: self._moved(images.test[start:stop]))
         )
         labels = (images.train_labels, images.test_labels)
         self.train_labels, self.test_targets = (torch.from_numpy(array).to(device) for array in labels)
@@ -176,8 +179,7 @@ class ResidentImages:
             images = train[index[start:stop]] if kept else self._moved(train[order[start:stop]])
             return augmented(images, {name: values[..., start:stop] for name, values in draws.items()}, self.fill)
 
-        at_once = len(order) <= self.chunk or (self.device.type == "cuda" and isinstance(self.train, torch.Tensor))
-        images = made(0, len(order)) if at_once else Chunked(len(order), self.chunk, made)
+        images = made(0, len(order)) if len(order) <= self.chunk else Chunked(len(order), self.chunk, made)
         return Epoch(images, self.train_labels[index], digest(order, draws))
 
 
