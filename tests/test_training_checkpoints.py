@@ -17,6 +17,8 @@ import attnlens
 from attnlens.checkpoints import open_checkpoint
 from attnlens.checkpoints.adapters import with_adapter
 from attnlens.errors import AttnlensError, CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.training.networks.vit import ARCHITECTURE
+from tests.training_setup import SHAPE
 
 TINY = "vit_tiny_patch16_224"
 SMALL = {"depth": 2, "img_size": 32, "num_classes": 5}
@@ -538,6 +540,36 @@ def test_timms_own_checkpoints_name_their_architecture(tmp_path, plain):
     saver.save_checkpoint(0, 70.0)
     assert alphas(tmp_path / "last.pth.tar", layers=None) == plain[0]
     assert attnlens.inspect(tmp_path / "last.pth.tar").provenance["architecture"] == TINY
+
+
+def test_a_checkpoint_of_a_network_of_train_compare_goes_from_timms_saver_to_figures_parameters_and_page(tmp_path):
+    from timm.utils import CheckpointSaver, ModelEmaV2
+
+    module, averaged = SHAPE.build(3), ModelEmaV2(SHAPE.build(4))
+    args = argparse.Namespace(model=ARCHITECTURE, model_kwargs=SHAPE.model_args() | {"act_layer": torch.nn.GELU})
+    saver = CheckpointSaver(
+        module,
+        torch.optim.AdamW(module.parameters()),
+        args,
+        model_ema=averaged,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, 70.0)
+    file = tmp_path / "last.pth.tar"
+    for network, weights, name in (
+        (averaged.module, None, "state_dict_ema"),
+        (averaged.module, "ema", "state_dict_ema"),
+        (module, "state_dict", "state_dict"),
+    ):
+        found = attnlens.inspect(file, weights=weights)
+        assert found.stats.json_rows() == attnlens.inspect(network).stats.json_rows()
+        assert set(found.stats.column("num_heads")) == {SHAPE.num_heads}
+        assert found.model == f"last.pth [{name}]"
+    params, expected = attnlens.fit_params(file, weights="ema"), attnlens.fit_params(averaged.module)
+    assert params.entries == expected.entries
+    assert params.sources[0].model == "last.pth [state_dict_ema]"
+    assert "last.pth [state_dict_ema]" in attnlens.report(file, weights="ema", output=tmp_path / "page.html")
 
 
 def test_a_pickled_network_gives_its_weights_and_runs_nothing(tmp_path, plain):

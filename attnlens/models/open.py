@@ -279,6 +279,12 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
         model_args = {**parse_object(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
         return OpenedModel(path.stem, architecture, checkpoint, {"model": path.name}, timm_args=model_args)
+    packed_with = checkpoint.metadata.get("config.json")
+    if packed_with is not None:
+        where = f"the config.json in {path}"
+        return _described_by(
+            parse_object(packed_with.encode(), where), where, path.stem, checkpoint, {"model": path.name}, given
+        )
     config = path.parent / "config.json"
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
@@ -289,7 +295,8 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
     stated = checkpoint.metadata.get("named_architecture")
     with contextlib.suppress(ModelNotFoundError):  # a training script's own name, and none of timm's
         if stated:
-            architecture, arguments = _of_timm(stated, given, checkpoint)
+            built_with = parse_object(checkpoint.metadata.get("named_arguments", "{}").encode(), path)
+            architecture, arguments = _of_timm(stated, {**built_with, **given}, checkpoint)
             source = {"model": path.name, "named_by": "the arguments that the file's training script stored"}
             return OpenedModel(path.stem, architecture, checkpoint, source, timm_args=arguments)
     filters = describe_filters(checkpoint)
@@ -319,13 +326,19 @@ def _configured(
         data = parse_object(config.read_bytes(), config)
     except OSError as error:
         raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
+    return _described_by(data, str(config), title, weights, source, given)
+
+
+def _described_by(
+    data: dict[str, Any], where: str, title: str, weights: Checkpoint, source: dict[str, str], given: dict[str, Any]
+) -> OpenedModel:
     name = data.get("architecture")
     if isinstance(name, str):
-        model_args = {**check_model_args(data.get("model_args", {}), str(config)), **given}
+        model_args = {**check_model_args(data.get("model_args", {}), where), **given}
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
     if isinstance(data.get("_class_name"), str):
-        return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, str(config)), weights, source)
+        return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, where), weights, source)
 
     if "model_type" not in data:
         told = told_model_type(data, weights)
@@ -333,8 +346,8 @@ def _configured(
         source = {**source, "layout": f"model_type {told}, told by the tensors' names"} if told else source
     if isinstance(data["model_type"], str):
         weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights
-        return OpenedModel(title, describe_transformers(data, weights, str(config)), weights, source)
+        return OpenedModel(title, describe_transformers(data, weights, where), weights, source)
     raise ModelNotFoundError(
-        f"{config} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "
+        f"{where} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "
         "--checkpoint"
     )
