@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -86,15 +85,6 @@ def read_weights(path: Path, output: Path) -> None:
     if "architecture" in checkpoint.metadata:
         read_model(path, output)
     _shown(inspect(path, num_heads=2))
-
-
-def read_packed(path: Path, output: Path) -> None:
-    """Read the weight file in an archive, which may be unpacked below ``output`` alone, and leave nothing there."""
-    tempfile.tempdir, before = str(output), tempfile.gettempdir()
-    try:
-        read_weights(path, output)
-    finally:
-        tempfile.tempdir = before
 
 
 def read_model(path: Path, _output: Path) -> None:
@@ -217,7 +207,7 @@ READERS: dict[str, tuple[Reader, Bound]] = {
     "pth": (read_weights, WEIGHTS),
     "legacy pickle": (read_weights, WEIGHTS),
     "npz": (read_weights, WEIGHTS),
-    "packed": (read_packed, WEIGHTS),
+    "packed": (read_weights, WEIGHTS),
     "timm folder": (read_model, WEIGHTS),
     "transformers folder": (read_model, WEIGHTS),
     "shard index": (read_model, WEIGHTS),
