@@ -10,6 +10,7 @@ stack are run is the network's own affair (`networks`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnlens.training.config import Config
@@ -199,12 +200,13 @@ class Stack:
         flat = cross_entropy(logits.flatten(0, -2), targets[where].flatten().long(), reduction="none")
         return flat.view(self.models, -1).mean(1)
 
-    def _precision(self) -> torch.autocast:
+    def _precision(self) -> AbstractContextManager[Any]:
         """Return the context that runs matrix products in the precision of the configuration."""
         import torch
 
-        half = self.config.precision != "float32"
-        return torch.autocast(self.device.type, getattr(torch, self.config.precision) if half else None, enabled=half)
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.config.precision))
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Scores:
         """Return how every model does on the same items; waits for the device."""
@@ -244,8 +246,17 @@ class Stack:
         return means
 
     def state(self, model: int) -> dict[str, Tensor]:
-        """Return a copy of one model's weights and buffers on the CPU, under the names its module has."""
-        return {name: stacked.detach()[model].cpu().clone() for name, stacked in self.weights.items()}
+        """Return a copy of one model's weights and buffers on the CPU, under the names its module has.
+
+        What is trained comes over in one piece.
+        """
+        row, start = self.buffer.detach()[model].cpu(), 0
+        state = {name: value[model].cpu().clone() for name, value in self.fixed.items()}
+        for name in self.trained:
+            shape = self.weights[name].shape[1:]
+            state[name] = row[start : start + shape.numel()].view(shape).clone()
+            start += shape.numel()
+        return state
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything a resumed stack needs to go on as if it had never stopped."""
