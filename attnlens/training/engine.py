@@ -210,7 +210,10 @@ class Stack:
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Scores:
         """Return how every model does on the same items; waits for the device."""
-        hits, counts, loss = (found.cpu() for found in self.tally(inputs, targets))
+        import torch
+
+        hits, loss = (found.cpu() for found in self.tally(inputs, targets))
+        counts = torch.bincount(targets.flatten().long().cpu(), minlength=hits.shape[1])
         recalls = (hits.double() / counts)[:, counts > 0]
         return Scores(
             (hits.sum(1).double() / targets.numel()).tolist(),
@@ -218,14 +221,14 @@ class Stack:
             recalls.mean(1).tolist(),
         )
 
-    def tally(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Count hits ``[model, class]`` and targets ``[class]``, and sum losses ``[model]``; nothing waits."""
+    def tally(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Count hits ``[model, class]`` and sum losses ``[model]``; nothing waits."""
         import torch
         from torch.nn.functional import cross_entropy
 
         classes = self.config.network.outputs
         hits = torch.zeros(self.models, classes, dtype=torch.long, device=self.device)
-        counts, loss = torch.zeros_like(hits[0]), torch.zeros_like(self.loss_sum)
+        loss = torch.zeros_like(self.loss_sum)
         where = torch.zeros(self.models, dtype=torch.long, device=self.device)
         size = max(1, 2 * self.config.recipe.batch_size)
         with torch.inference_mode(), self._precision():
@@ -234,10 +237,9 @@ class Stack:
                 batch = inputs[None, start : start + size]
                 logits = self.forward(self.weights, batch, where, training=False).flatten(1, -2)
                 hits.index_add_(1, answer, (logits.argmax(-1) == answer).long())
-                counts.index_add_(0, answer, torch.ones_like(answer))
                 expected = answer.expand(self.models, -1).flatten()
                 loss += cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(self.models, -1).sum(1)
-        return hits, counts, loss
+        return hits, loss
 
     def take_losses(self, steps: int) -> list[float]:
         """Return every model's mean training loss since the last call; waits for the device."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from attnlens.models.architecture import describe_module
+from attnlens.training import trainer
 from attnlens.training.arms import WIRINGS
 from attnlens.training.data.augment import augmented, draw_epoch
 from attnlens.training.data.images import Images, load_dataset
@@ -19,6 +21,7 @@ from attnlens.training.networks.base import PLAIN
 from attnlens.training.networks.convmixer import ConvMixer
 from attnlens.training.networks.convnext import ConvNeXt
 from attnlens.training.networks.gpt import Gpt
+from attnlens.training.structure import measure_structure
 from attnlens.training.trainer import OutOfMemoryError, epochs_of
 from tests.training_setup import SHAPE, compare, config, small, write_source
 
@@ -135,6 +138,28 @@ def test_an_epoch_waits_once_for_each_array_of_draws_and_once_at_its_end(flavour
     assert len(noted) == moved * len(seeds) + 1
 
 
+@pytest.fixture
+def _structure_unread(monkeypatch):
+    """Give every run the structure of weights on the CPU, so that nothing reads those that kernels left."""
+    specs = describe_module(SHAPE.build(0)).indexed()
+    known = measure_structure(specs, {name: value.numpy() for name, value in SHAPE.build(0).state_dict().items()})
+    monkeypatch.setattr(trainer, "measure_structure", lambda *_given: known)
+
+
+@pytest.mark.numbers
+def test_a_comparison_begins_where_it_does_on_the_cpu(tmp_path):
+    source, found = write_source(tmp_path), []
+    for device, precision in (("cpu", "float32"), ("cuda", "float32")):
+        how = {"device": device, "precision": precision, "seeds": 1, "epochs": 1, "compiled": False, "stack": 1}
+        compare(source, tmp_path / device, options=small(source, **how))
+        lines = [json.loads(line) for line in (tmp_path / device / "results.jsonl").read_text().splitlines()]
+        found.append([line for line in lines if line["epoch"] == 0])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert on_gpu["structure"] == on_cpu["structure"]
+        assert on_gpu["test_loss"] == pytest.approx(on_cpu["test_loss"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("_structure_unread")
 def test_streams_are_those_of_the_cpu(tmp_path):
     source = write_source(tmp_path)
     streams = []
@@ -146,6 +171,7 @@ def test_streams_are_those_of_the_cpu(tmp_path):
     assert streams[0] == streams[1]
 
 
+@pytest.mark.usefixtures("_structure_unread")
 def test_a_stack_nobody_asked_for_is_measured_and_stands_in_the_configuration_before_training(tmp_path):
     source = write_source(tmp_path)
     compare(source, tmp_path / "out", options=small(source, device="cuda", compiled=False))
