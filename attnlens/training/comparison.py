@@ -27,7 +27,7 @@ from attnlens.training.results import Summary, results_lines, summarise
 from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
-from attnlens.training.structure import source_structure
+from attnlens.training.structure import source_structure, structure_lines
 from attnlens.training.trainer import Session, resident_on, run_units, unit_name
 
 if TYPE_CHECKING:
@@ -286,6 +286,7 @@ def _write(
         figures["structure"] = draw_structure(summary, source_structure(source), source.name)
     texts = {
         "results.jsonl": results_lines(config, done),
+        "structure.jsonl": structure_lines(done),
         "summary.csv": summary.to_csv(),
         "report.md": report,
     }
