@@ -159,7 +159,17 @@ def test_a_comparison_begins_where_it_does_on_the_cpu(tmp_path):
         assert on_gpu["test_loss"] == pytest.approx(on_cpu["test_loss"], rel=1e-3)
 
 
-@pytest.mark.usefixtures("_structure_unread")
+@pytest.mark.parametrize("flavour", ["none", "flip-shift", "flip-randaugment"])
+def test_order_and_augmentation_are_drawn_as_on_the_cpu(flavour):
+    settings = config(recipe={"augment": flavour})
+    streams = [
+        [epochs_of(load_dataset("digits").resident(settings, device), [3, 4], epoch).streams for epoch in range(2)]
+        for device in (torch.device("cpu"), CUDA)
+    ]
+    assert streams[0] == streams[1]
+
+
+@pytest.mark.numbers  # a run whose loss is no number has fewer epochs
 def test_streams_are_those_of_the_cpu(tmp_path):
     source = write_source(tmp_path)
     streams = []
