@@ -28,7 +28,7 @@ from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure, structure_lines
-from attnlens.training.trainer import Session, run_units, unit_name
+from attnlens.training.trainer import Session, resident_on, run_units, unit_name
 
 if TYPE_CHECKING:
     import torch
@@ -152,13 +152,14 @@ def train_compare(
             return Session(
                 config,
                 source,
-                data.resident(config, on),
+                resident_on(data, config, on),
                 on,
                 store,
                 control,
                 provenance,
                 checkpoint_seconds=checkpoint_seconds,
                 save_weights=save_weights,
+                automatic=stack is None,
             )
 
         done = _shared(store, process)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Record = dict[str, Any]
+STACK_LIMIT = "stack_limit"
+"""What ``config.json`` says beside the configuration once memory ran out: stacks are no larger than this."""
 
 
 class Store:
@@ -28,6 +30,8 @@ class Store:
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config = folder, config
+        self.stack_limit: int | None = None
+        """Most models of a stack, where one of the configured size was too large for the device's memory."""
 
     @classmethod
     @contextmanager
@@ -48,11 +52,25 @@ class Store:
     def open(cls, folder: Path, config: Config, *, resume: bool) -> Store:
         """Start a folder, or go on in one that holds the same configuration. Raises `UsageError`."""
         stored = stored_config(folder)
+        limit = None if stored is None else stored.get(STACK_LIMIT)
         _check(folder, config, stored, resume=resume)
+        store = cls(folder, config)
         if stored is None:
-            text = json.dumps({"sha256": config.sha256(), **json.loads(config.model_dump_json())}, indent=1)
-            write_text_atomic(folder / "config.json", text + "\n")
-        return cls(folder, config)
+            store._write_config()
+        else:
+            store.stack_limit = limit
+        return store
+
+    def _write_config(self) -> None:
+        limit = {} if self.stack_limit is None else {STACK_LIMIT: self.stack_limit}
+        text = {"sha256": self.config.sha256(), **limit, **json.loads(self.config.model_dump_json())}
+        write_text_atomic(self.folder / "config.json", json.dumps(text, indent=1) + "\n")
+
+    def limit_stack(self, models: int) -> None:
+        """Note that no stack of more models is trained from now on, nor when the comparison is resumed."""
+        self._check_there()
+        self.stack_limit = models
+        self._write_config()
 
     def save_run(self, run: Run, records: Sequence[Record]) -> None:
         """Keep the records of a run that has ended."""
@@ -143,7 +161,9 @@ def _check(folder: Path, config: Config, stored: dict[str, Any] | None, *, resum
         return
     if not resume:
         raise UsageError(f"{folder} holds a comparison already: add --resume to go on, or choose another --output")
-    sha256 = stored.pop("sha256", None)
+    sha256, limit = stored.pop("sha256", None), stored.pop(STACK_LIMIT, None)
+    if not (limit is None or (type(limit) is int and limit >= 1)):
+        raise UsageError(f"{folder / 'config.json'}: {STACK_LIMIT} is {limit!r}, no number of models: remove it")
     if sha256 != config.sha256():
         changed = config.differences(stored) or ["the file was edited"]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
