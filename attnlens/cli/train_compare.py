@@ -29,6 +29,13 @@ def train_compare(
         Path | None,
         typer.Option(help="Read the data set's files from this folder. Default: the cache, or where --dataset says."),
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep these classes of the images, separated by commas, or even or odd: every second of the sorted "
+            "names. Default: all classes."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +150,7 @@ def train_compare(
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
+        classes=_classes(classes),
         model=model,
         checkpoint=checkpoint,
         params=params,
@@ -190,6 +198,11 @@ def _words(option: str, text: str) -> list[str]:
     if not words:
         raise UsageError(f"{option} is empty: separate what you name with commas")
     return words
+
+
+def _classes(text: str | None) -> str | list[str] | None:
+    words = [] if text is None else _words("--classes", text)
+    return words[0] if len(words) == 1 else words or None
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, results_lines, summarise
+from attnlens.training.seen import Seen
 from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
@@ -73,6 +74,7 @@ def train_compare(
     *,
     dataset: str = "digits",
     data_dir: str | Path | None = None,
+    classes: str | Sequence[str] | None = None,
     model: str | None = None,
     checkpoint: str | Path | None = None,
     params: str | Path | None = None,
@@ -156,6 +158,7 @@ def train_compare(
                 provenance,
                 checkpoint_seconds=checkpoint_seconds,
                 save_weights=save_weights,
+                seen=(Seen.of(data),),
             )
 
         done = _shared(store, process)

@@ -55,7 +55,7 @@ class TextData(Part):
     split: str
 
 
-_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}}
+_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "classes": None}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
@@ -90,6 +90,7 @@ class Config(Part):
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
+    classes: list[str] | None = Field(default=None, description="what --classes kept of the data set; None: all")
 
     @model_validator(mode="before")
     @classmethod

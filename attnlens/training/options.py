@@ -60,6 +60,7 @@ class Options:
 
     dataset: str
     data_dir: Path | None
+    classes: str | Sequence[str] | None
     model: str | None
     checkpoint: Path | None
     params: Path | None
@@ -124,6 +125,8 @@ def resolve(
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is about {topic}, and {data.name} {data.holds}: leave it out")
+    if options.classes is not None:
+        data = data.only(options.classes)
     preset = PRESETS.get(options.dataset) or PRESETS[data.preset]
     given = {name: getattr(options, name) for name in preset}
     chosen = preset | {name: value for name, value in given.items() if value is not None}
@@ -191,6 +194,7 @@ def _config(
         text=TextData(**facts) if facts else None,
         freeze_filters=options.freeze_filters,
         starts=starts,
+        classes=None if options.classes is None else data.class_names(),
     )
 
 

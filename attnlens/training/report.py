@@ -210,7 +210,8 @@ def _conditions(summary: Summary) -> str:
 def _data(config: Config) -> str:
     text = config.text
     if text is None:
-        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images"
+        kept = "" if config.classes is None else f", of the classes {', '.join(config.classes)} alone"
+        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images{kept}"
     return (
         f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of {text.files} "
         f"file{'s' * (text.files > 1)}, {text.split}; {config.train_items} windows an epoch, drawn with replacement, "

@@ -19,6 +19,7 @@ from attnlens.training.data.on_device import Resident
 from attnlens.training.engine import Stack
 from attnlens.training.networks.base import Wiring
 from attnlens.training.record_schema import check_gathered, restorable
+from attnlens.training.seen import METADATA_KEY, Seen, written
 from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store
@@ -71,6 +72,8 @@ class Session:
     listen: Listener = lambda _unit, _what: None
     checkpoint_seconds: float = 60.0
     save_weights: bool = False
+    seen: tuple[Seen, ...] = ()
+    """What is trained on here."""
     specs: dict[Wiring, Sequence[tuple[int, AttentionSpec]]] = field(default_factory=dict)
     """The readable attention layers of every architecture."""
     _stacks: dict[tuple[int, int, Wiring], Stack] = field(default_factory=dict)
@@ -343,7 +346,8 @@ class _Training:
                 metadata = {"network": f"{network.module}, {wired}"}
             for number, run in enumerate(self.unit):
                 if not self._diverged(self.records[number]):
-                    session.store.save_weights(run, self.stack.state(number), metadata)
+                    trained_on = {METADATA_KEY: written(session.seen)}
+                    session.store.save_weights(run, self.stack.state(number), metadata | trained_on)
         for run, records in zip(self.unit, self.records, strict=True):
             session.store.save_run(run, records)
         session.store.drop_checkpoint(self.name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from attnlens.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,14 @@ class Dataset(ABC):
     def sha256(self) -> str:
         """Return the hash of all that is trained and tested on."""
 
+    def whole(self) -> str:
+        """Return the hash of the data set before anything of it was left out."""
+        return self.sha256()
+
+    def only(self, classes: str | Sequence[str]) -> Dataset:
+        """Keep some classes. Raises `UsageError`, always where there are none."""
+        raise UsageError(f"--classes {classes} is about images, and {self.name} {self.holds}: leave it out")
+
     @abstractmethod
     def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sizes of a network that depend on the data."""
@@ -88,6 +98,10 @@ class Dataset(ABC):
     def moments(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation by channel, empty where nothing is normalised."""
         return [], []
+
+    def class_names(self) -> list[str]:
+        """Return the names of the classes, empty where there are none."""
+        return []
 
     def text_facts(self) -> dict[str, Any] | None:
         """Return what a configuration says about a text; None for images."""
