@@ -55,7 +55,14 @@ class TextData(Part):
     split: str
 
 
-_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "classes": None}
+class SourceData(Part):
+    """What is known of a source and the data set, where an arm holds weights of the source."""
+
+    shared: bool | None = Field(description="whether it was trained on these images or this text; None: not known")
+    words: str
+
+
+_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "classes": None, "source_data": None}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
@@ -90,6 +97,7 @@ class Config(Part):
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
+    source_data: SourceData | None = Field(default=None, description="None: nothing suggests that they meet")
     classes: list[str] | None = Field(default=None, description="what --classes kept of the data set; None: all")
 
     @model_validator(mode="before")

@@ -9,14 +9,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
-from attnlens.training.arms import WIRINGS, default_contrasts, initial_state, start_of
-from attnlens.training.config import AUGMENTATIONS, Augmentation, Config, Recipe, TextData, check_config
+from attnlens.training.arms import (
+    FROM_WEIGHTS,
+    OF_SOURCE,
+    RUNGS,
+    WIRINGS,
+    default_contrasts,
+    initial_state,
+    named_arms,
+    start_of,
+)
+from attnlens.training.config import (
+    AUGMENTATIONS,
+    Augmentation,
+    Config,
+    Recipe,
+    SourceData,
+    TextData,
+    check_config,
+)
 from attnlens.training.data.images import load_dataset
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
+from attnlens.training.seen import Seen, meet
 from attnlens.training.source import Source
 from attnlens.training.store import stored_config
 
@@ -155,10 +173,11 @@ def _config(
     augment = chosen.get("augment", "none")
     if augment not in AUGMENTATIONS:
         raise UsageError(f"--augment {augment} is not known: choose from {', '.join(AUGMENTATIONS)}")
-    arms = list(dict.fromkeys(options.arms if options.arms is not None else network.default_arms))
-    starts = {arm: start_of(arm, source).describe() for arm in arms}
+    arms = named_arms(options.arms, type(network))
+    keeps = {rung.arm: f"keeps of {source.name}: {rung.keeps}" for rung in network.ladder if rung.arm in RUNGS}
+    starts = {arm: keeps.get(arm) or start_of(arm, source).describe() for arm in arms}
     if source.opened is not None:  # its arms need no words that the first comparisons did not have
-        starts = {arm: start for arm, start in starts.items() if arm in WIRINGS}
+        starts = {arm: start for arm, start in starts.items() if arm in WIRINGS or arm in keeps}
     facts, counts, (mean, std) = data.text_facts(), data.counts(chosen), data.moments()
     cuda = device.type == "cuda"
     return Config(
@@ -194,8 +213,16 @@ def _config(
         text=TextData(**facts) if facts else None,
         freeze_filters=options.freeze_filters,
         starts=starts,
+        source_data=_source_data(source, data, arms),
         classes=None if options.classes is None else data.class_names(),
     )
+
+
+def _source_data(source: Source, data: Dataset, arms: Sequence[str]) -> SourceData | None:
+    if source.opened is None or not set(FROM_WEIGHTS) & set(arms):
+        return None
+    met = meet(source.name, source.seen, Seen.of(data))
+    return None if met is None else SourceData(**met._asdict())
 
 
 def eval_every(epochs: int, train_items: int, test_items: int) -> int:
@@ -213,7 +240,7 @@ def _check_arms(config: Config, source: Source) -> None:
 
         if not filter_parameters(config.network.build(0)):
             raise UsageError("--freeze-filters: the network has no depthwise filters. Name another --model")
-    risky = ("pretrained", "pretrained-attention", *WIRINGS)
+    risky = (*OF_SOURCE, *WIRINGS)
     for arm in config.arms:
         if arm in risky or source.opened is None:
             initial_state(arm, 0, config.network, source)

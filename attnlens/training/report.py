@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
 from attnlens.training.config import AUGMENTATIONS, Config
+from attnlens.training.ladder import Step, ladder_of
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.results import Summary
 from attnlens.training.statistics import LEVEL, SCREENING_BELOW, Contrast, EpochsTo, GapClosed, Mean
@@ -29,6 +30,9 @@ def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
         "## Declared contrasts",
         _contrasts(summary),
     ]
+    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    if ladder:
+        parts += ["## What each step of the ladder is worth", _ladder(ladder, metric)]
     if summary.gaps:
         parts += ["## Share of the gap to the pre-trained model closed", _gaps(summary.gaps)]
     parts += [f"## Epochs to {metric.value(config.target)}", _epochs(summary.epochs, config.eval_every)]
@@ -84,6 +88,9 @@ def _state(summary: Summary) -> str:
     config, ended = summary.config, sum(map(len, summary.finished.values()))
     conditions = f"{config.seeds} seeds an arm, {config.recipe.epochs} epochs, on {config.dataset}"
     parts = [f"{ended} of {summary.expected} runs finished; {conditions}."]
+    if config.source_data is not None:
+        words = f"{config.source_data.words[:1].upper()}{config.source_data.words[1:]}."
+        parts.append(words if config.source_data.shared is False else f"**{words}**")
     if not summary.complete:
         parts.append("**Unfinished: everything below changes when the remaining runs are done.**")
     if summary.screening:
@@ -135,6 +142,40 @@ def _contrasts(summary: Summary) -> str:
     sign = " A negative difference speaks for the first arm." if metric.lower_is_better else ""
     told = f"Paired by seed; t intervals, not corrected. Holm over the {len(rows)} contrasts.{sign}"
     return f"{_table(head, rows)}\n\n{told}"
+
+
+def _ladder(ladder: Sequence[Step], metric: Metric) -> str:
+    def told(contrast: Contrast) -> list[str]:
+        pairs = contrast.difference
+        return [metric.difference(pairs.mean), _interval(pairs, metric.difference), _p(contrast.t_holm)]
+
+    rows = [
+        [
+            f"{step.arm}{'' if step.nested else ' (other)'}",
+            step.keeps,
+            *told(step.step),
+            *told(step.from_start),
+            metric.difference(step.left.mean),
+            _interval(step.left, metric.difference),
+        ]
+        for step in ladder
+    ]
+    first, last = ladder[0].below, ladder[-1].arm
+    interval = f"{LEVEL:.0%} interval"
+    head = ["rung", "keeps of the source", "step", interval, "Holm", f"minus {first}", interval, "Holm", "left"]
+    others = [f"{step.arm} over {step.below}" for step in ladder if not step.nested]
+    limits = (
+        f" (other): {' and '.join(others)} keep{'s' * (len(others) == 1)} other things of the source, not more: such a "
+        "step is the difference between two summaries of it and no part of a sum."
+        if others
+        else ""
+    )
+    return (
+        f"{_table([*head, interval], rows)}\n\n"
+        f"step: the rung minus the one above it; left: {last} minus the rung, what it does not explain, not tested; "
+        f"in {metric.unit}.{limits} A step is what a rung adds when it comes at this place of the order; another "
+        "order could share the whole out otherwise."
+    )
 
 
 def _gaps(gaps: Sequence[GapClosed]) -> str:

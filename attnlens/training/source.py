@@ -12,9 +12,12 @@ import numpy as np
 
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.layouts import read_heads
+from attnlens.models.open import EMBEDDED
+from attnlens.models.weights import parse_object
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
+from attnlens.training.seen import METADATA_KEY, Seen, read
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +41,8 @@ class Source:
     """None for a network that is trained from drawn weights alone."""
     teacher: Mapping[str, Any] = field(default_factory=dict)
     """How `transfer-attention` is told of the weights."""
+    seen: tuple[Seen, ...] | None = None
+    """What the weights were trained on; None where nothing says so."""
 
     @classmethod
     def of(cls, model: str | None, checkpoint: Path | None = None, params: Path | None = None) -> Source:
@@ -59,7 +64,8 @@ class Source:
         opened = open_model(model, checkpoint)
         sizes = _sizes_of(opened)
         fitted = fit_params(model, checkpoint=checkpoint) if loaded is None else loaded
-        return cls(opened.name, ViT, sizes, fitted, "", opened, {"teacher": model, "checkpoint": checkpoint})
+        teacher = {"teacher": model, "checkpoint": checkpoint}
+        return cls(opened.name, ViT, sizes, fitted, "", opened, teacher, _seen(model, opened))
 
     def record(self) -> dict[str, Any]:
         """Return what a configuration says about it."""
@@ -74,6 +80,17 @@ class Source:
             digest.update(np.ascontiguousarray(request.qk).data)
             digest.update(np.ascontiguousarray(request.ov).data)
         return digest.hexdigest()
+
+
+def _seen(model: str | None, opened: OpenedModel) -> tuple[Seen, ...] | None:
+    """Return what a file's metadata, or the config.json of a timm folder, states."""
+    if METADATA_KEY in opened.checkpoint.metadata:
+        return read(opened.checkpoint.metadata[METADATA_KEY])
+    folder = EMBEDDED if model is None else Path(str(model).removeprefix("local-dir:"))
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    return read(parse_object(config.read_bytes(), config).get(METADATA_KEY))
 
 
 def _sizes_of(opened: OpenedModel) -> dict[str, Any]:

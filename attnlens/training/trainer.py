@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import AttnlensError
-from attnlens.training.arms import initial_state, start_of
+from attnlens.training.arms import FROM_WEIGHTS, initial_state, start_of
 from attnlens.training.config import TUNING_SEEDS, Config, Run
 from attnlens.training.data.on_device import Resident
 from attnlens.training.engine import Stack
@@ -72,7 +72,7 @@ class Session:
     listen: Listener = lambda _unit, _what: None
     checkpoint_seconds: float = 60.0
     save_weights: bool = False
-    seen: tuple[Seen, ...] = ()
+    here: Seen | None = None
     """What is trained on here."""
     specs: dict[Wiring, Sequence[tuple[int, AttentionSpec]]] = field(default_factory=dict)
     """The readable attention layers of every architecture."""
@@ -97,6 +97,13 @@ class Session:
     def units(self, runs: Sequence[Run]) -> list[Unit]:
         """Cut runs into units of one architecture each."""
         return units_of(runs, self.config.stack, lambda run: self.wiring(run.arm))
+
+    def trained_on(self, run: Run) -> dict[str, str]:
+        """Return what a run's weights have been trained on, as their metadata say it; nothing where it is not known."""
+        before = self.source.seen if run.arm in FROM_WEIGHTS else ()
+        if self.here is None or before is None:
+            return {}
+        return {METADATA_KEY: written((*before, self.here))}
 
     def seeds(self, run: Run) -> tuple[int, int]:
         """Return a run's data and init seed."""
@@ -346,8 +353,7 @@ class _Training:
                 metadata = {"network": f"{network.module}, {wired}"}
             for number, run in enumerate(self.unit):
                 if not self._diverged(self.records[number]):
-                    trained_on = {METADATA_KEY: written(session.seen)}
-                    session.store.save_weights(run, self.stack.state(number), metadata | trained_on)
+                    session.store.save_weights(run, self.stack.state(number), metadata | session.trained_on(run))
         for run, records in zip(self.unit, self.records, strict=True):
             session.store.save_run(run, records)
         session.store.drop_checkpoint(self.name)
