@@ -350,7 +350,7 @@ def test_digits_cut_to_some_classes_are_those_classes_under_new_labels():
 def test_classes_of_a_text_are_refused(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh " * 400)
-    with pytest.raises(UsageError, match="--classes even is about images, and text:text.txt is text"):
+    with pytest.raises(UsageError, match=r"--classes even is about images, and text:text\.txt is text"):
         compare(None, tmp_path / "out", options={"dataset": f"text:{text}", "classes": "even"})
 
 
@@ -359,3 +359,83 @@ def test_the_report_of_a_ladder_is_made_again_from_its_records(climbed):
     records = found.findings
     assert render_report(records) == found.report
     assert summarise(records.config, {}).finished == {arm: {} for arm in ARMS}
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory):
+    """Return a ConvMixer's source, trained on even digits, and the network of the odd ones."""
+    folder = tmp_path_factory.mktemp("filters")
+    given = {"dataset": "digits", "model": "convmixer-tiny", "patch_size": 2, "epochs": 1, "batch_size": 20}
+    given |= {"train_images": 40, "test_images": 20, "device": "cpu", "seeds": 1, "arms": ("default",)}
+    even = compare(None, folder / "even", options={**given, "classes": "even"}, save_weights=True)
+    path = even.folder / "weights" / "default-0.safetensors"
+    ladder = {**given, "classes": ["1", "3", "5"], "arms": ("ladder",), "checkpoint": path, "seeds": 2}
+    return compare(path, folder / "odd", options=ladder), Source.of("convmixer-tiny", path)
+
+
+def filters_of(state):
+    return [value.numpy()[:, 0] for name, value in sorted(state.items()) if value.ndim == 4 and value.shape[2] == 5]
+
+
+def test_rungs_of_filters_keep_norms_every_filter_or_all_weights(filtered):
+    found, source = filtered
+    network = found.findings.config.network
+    assert network.classes == 3
+    theirs = filters_of({name: torch.as_tensor(source.opened.checkpoint[name]) for name in network.build(0).state_dict()
+                         if "num_batches" not in name})  # fmt: skip
+    states = {arm: initial_state(arm, SEED, network, source) for arm in found.findings.config.arms}
+    orders = []
+    for layer, wanted in enumerate(theirs):
+        mine = {arm: filters_of(state)[layer] for arm, state in states.items()}
+        flat = wanted.reshape(len(wanted), -1)
+        np.testing.assert_allclose(np.linalg.norm(mine["scale"], axis=(1, 2)), np.linalg.norm(flat, axis=1), rtol=1e-5)
+        assert not np.allclose(mine["scale"], wanted, atol=1e-2)
+        order = np.abs(mine["permuted"].reshape(len(flat), 1, -1) - flat).sum(2).argmin(1)
+        assert sorted(order) == list(range(len(order)))
+        np.testing.assert_array_equal(mine["permuted"], wanted[order])
+        np.testing.assert_array_equal(mine["pretrained-filters"], wanted)
+        np.testing.assert_array_equal(mine["pretrained"], wanted)
+        orders.append(tuple(order))
+    assert len(set(orders)) == len(theirs)
+    changed = {
+        name for name, value in states["default"].items() if not torch.equal(value, states["pretrained-filters"][name])
+    }
+    assert changed
+    assert all(".0.fn.0." in name for name in changed)
+    for name, value in states["pretrained"].items():
+        if not name.startswith("head.") and value.is_floating_point():
+            assert torch.equal(value, torch.as_tensor(source.opened.checkpoint[name])), name
+
+
+def test_a_ladder_of_filters_says_what_its_rungs_keep(filtered):
+    found, _ = filtered
+    assert found.findings.config.arms == ["default", "scale", "fitted", "permuted", "pretrained-filters", "pretrained"]
+    assert "| fitted (other) | the covariance of every layer's filters" in found.report
+    assert "fitted over scale keeps other things of the source, not more" in found.report
+    assert "| pre-trained source | model default-0 (convmixer-tiny), sha256 " in found.report
+    assert "was trained on other classes of this data set, 0, 2, 4, 6, 8." in found.report.split("##")[0]
+
+
+def test_weights_of_another_kind_of_network_are_refused(filtered, tmp_path):
+    _, source = filtered
+    path = write_source(tmp_path)
+    with pytest.raises(UsageError, match="holds no weights of convmixer-tiny as train-compare --save-weights"):
+        Source.of("convmixer-tiny", path)
+    assert source.sha256
+
+
+def test_a_language_ladder_starts_from_saved_weights_and_says_that_they_have_seen_the_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i + 7 * i) % 23) for i in range(4000)))
+    given = {"dataset": f"text:{text}", "model": "gpt-tiny", "epochs": 1, "batch_size": 10, "train_images": 10}
+    given |= {"test_images": 5, "context": 13, "device": "cpu", "seeds": 1}
+    first = compare(None, tmp_path / "a", options={**given, "arms": ("default",)}, save_weights=True)
+    path = first.folder / "weights" / "default-0.safetensors"
+    found = compare(None, tmp_path / "b", options={**given, "arms": ("ladder",), "checkpoint": path})
+    assert tuple(found.findings.config.arms) == ARMS
+    assert found.report.split("\n\n")[2].startswith("**Default-0 (gpt-tiny) was trained on this text")
+    network, source = found.findings.config.network, Source.of("gpt-tiny", path)
+    state, permuted = (initial_state(arm, 0, network, source) for arm in ("pretrained", "permuted"))
+    theirs = source.teacher["teacher"].state_dict()
+    assert all(torch.equal(state[name], theirs[name]) for name in state)
+    assert not all(torch.equal(permuted[name], theirs[name]) for name in state)

@@ -23,7 +23,7 @@ CONTROLS = {"fitted": MATCHED, "mimetic": "norm-matched-mimetic"}
 """The arm with another's singular values and random singular vectors."""
 RUNGS = ("scale", "spectrum", "fitted-gains", "permuted", "pretrained-filters")
 """Arms that came with the ladder: what they keep of the source stands in the configuration."""
-FROM_WEIGHTS = ("permuted", "pretrained-attention", PRETRAINED)
+FROM_WEIGHTS = ("permuted", "pretrained-attention", "pretrained-filters", PRETRAINED)
 """Arms that hold weights of the source, and with them what it has seen."""
 OF_SOURCE = ("scale", "spectrum", *FROM_WEIGHTS)
 """Arms that need the source's weights."""
@@ -64,24 +64,25 @@ def start_of(arm: str, source: Source) -> Start:
         "norm-matched-mimetic": Start(MATCHED, {"of": "mimetic"}),
         **{name: Start(wiring=wiring) for name, wiring in WIRINGS.items()},
     }
+    rungs = [rung.arm for rung in source.network.ladder]
     if source.params is not None:
         named["fitted"] = Start(*source.network.fitted(source.params))
-        named["fitted-gains"] = Start(*source.network.fitted(source.params))  # XXX
+        if "fitted-gains" in rungs:
+            named["fitted-gains"] = Start(*source.network.fitted(source.params))  # XXX
     if source.opened is not None:
         named[PRETRAINED] = Start()
-        parts = {"scale": "norms", "spectrum": "spectra", "permuted": "layers", "pretrained-attention": "weights"}
-        for name, keep in parts.items():
-            named[name] = Start("transfer-attention", {**source.teacher, "keep": keep})
+        init, parts = source.network.transfer, source.network.parts
+        named |= {name: Start(init, {**source.teacher, "keep": keep}) for name, keep in parts.items()}
     known = initialisers()
     bare = [name for name, one in known.items() if not any(map(_needed, one.options.values()))]
     if arm in named:
         return named[arm]
-    if arm in ("fitted", "fitted-gains"):
+    if arm == "fitted" or (arm == "fitted-gains" and arm in rungs):
         raise UsageError(
             f"--arms names {arm}, and {source.name} has no weights it could be fitted in: give --params a file of "
             "attnlens fit-params, or leave it out"
         )
-    if arm in OF_SOURCE:
+    if arm in (*source.network.parts, PRETRAINED):
         raise UsageError(f"--arms names {arm}, and {source.name} has no pre-trained weights: leave it out")
     if arm not in bare:
         raise UsageError(

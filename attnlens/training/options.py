@@ -31,6 +31,7 @@ from attnlens.training.config import (
 from attnlens.training.data.images import load_dataset
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.data.text import PREFIX, load_text
+from attnlens.training.ladder import LADDER
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
@@ -127,9 +128,12 @@ def find_source(options: Options, data: Dataset) -> Source:
         raise UsageError(
             f"--dataset {options.dataset} {data.holds}: name a language model, as in --model {data.default_model}"
         )
-    if network is not None and options.checkpoint is not None:
-        raise UsageError(f"--checkpoint: {name} is trained from drawn weights alone. Leave one of the two out")
     source = Source.of(name, options.checkpoint, options.params)
+    if source.opened is None and LADDER in (options.arms or ()):
+        raise UsageError(
+            f"--arms ladder starts from a pre-trained source, and {source.name} has no weights: give --checkpoint FILE "
+            "as train-compare --save-weights writes it"
+        )
     if source.network.reads != data.kind:
         raise UsageError(f"--model {name} reads {source.network.needs}")
     return source
@@ -174,9 +178,10 @@ def _config(
     if augment not in AUGMENTATIONS:
         raise UsageError(f"--augment {augment} is not known: choose from {', '.join(AUGMENTATIONS)}")
     arms = named_arms(options.arms, type(network))
-    keeps = {rung.arm: f"keeps of {source.name}: {rung.keeps}" for rung in network.ladder if rung.arm in RUNGS}
+    told = RUNGS if not network.prefix or source.opened is None else [rung.arm for rung in network.ladder[1:]]
+    keeps = {rung.arm: f"keeps of {source.name}: {rung.keeps}" for rung in network.ladder if rung.arm in told}
     starts = {arm: keeps.get(arm) or start_of(arm, source).describe() for arm in arms}
-    if source.opened is not None:  # its arms need no words that the first comparisons did not have
+    if not network.prefix:  # its arms need no words that the first comparisons did not have
         starts = {arm: start for arm, start in starts.items() if arm in WIRINGS or arm in keeps}
     facts, counts, (mean, std) = data.text_facts(), data.counts(chosen), data.moments()
     cuda = device.type == "cuda"

@@ -222,7 +222,7 @@ def _tuning(tuning: LrTable, chosen: Mapping[str, float], config: Config) -> str
 def _conditions(summary: Summary) -> str:
     config, recipe = summary.config, summary.config.recipe
     source = ", ".join(f"{key} {value}" for key, value in config.source.items() if value is not None)
-    if config.network.prefix:
+    if config.network.prefix and config.source.get("sha256") is None:
         source = f"none ({source}): every arm starts from drawn weights"
     decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
     lr = "chosen per arm" if config.lr_grid else f"{recipe.lr:g}"

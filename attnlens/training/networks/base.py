@@ -98,6 +98,15 @@ class Network(Part):
     """What its scores cannot be compared with, for the report."""
     classifier: ClassVar[str] = ""
     """The module that depends on the data's classes; empty where none does."""
+    transfer: ClassVar[str] = "transfer-attention"
+    """The initialiser that takes from a source's weights."""
+    parts: ClassVar[Mapping[str, str]] = {
+        "scale": "norms",
+        "spectrum": "spectra",
+        "permuted": "layers",
+        "pretrained-attention": "weights",
+    }
+    """What it keeps, by arm."""
     ladder: ClassVar[tuple[Rung, ...]] = ATTENTION
     """What ``--arms ladder`` stands for."""
     control_keeps: ClassVar[str] = "same singular values, random directions: what the structure adds to the scale"
@@ -175,7 +184,8 @@ class Network(Part):
 
         weights = {}
         for name, value in like.items():
-            if self.classifier and name.startswith(f"{self.classifier}."):
+            counter = not value.is_floating_point()  # of batches BatchNorm has seen: a new training counts its own
+            if counter or (self.classifier and name.startswith(f"{self.classifier}.")):
                 continue
             stored = torch.as_tensor(opened.checkpoint[name]).detach().to("cpu", value.dtype, copy=True)
             if stored.shape != value.shape:
@@ -243,11 +253,13 @@ class FilterNetwork(ImageNetwork):
     """A kind whose depthwise filters are what its arms draw."""
 
     default_arms: ClassVar[tuple[str, ...]] = ("default", "conv-covariance", "norm-matched")
+    transfer: ClassVar[str] = "transfer-filters"
+    parts: ClassVar[Mapping[str, str]] = {"scale": "norms", "permuted": "layers", "pretrained-filters": "weights"}
     ladder: ClassVar[tuple[Rung, ...]] = FILTERS
     control_keeps: ClassVar[str] = "same norm of every filter, random directions: what the covariance adds to the scale"
 
     @classmethod
-    def fitted(cls, params: InitParams | None) -> tuple[str, dict[str, Any]]:
+    def fitted(cls, params: InitParams | None, **options: Any) -> tuple[str, dict[str, Any]]:  # noqa: ARG003  # no gains
         """Return the initialiser that draws filters with the fitted covariance."""
         return "conv-covariance", {"params": params}
 
