@@ -45,6 +45,10 @@ class Initialiser:
         """Whether further options are those of another initialiser that this one is built on."""
         return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.make).parameters.values())
 
+    def takes(self, option: str) -> bool:
+        """Whether an option is accepted, or passed on to another initialiser."""
+        return option in self.options or self.passes_on
+
     @property
     def summary(self) -> str:
         """Return the first sentence of its documentation."""

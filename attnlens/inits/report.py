@@ -13,6 +13,7 @@ import numpy as np
 from attnlens.circuits import FactoredProduct, Fold, Kind, WholeProduct, ov_circuit, qk_circuit, side_by_side
 from attnlens.filters.covariance import covariance_error, relative_distance, second_moment
 from attnlens.heads import Array, HeadWeights, expand_groups
+from attnlens.inits.folding import coordinates
 from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Layer, Plan, Request
 from attnlens.statistics.diagonal import alpha_beta
 from attnlens.statistics.inverse import Parameters, realised
@@ -155,7 +156,8 @@ def describe_option(value: Any) -> Any:
 
 
 def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[ProductReport]:
-    """Measure the planned products of a layer as the network holds them now."""
+    """Measure the planned products of a layer as the network holds them now; ``fold`` is that of its rule."""
+    balanced, fold = fold == "balanced", coordinates(fold)
     requests = {(request.circuit, request.head): request for request in plan.requests}
     rows = []
     planned = plan.weights()
@@ -170,7 +172,10 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
         wanted = (planned["q"], expand_groups(planned["k"], layer.weights.num_heads))
         product = qk_circuit(now, fold)
         errors = factored_errors((product.A, product.B), wanted)
-        rows += [row("qk", head, measured, float(errors[head])) for head, measured in enumerate(parameters(product))]
+        rows += [
+            row("qk", head, measured, float(errors[head]))
+            for head, measured in enumerate(parameters(product, balanced))
+        ]
     if "v" in planned and layer.weights.W_O is not None:
         have = ov_circuit(now, fold)
         total = product_matrix(have.A, have.B)
@@ -181,9 +186,9 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
             wanted_total = product_matrix(expand_groups(planned["v"], layer.weights.num_value_heads), outputs)
         error = float((total - wanted_total).norm() / wanted_total.norm())
         whole = WholeProduct.of(total.double().numpy(), layer.values_width)
-        rows.append(row("ov", ALL_HEADS, parameters(whole)[0], error))
+        rows.append(row("ov", ALL_HEADS, parameters(whole, balanced)[0], error))
         if ("ov", 0) in requests:
-            rows += [row("ov", head, measured, math.nan) for head, measured in enumerate(parameters(have))]
+            rows += [row("ov", head, measured, math.nan) for head, measured in enumerate(parameters(have, balanced))]
     return rows
 
 
@@ -230,10 +235,14 @@ def expected_at(alpha: float, beta: float, rank: int, width: int) -> Parameters:
     return realised(alpha, beta, rank, width)
 
 
-def parameters(product: FactoredProduct) -> list[Parameters]:
-    """Return alpha and beta of each product of a stack, as `statistics.diagonal` defines them; NaN if not square."""
+def parameters(product: FactoredProduct, balanced: bool = False) -> list[Parameters]:
+    """Return alpha and beta of each product of a stack, as `statistics.diagonal` defines them; NaN if not square.
+
+    ``balanced``: those of the balanced products.
+    """
     if not product.is_square:
         return [_UNKNOWN] * math.prod(product.shape[:-2])
+    product = product.balanced() if balanced else product
     columns = (np.ravel(values).tolist() for values in alpha_beta(product.diagonal(), product.squared_norm()))
     return [Parameters(*pair) for pair in zip(*columns, strict=True)]
 

@@ -113,6 +113,8 @@ def _hypotheses(
 
 def one_product(weights: HeadWeights, circuit: Kind, head: int | str, fold: Fold) -> FactoredProduct:
     """Return one product as factors: QK or OV of a head, or a layer's summed OV."""
+    if fold == "balanced":
+        return one_product(weights, circuit, head, "effective").balanced()
     if circuit == "qk":
         return qk_circuit(weights, fold).head(int(head))
     have = ov_circuit(weights, fold)

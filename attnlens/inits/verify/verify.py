@@ -141,14 +141,16 @@ def verify_init(
 
 
 def recorded(opened: OpenedModel, seed: int | None, options: dict[str, Any]) -> Claim:
-    """Return what the metadata of a file says, `mimetic` where it says nothing.
+    """Return what the metadata of a file says; `fitted` where it says nothing of the parameters given, else `mimetic`.
 
     Raises `UsageError` where an option was an object that the file could not hold, or parameters have changed.
     """
     text = opened.checkpoint.metadata.get(METADATA_KEY)
     if text is None:
-        return Claim("mimetic", seed, options)
+        return Claim("fitted" if "params" in options else "mimetic", seed, options)
     data = json.loads(text)
+    if "params" in options and not find_initialiser(data["init"]).takes("params"):
+        return Claim("fitted", seed, options)
     resolved = {**data["options"], **options}
     unnamed = [name for name, value in resolved.items() if isinstance(value, str) and value.startswith("<")]
     if unnamed:
