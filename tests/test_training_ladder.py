@@ -12,6 +12,7 @@ from attnlens.circuits import layer_ov, qk_circuit
 from attnlens.errors import UsageError
 from attnlens.layouts import read_heads
 from attnlens.models.architecture import describe_module
+from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.training.arms import default_contrasts, initial_state, named_arms
 from attnlens.training.data.images import load_dataset
 from attnlens.training.ladder import ATTENTION, ladder_of, steps
@@ -111,6 +112,20 @@ def test_fitted_rungs_keep_alpha_and_beta_within_what_draws_of_this_size_have(st
         assert (np.abs(beta - beta_wanted) < 6 * alpha_wanted / d).all()
 
 
+def test_fitted_gains_keeps_the_gains_of_every_channel_and_alpha_of_the_balanced_products(states, source):
+    arrays = {name: value.numpy() for name, value in states["fitted-gains"].items()}
+    for layer, spec in describe_module(NETWORK.build(0)).indexed():
+        mine, theirs = read_heads(spec, arrays, layer), source.opened.heads(layer)
+        for circuit in (qk_circuit, layer_ov):
+            found, wanted = (circuit(one, "balanced") for one in (mine, theirs))
+            for side in ("rows", "cols"):
+                np.testing.assert_allclose(getattr(found.gains, side), getattr(wanted.gains, side), rtol=1e-4)
+            fits = [fit_diagonal(product, None) for product in (found, wanted)]
+            np.testing.assert_allclose(fits[0].alpha, fits[1].alpha, rtol=1e-4)
+            limit = 6 * np.max(fits[1].alpha) / NETWORK.embed_dim
+            assert np.abs(np.asarray(fits[0].beta) - fits[1].beta).max() < limit
+
+
 def test_permuted_keeps_every_product_up_to_one_permutation_a_layer_on_both_sides(states, theirs):
     orders = []
     for (qk, ov), (qk_wanted, ov_wanted) in zip(products(states["permuted"]), theirs, strict=True):
@@ -170,7 +185,7 @@ def test_steps_add_up_to_the_last_rung_and_what_is_left_goes_to_zero():
         assert step.from_start.difference.mean + step.left.mean == pytest.approx(total)
         paired = [values["pretrained"][seed] - values[step.arm][seed] for seed in range(7)]
         assert step.left.mean == pytest.approx(np.mean(paired))
-    assert [step.arm for step in ladder if not step.nested] == ["fitted", "permuted"]
+    assert [step.arm for step in ladder if not step.nested] == ["fitted", "fitted-gains", "permuted"]
     without = {arm: scores for arm, scores in values.items() if arm != "scale"}
     assert not ladder_of(ViT, without, contrasts(without, steps([arm for arm in ARMS if arm != "scale"])))
 
@@ -196,7 +211,7 @@ def test_report_summary_and_figure_say_what_each_step_is_worth(climbed):
     assert "## What each step of the ladder is worth" in found.report
     assert "| spectrum | all singular values" in found.report
     assert "| fitted (other) | " in found.report
-    assert "fitted over spectrum and permuted over fitted-gains keep other things of the source" in found.report
+    assert "fitted over spectrum, fitted-gains over fitted and permuted over fitted-gains keep other" in found.report
     assert "was trained on other classes of this data set, 0, 2, 4, 6, 8." in found.report.split("##")[0]
     assert "**" not in found.report.split("\n\n")[2]
     data = json.loads((found.folder / "summary.json").read_text())

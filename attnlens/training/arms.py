@@ -68,7 +68,7 @@ def start_of(arm: str, source: Source) -> Start:
     if source.params is not None:
         named["fitted"] = Start(*source.network.fitted(source.params))
         if "fitted-gains" in rungs:
-            named["fitted-gains"] = Start(*source.network.fitted(source.params))  # XXX
+            named["fitted-gains"] = Start(*source.network.fitted(source.params, gains="channels"))
     if source.opened is not None:
         named[PRETRAINED] = Start()
         init, parts = source.network.transfer, source.network.parts

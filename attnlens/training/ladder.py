@@ -34,7 +34,11 @@ ATTENTION = (
     Rung("scale", "the Frobenius norm of every head's QK and every layer's OV; random directions, flat spectrum"),
     Rung("spectrum", "all singular values of every head's QK and every layer's OV; random directions"),
     Rung("fitted", "alpha and beta of every head's QK and every layer's OV", nested=False),
-    Rung("fitted-gains", "alpha, beta and the gains of the channels"),
+    Rung(
+        "fitted-gains",
+        "alpha and beta of every balanced QK and OV, the gains of its rows and columns channel by channel, kurtosis",
+        nested=False,
+    ),
     Rung(
         "permuted",
         "attention with one random permutation of the channels a layer on both sides: everything inside a layer, "

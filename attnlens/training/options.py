@@ -157,7 +157,7 @@ def resolve(
     config = _config(options, data, network, chosen, source, device)
     check_config(config)
     _check_arms(config, source)
-    config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0))})
+    config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0), config.arms)})
     if options.stack is None and device.type == "cuda":
         stored = (stored_config(output) or {}).get("stack") if resume else None
         from attnlens.training.stack_size import fastest_stack

@@ -164,8 +164,9 @@ def _ladder(ladder: Sequence[Step], metric: Metric) -> str:
     interval = f"{LEVEL:.0%} interval"
     head = ["rung", "keeps of the source", "step", interval, "Holm", f"minus {first}", interval, "Holm", "left"]
     others = [f"{step.arm} over {step.below}" for step in ladder if not step.nested]
+    named = " and ".join(filter(None, (", ".join(others[:-1]), *others[-1:])))
     limits = (
-        f" (other): {' and '.join(others)} keep{'s' * (len(others) == 1)} other things of the source, not more: such a "
+        f" (other): {named} keep{'s' * (len(others) == 1)} other things of the source, not more: such a "
         "step is the difference between two summaries of it and no part of a sum."
         if others
         else ""

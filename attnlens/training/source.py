@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +107,8 @@ class Source:
         """Return what a configuration says about it."""
         return {"model": self.name, "sha256": self.sha256}
 
-    def params_sha256(self, model: nn.Module) -> str:
-        """Return the hash of the requests the fitted arm draws this network with, else of the parameter file."""
+    def params_sha256(self, model: nn.Module, arms: Sequence[str] = ()) -> str:
+        """Return the hash of what the fitted arms draw this network with, else of the parameter file."""
         if self.opened is None or self.params is None or self.params_file_sha256:
             return self.params_file_sha256
         digest = hashlib.sha256()
@@ -117,6 +117,10 @@ class Source:
         for request in self.params.for_model(model):
             digest.update(np.ascontiguousarray(request.qk).data)
             digest.update(np.ascontiguousarray(request.ov).data)
+        for request in self.params.for_model(model, "channels") if "fitted-gains" in arms else ():
+            for drawn in (request.qk, request.ov, *(vars(gains) for gains in (request.qk_gains, request.ov_gains))):
+                for values in drawn.values() if isinstance(drawn, dict) else (drawn,):
+                    digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
 
