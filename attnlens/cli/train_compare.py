@@ -39,8 +39,8 @@ def train_compare(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Start from this pre-trained model, as for inspect; or, from drawn weights, convmixer-tiny, timm's "
-            "convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
+            help="Start from this pre-trained model, as for inspect; or, from drawn weights or those of --checkpoint, "
+            "convmixer-tiny, timm's convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
         ),
     ] = None,
     checkpoint: options.Checkpoint = None,
@@ -49,8 +49,9 @@ def train_compare(
         str | None,
         typer.Option(
             help="Train these arms, separated by commas. Default: default,mimetic,fitted,pretrained,norm-matched,"
-            "norm-matched-mimetic, or the model's. Also pretrained-attention, mimetic-positive, value-skipinit, "
-            "no-skips-no-norms, e-spa-no-norms, e-spa-no-skips-no-norms, and every initialiser that needs no option."
+            "norm-matched-mimetic, or the model's. ladder stands for every rung from default to pretrained; its rungs, "
+            "mimetic-positive, value-skipinit, no-skips-no-norms, e-spa-no-norms, e-spa-no-skips-no-norms and every "
+            "initialiser that needs no option are arms too."
         ),
     ] = None,
     contrasts: Annotated[
