@@ -29,7 +29,7 @@ from attnlens.training.seen import Seen
 from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
-from attnlens.training.structure import source_structure
+from attnlens.training.structure import source_structure, structure_lines
 from attnlens.training.trainer import Session, run_units, unit_name
 
 if TYPE_CHECKING:
@@ -294,6 +294,7 @@ def _write(
         figures["waterfall"] = draw_waterfall(summary, ladder)
     texts = {
         "results.jsonl": results_lines(config, done),
+        "structure.jsonl": structure_lines(done),
         "summary.csv": summary.to_csv(),
         "report.md": report,
     }
