@@ -291,7 +291,7 @@ def test_a_source_that_has_seen_the_data_is_named_before_anything_else(climbed, 
     _, path, given = climbed
     options = {**given, "arms": ("default", "pretrained"), "seeds": 1, "classes": "even", "train_images": 90}
     report = compare(path, tmp_path / "out", options=options).report
-    assert report.split("\n\n")[2].startswith("**Default-0 was trained on the training images of this data set")
+    assert report.split("\n\n")[2].startswith("**Source: default-0 was trained on the training images of this data set")
     drawn = compare(path, tmp_path / "drawn", options={**options, "arms": ("default", "spectrum")}).report
     assert "trained on the training images" not in drawn
 
@@ -449,7 +449,7 @@ def test_a_language_ladder_starts_from_saved_weights_and_says_that_they_have_see
     path = first.folder / "weights" / "default-0.safetensors"
     found = compare(None, tmp_path / "b", options={**given, "arms": ("ladder",), "checkpoint": path})
     assert tuple(found.findings.config.arms) == ARMS
-    assert found.report.split("\n\n")[2].startswith("**Default-0 (gpt-tiny) was trained on this text")
+    assert found.report.split("\n\n")[2].startswith("**Source: default-0 (gpt-tiny) was trained on this text")
     network, source = found.findings.config.network, Source.of("gpt-tiny", path)
     state, permuted = (initial_state(arm, 0, network, source) for arm in ("pretrained", "permuted"))
     theirs = source.teacher["teacher"].state_dict()

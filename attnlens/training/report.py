@@ -111,7 +111,7 @@ def _state(summary: Summary) -> str:
     conditions = f"{config.seeds} seeds an arm, {config.recipe.epochs} epochs, on {config.dataset}"
     parts = [f"{ended} of {summary.expected} runs finished; {conditions}."]
     if config.source_data is not None:
-        words = f"{config.source_data.words[:1].upper()}{config.source_data.words[1:]}."
+        words = f"Source: {config.source_data.words}."
         parts.append(words if config.source_data.shared is False else f"**{words}**")
     if not summary.complete:
         parts.append("**Unfinished: everything below changes when the remaining runs are done.**")

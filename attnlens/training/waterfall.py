@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) 
         how = {"facecolor": _GAIN} if better else {"facecolor": "white", "edgecolor": _LOSS, "hatch": "//////"}
         axes.barh(row, scale * pairs.mean, left=scale * before, height=0.56, linewidth=0.8, zorder=2, **how)
         axes.plot([scale * before] * 2, [row - 1, row], color=style.RULE, linewidth=0.7, zorder=1)
-        if pairs.n > 1:
+        if math.isfinite(pairs.low):
             whisker = [scale * (before + pairs.low), scale * (before + pairs.high)]
             axes.plot(whisker, [row, row], color=style.INK, linewidth=1.0, marker="|", markersize=5, zorder=3)
         before += pairs.mean
@@ -78,7 +79,7 @@ def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) 
 def _told(step: Step, metric: Metric) -> str:
     pairs, show = step.step.difference, metric.difference
     mark = "*" if step.step.t_holm < _ALPHA else ""
-    text = show(pairs.mean) if pairs.n < 2 else f"{show(pairs.mean)} [{show(pairs.low)}, {show(pairs.high)}]"
+    text = show(pairs.mean) if math.isinf(pairs.low) else f"{show(pairs.mean)} [{show(pairs.low)}, {show(pairs.high)}]"
     return f"{text}{mark}".replace("-", "\N{MINUS SIGN}")
 
 
