@@ -62,8 +62,8 @@ class Source:
         network = network_named(model)
         if network is not None:
             assert model is not None
-            sha256 = "" if params is None else hashlib.sha256(params.read_bytes()).hexdigest()
-            drawn = cls(model, network, network.sizes_of(model), loaded, sha256)
+            told = "" if params is None else hashlib.sha256(params.read_bytes()).hexdigest()
+            drawn = cls(model, network, network.sizes_of(model), loaded, told)
             return drawn if checkpoint is None else drawn.with_weights(checkpoint)
         opened = open_model(model, checkpoint)
         sizes = _sizes_of(opened)

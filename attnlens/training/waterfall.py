@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ def draw_waterfall(summary: Summary, ladder: Sequence[Step]) -> Figure:
     start = Mean.of(list(summary.finished[ladder[0].below].values()))
     with style.look():
         heading = style.Heading(WIDTH)
-        heading.add(f"{config.dataset}: what of pre-training is which structure", 9.5, weight="bold")
+        heading.add(f"{config.dataset}: what each step of the ladder adds", 9.5, weight="bold")
         heading.add(
             f"{metric.title}, n = {ladder[0].step.difference.n} seeds; bars: step over the rung above; whiskers: "
             f"{LEVEL:.0%} interval of the step; hatched: {metric.worse} than the rung above",
@@ -64,7 +65,7 @@ def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) 
     axes.plot([scale * before], [0], marker="D", markersize=4, color=style.INK, zorder=3)
     for row, step in enumerate(ladder, 1):
         pairs, better = step.step.difference, metric.favours(step.step.difference.mean)
-        how = {"facecolor": _GAIN} if better else {"facecolor": "white", "edgecolor": _LOSS, "hatch": "//////"}
+        how: Any = {"facecolor": _GAIN} if better else {"facecolor": "white", "edgecolor": _LOSS, "hatch": "//////"}
         axes.barh(row, scale * pairs.mean, left=scale * before, height=0.56, linewidth=0.8, zorder=2, **how)
         axes.plot([scale * before] * 2, [row - 1, row], color=style.RULE, linewidth=0.7, zorder=1)
         if math.isfinite(pairs.low):

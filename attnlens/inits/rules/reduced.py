@@ -72,7 +72,7 @@ def _flat(layer: Layer, plan: Plan) -> Plan:
         new["W_V"] = values.reshape(-1, *heads).transpose(1, 0, 2)
         by_head = outputs.T.reshape(*heads, weights.out_dim) / layer.value_groups
         new["W_O"] = np.repeat(by_head, layer.value_groups, 0)
-    return replace(plan, **new, biases={}, notes=())  # type: ignore[arg-type]
+    return replace(plan, **new, biases={}, notes=())
 
 
 def _directions(layer: Layer, purpose: str, head: int, rows: int, width: int, rank: int | None = None) -> Array:
