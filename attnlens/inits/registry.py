@@ -13,7 +13,18 @@ from attnlens.errors import UsageError
 from attnlens.inits.plan import Network, Rule
 
 Make = Callable[..., Rule]
-_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teacher", "filters", "default")
+_MODULES = (
+    "mimetic",
+    "fitted",
+    "controls",
+    "identity",
+    "conditioned",
+    "impulse",
+    "teacher",
+    "filters",
+    "filter_teacher",
+    "default",
+)
 
 
 @dataclass(frozen=True)
