@@ -116,7 +116,7 @@ def _as_configured(model: Any, checkpoint: Any, num_heads: int, access: Access) 
     by_names = partial(open_bare, model, checkpoint, num_heads, access)
     given = checkpoint if model is None else model
     both = model is not None and checkpoint is not None
-    if both or access.row_order is not None or not isinstance(given, str | os.PathLike):
+    if both or access.row_order is not None or not isinstance(given, str | os.PathLike) or not Path(given).exists():
         return by_names()
     path = Path(given)
     folder = path if path.is_dir() else path.parent
