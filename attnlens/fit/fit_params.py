@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, qk_circuit
+from attnlens.circuits import FactoredProduct, Fold, Kind, fold_ov, fold_qk, layer_ov, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
 from attnlens.filters.fit import filter_medians, fit_filter_entries
@@ -23,17 +23,16 @@ from attnlens.models.open import open_model
 from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.depth import Trend, relative_depth
-from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.diagonal import AlphaBeta, fit_alpha_beta
 from attnlens.statistics.inference import Inference, infer
 from attnlens.statistics.inverse import Parameters, UnreachableParametersError, request
 from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
 from attnlens.strict_json import finite_or_none
+from attnlens.threads import Progress, over_threads
 
 if TYPE_CHECKING:
     import os
-
-    from attnlens.threads import Progress
 
 _NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
@@ -146,21 +145,25 @@ def _fit_model(
     if not specs and opened.architecture.filters:
         return [], []
     if not specs:
-        layer, spec = opened.architecture.indexed()[0]
+        _, spec = opened.architecture.indexed()[0]
         raise UnsupportedAttentionError(
             f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold, opened.untraced)}"
         )
-    folds = tuple(dict.fromkeys(("raw", fold)))
-    stacks: list[_Stack] = []
-    heads: list[int] = []
-    for layer, _ in progress(specs):
-        weights = opened.heads(layer)
-        heads.append(weights.num_heads)
-        place = {"source": source, "layer": layer, "depth": relative_depth(layer, len(opened.architecture.order))}
-        for name in folds:
-            for circuit, names, product in _circuits(weights, name):
-                if product.is_square:
-                    stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+    folds: tuple[Fold, ...] = tuple(dict.fromkeys(("raw", fold)))
+
+    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[int, list[_Stack]]:
+        weights = opened.heads(indexed[0])
+        depth = relative_depth(indexed[0], len(opened.architecture.order))
+        place = {"source": source, "layer": indexed[0], "depth": depth}
+        return weights.num_heads, [
+            _measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed)
+            for name, circuit, names, product in _circuits(weights, folds)
+            if product.is_square
+        ]
+
+    measured = over_threads(measure, specs, progress, largest=max(opened.bytes_of(spec) for _, spec in specs))
+    heads = [count for count, _ in measured]
+    stacks = [stack for _, found in measured for stack in found]
     if not stacks and opened.architecture.filters:
         return [], heads
     if not stacks:
@@ -193,11 +196,23 @@ def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str
     return {"not_read": not_read, "left_out": layers_by_reason(read)}
 
 
-def _circuits(weights: HeadWeights, fold: Fold) -> Iterator[tuple[Kind, list[int | str], FactoredProduct]]:
-    yield "qk", list(range(weights.num_heads)), qk_circuit(weights, fold)
-    if weights.W_O is not None:
-        yield "ov", list(range(weights.num_value_heads)), ov_circuit(weights, fold)
-        yield "ov", [ALL_HEADS], layer_ov(weights, fold)
+def _circuits(
+    weights: HeadWeights, folds: Sequence[Fold]
+) -> Iterator[tuple[Fold, Kind, list[int | str], FactoredProduct]]:
+    """Yield every product under every fold; a sum and the heads it is the sum of share what is computed of them."""
+    qk = qk_circuit(weights)
+    total = None if weights.W_O is None else layer_ov(weights)
+    for fold in folds:
+        yield fold, "qk", list(range(weights.num_heads)), fold_qk(qk, weights, fold)
+        if total is None or total.parts is None:
+            continue
+        if fold == "balanced":
+            heads, summed = fold_ov(total.parts, weights, fold), fold_ov(total, weights, fold)
+        else:
+            summed = fold_ov(total, weights, fold)
+            heads = summed.parts or total.parts
+        yield fold, "ov", list(range(weights.num_value_heads)), heads
+        yield fold, "ov", [ALL_HEADS], summed
 
 
 @dataclass(frozen=True)
@@ -206,14 +221,14 @@ class _Stack:
 
     place: dict[str, Any]
     names: Sequence[int | str]
-    fit: DiagonalFit
+    fit: AlphaBeta
     inference: Inference
 
 
 def _measure(
     product: FactoredProduct, place: dict[str, Any], names: Sequence[int | str], level: float, seed: int
 ) -> _Stack:
-    fit, inference = fit_diagonal(product, None), infer(product, level=level, seed=seed)
+    fit, inference = fit_alpha_beta(product), infer(product, level=level, seed=seed)
     return _Stack({**place, "head_dim": product.rank_bound, "embed_dim": product.shape[-1]}, names, fit, inference)
 
 
