@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from attnlens.balance import Gains, balance
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array, HeadWeights, expand_groups
+from attnlens.krylov import largest_singular_value
 
 if TYPE_CHECKING:  # checked at every call while tests run
     from jaxtyping import Complex, Float
@@ -296,22 +297,9 @@ class WholeProduct(FactoredProduct):
         return np.asarray(np.linalg.svd(self.A, compute_uv=False)[..., : self.rank_bound])
 
     def spectral_norm(self) -> Float[Array, "*stack"]:
-        """Return the largest singular value by Lanczos iteration on M^T M, from a fixed start vector.
-
-        The eigenvalue's error is the square of the residual asked for: 1e-7 gives it to machine precision.
-        """
-        from scipy.sparse.linalg import LinearOperator, eigsh
-
+        """Return the largest singular value, by `largest_singular_value`."""
         unit, exponent = self.unit
-        M = unit.A
-        if min(M.shape) < 8:  # too small for a Krylov space
-            return np.asarray(self.singular_values()[0])
-        operator = LinearOperator((M.shape[1],) * 2, matvec=lambda x: (M @ x) @ M, dtype=np.float64)
-        start = operator @ np.random.default_rng(0).standard_normal(M.shape[1])
-        if not start.any():
-            return np.zeros(())
-        square = eigsh(operator, k=1, v0=start, tol=1e-7, return_eigenvectors=False)[0]
-        return np.asarray(np.ldexp(np.sqrt(square), exponent))
+        return np.asarray(np.ldexp(largest_singular_value(unit.A), exponent))
 
     def dense(self, size: int | None = None) -> Float[Array, "*stack corner_rows corner_cols"]:
         """Return the top-left ``size x size`` corner of M (the whole of M when size is None)."""

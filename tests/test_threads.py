@@ -78,7 +78,7 @@ def test_a_machine_larger_than_the_quota_is_busy_elsewhere(machine):
 def test_the_users_number_is_that_of_the_workers(machine, monkeypatch, cores):
     machine()
     monkeypatch.setenv(threads.USER, str(cores))
-    found = {name for name in over_threads(lambda _: current_thread().name, range(200))}
+    found = set(over_threads(lambda _: current_thread().name, range(200)))
     assert len(found) <= cores
 
 

@@ -25,7 +25,7 @@ from attnlens.provenance import run_provenance
 from attnlens.statistics.depth import Trend, relative_depth
 from attnlens.statistics.diagonal import AlphaBeta, fit_alpha_beta
 from attnlens.statistics.inference import Inference, infer
-from attnlens.statistics.inverse import Parameters, UnreachableParametersError, request
+from attnlens.statistics.inverse import Requests, requests
 from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
 from attnlens.strict_json import finite_or_none
@@ -235,17 +235,16 @@ def _measure(
 def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
     """Yield the entries of one model under one fold; their p-values are corrected over all of them as one family."""
     p_values = corrected(np.concatenate([np.ravel(stack.inference.p_value) for stack in stacks]))
+    requested = _requests(stacks)
     start = 0
     for stack in stacks:
         of_stack = p_values[start : start + len(stack.names)]
-        start += len(stack.names)
         judged = judge(stack.fit, stack.inference, of_stack)
         for index, (name, judgement) in enumerate(zip(stack.names, judged, strict=True)):
             alpha, beta = (float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta"))
             inferred: dict[str, Any] = {
                 field: finite_or_none(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
-            request, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
             yield Entry(
                 **stack.place,
                 **inferred,
@@ -256,19 +255,24 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
                 p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
                 verdict=judgement.verdict.value,
                 reason=judgement.reason,
-                request_alpha=request.alpha,
-                request_beta=request.beta,
-                reachable=reachable,
+                request_alpha=float(requested.alpha[start + index]),
+                request_beta=float(requested.beta[start + index]),
+                reachable=bool(requested.reachable[start + index]),
             )
+        start += len(stack.names)
 
 
-def _request(alpha: float, beta: float, rank: int, embed_dim: int) -> tuple[Parameters, bool]:
-    """Return the request that realises a fit, or the nearest one: the fit's beta, alpha raised into reach."""
-    try:
-        return request(alpha, beta, rank, embed_dim), True
-    except UnreachableParametersError:
-        reach = _NEAREST_SHARE_OF_BOUND**2 * rank / embed_dim
-        return request(abs(beta) * math.sqrt(1 / reach - 1), beta, rank, embed_dim), False
+def _requests(stacks: Sequence[_Stack]) -> Requests:
+    """Return the requests that realise the fits, or the nearest ones: a fit's beta, alpha raised into reach."""
+    counts = [len(stack.names) for stack in stacks]
+    sizes = [np.repeat([stack.place[name] for stack in stacks], counts) for name in ("head_dim", "embed_dim")]
+    alpha, beta = (
+        np.concatenate([np.ravel(getattr(stack.fit, name)) for stack in stacks]) for name in ("alpha", "beta")
+    )
+    found = requests(alpha, beta, *sizes)
+    reach = _NEAREST_SHARE_OF_BOUND**2 * sizes[0] / sizes[1]
+    nearest = np.where(found.reachable, alpha, np.abs(beta) * np.sqrt(np.maximum(1 / reach - 1, 0.0)))
+    return requests(nearest, beta, *sizes)._replace(reachable=found.reachable)
 
 
 def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
