@@ -58,13 +58,13 @@ def _shipped(name: str) -> Architecture | None:
     from lzma import LZMAError
     from zipfile import BadZipFile, ZipFile
 
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, BadZipFile, LZMAError):
-        with ZipFile(layouts_file()) as archive:
-            if json.loads(archive.read(_ABOUT))["rules"] != rules_digest():
-                return None
-            members = sorted(set(archive.namelist()) - {_ABOUT})
-            found = json.loads(archive.read(members[bisect_right(members, name) - 1])).get(name)
-            return None if found is None else Architecture.from_json(found)
+    broken = (OSError, ValueError, KeyError, TypeError, BadZipFile, LZMAError)
+    with contextlib.suppress(*broken), ZipFile(layouts_file()) as archive:
+        if json.loads(archive.read(_ABOUT))["rules"] != rules_digest():
+            return None
+        members = sorted(set(archive.namelist()) - {_ABOUT})
+        found = json.loads(archive.read(members[bisect_right(members, name) - 1])).get(name)
+        return None if found is None else Architecture.from_json(found)
     return None
 
 
