@@ -20,7 +20,7 @@ NUMPY_SUFFIXES = (".npz",)
 INDEX_SUFFIX = ".index.json"
 
 
-_HASHES: dict[tuple[int, ...], str] = {}
+HASHES: dict[tuple[int, ...], str] = {}
 """What files of an identity hashed to, in this process."""
 
 
@@ -80,9 +80,9 @@ class _File(Checkpoint):
         known = _identity(self._status)
         with self._reading(), self.path.open("rb") as file:
             self._compare(os.fstat(file.fileno()))
-            if known not in _HASHES:  # a report reads one file several times
-                _HASHES[known] = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": self.path.name, "bytes": self._status.st_size, "sha256": _HASHES[known]}
+            if known not in HASHES:  # a report reads one file several times
+                HASHES[known] = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": self.path.name, "bytes": self._status.st_size, "sha256": HASHES[known]}
 
     def check(self) -> None:
         """Raise `CheckpointError` where the file is not the one that was opened, as it was then."""
