@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -23,6 +24,9 @@ USER = "OMP_NUM_THREADS"
 """The variable by which a user says how many cores to use."""
 CGROUPS = Path("/sys/fs/cgroup")
 LOAD = Path("/proc/loadavg")
+
+_LOOKS = 3
+_BETWEEN = 0.001  # seconds
 
 _share: ContextVar[int | None] = ContextVar("share", default=None)
 _set_here: dict[str, str] = {}
@@ -94,17 +98,22 @@ def _own_groups() -> Iterator[Path]:
 
 
 def _busy_cores() -> int:
-    """Return how many cores other processes keep busy: by the last minute's load, and no more than run just now.
+    """Return how many cores other processes keep busy: by what runs in each of three looks, else by the load.
 
-    The load alone would count a process that ended a few seconds ago, such as the command before this one.
+    The load is that of the last minute: it counts what ended a few seconds ago, such as the command before this one,
+    and misses what began just now.
     """
+    running = []
+    with suppress(OSError, ValueError, IndexError):
+        while len(running) < _LOOKS and 0 not in running:
+            if running:
+                time.sleep(_BETWEEN)
+            running.append(int(LOAD.read_text().split()[3].partition("/")[0]) - 1)  # this process runs too
+        return max(0, min(running))
     try:
-        load = os.getloadavg()[0]
+        return round(os.getloadavg()[0])
     except (AttributeError, OSError):  # Windows
         return 0
-    with suppress(OSError, ValueError, IndexError):
-        load = min(load, float(LOAD.read_text().split()[3].partition("/")[0]) - 1)  # this process runs too
-    return max(0, round(load))
 
 
 def over_threads(

@@ -41,7 +41,9 @@ def shipped(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def never_built(monkeypatch):
+def never_built(shipped, monkeypatch):
+    assert shipped.is_file()
+
     def fail(*_):
         raise AssertionError("built")
 

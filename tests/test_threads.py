@@ -27,7 +27,8 @@ def machine(tmp_path, monkeypatch):
             for name, text in zip(("quota", "period"), quota.split(), strict=True):
                 (tmp_path / f"cpu.cfs_{name}_us").write_text(f"{text}\n")
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-        (tmp_path / "loadavg").write_text(f"{load} 0.0 0.0 {running}/321 4567\n")
+        if running is not None:
+            (tmp_path / "loadavg").write_text(f"{load} 0.0 0.0 {running}/321 4567\n")
 
     return pretend
 
@@ -61,8 +62,8 @@ def test_the_users_number_and_a_share_bound_the_cores(machine, monkeypatch):
 
 @pytest.mark.parametrize(
     ("load", "running", "free"),
-    [(0.0, 1, 8), (3.2, 4, 5), (3.2, 1, 8), (0.1, 4, 8), (50.0, 51, 1)],
-    ids=["idle", "busy", "ended just now", "began just now", "crowded"],
+    [(0.0, 1, 8), (3.2, 4, 5), (3.2, 1, 8), (0.1, 4, 5), (50.0, 51, 1), (3.2, None, 5), (0.2, None, 8)],
+    ids=["idle", "busy", "ended just now", "began just now", "crowded", "by the load", "idle by the load"],
 )
 def test_cores_are_free_that_nothing_else_keeps_busy(machine, load, running, free):
     machine(load=load, running=running)
