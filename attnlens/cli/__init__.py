@@ -10,6 +10,9 @@ from attnlens.printable import one_line
 
 def main() -> None:
     """Run the command line: exit code 0, 1 for a failure told in one line, 2 for wrong usage."""
+    from attnlens.threads import guard_threads
+
+    guard_threads()  # before anything imports numpy or torch
     from attnlens.cli.app import app
 
     debug = "--debug" in sys.argv  # every command lists it

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints.pickles import load_pickle
+from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.state import read_state, sealed
 from attnlens.strict_json import parse_json
@@ -140,11 +141,8 @@ class Store:
 
     def save_weights(self, run: Run, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Keep a run's final weights in a file `attnlens inspect` reads."""
-        from safetensors.torch import save
-
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        content = save(tensors, dict(metadata))
-        self._write(self.folder / "weights" / f"{run.name}.safetensors", lambda file: file.write(content))
+        self._check_there()
+        write_safetensors(self.folder / "weights" / f"{run.name}.safetensors", state, metadata)
 
     def _write(self, path: Path, write: Write) -> None:
         self._check_there()
