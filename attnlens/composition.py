@@ -28,6 +28,7 @@ from attnlens.provenance import run_provenance
 from attnlens.statistics.table import Row, StatsTable
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
+from attnlens.vocabulary import COMPOSED, layer_choice, layer_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,13 +109,14 @@ class Composition:
 
     def baseline(self, layer: int) -> float:
         """Return the root of the mean squared score of unrelated directions, 1 / sqrt(d)."""
-        return self.widths[layer] ** -0.5
+        return self.widths[layer_index(layer, self.widths)] ** -0.5
 
     def array(self, kind: Composed) -> Array:
         """Return the scores as ``[earlier layer, head, later layer, head]``, layers in the order of ``heads``.
 
         NaN where there is no composition: no earlier layer, another stream, another width, a head that is not there.
         """
+        kind = COMPOSED(kind)
         places = {layer: place for place, layer in enumerate(self.heads)}
         most = max(self.heads.values())
         found = np.full((len(places), most, len(places), most), np.nan)
@@ -158,6 +160,7 @@ class Composition:
 
     def logs(self, kind: Composed) -> dict[tuple[int, int], Array]:
         """Return log2(score / baseline), ``[earlier head, later head]`` by earlier and later layer."""
+        kind = COMPOSED(kind)
         with np.errstate(divide="ignore"):
             return {
                 (first, second): np.log2(scores / self.baseline(second))
@@ -174,7 +177,7 @@ def compose(
     model_args: dict[str, Any] | None = None,
     input_size: int | tuple[int, ...] | None = None,
     fold: str = "effective",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | str | None = None,
     weights: str | None = None,
     row_order: str | None = None,
     offline: bool = False,
@@ -196,6 +199,7 @@ def compose(
     Raises `UsageError` for a fold that is not one of the three or a layer that cannot be read,
     `UnsupportedAttentionError` where no two layers compose, and what `inspect` raises.
     """
+    wanted = layer_choice(layers)
     chosen = parse_folds(fold)
     if len(chosen) != 1:
         raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
@@ -206,7 +210,7 @@ def compose(
         )
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
-    specs = opened.choose(layers, chosen[0])
+    specs = opened.choose(wanted, chosen[0])
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
     work = _Work(opened, chosen[0])

@@ -12,6 +12,7 @@ ROOMS = (
     *(
         "printable",
         "errors",
+        "vocabulary",
         "provenance",
         "threads",
         "atomic",

@@ -16,11 +16,13 @@ from attnlens.inspection import Inspection, inspect
 from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_depth
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.threads import Progress
+from attnlens.vocabulary import CIRCUIT, FOLD, Vocabulary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATISTICS = ("alpha", "beta", "identity_share")
+STATISTIC = Vocabulary("statistic", STATISTICS)
 PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 """What is compared: QK as the mean over a layer's heads, OV as the layer's sum."""
 
@@ -38,6 +40,7 @@ class Comparison:
 
     def select(self, circuit: Kind, statistic: str) -> list[Profile]:
         """Return one statistic's profile of every model."""
+        circuit, statistic = CIRCUIT(circuit), STATISTIC(statistic)
         return [p for p in self.profiles if (p.circuit, p.statistic) == (circuit, statistic)]
 
     def figures(self) -> dict[str, Figure]:
@@ -72,6 +75,7 @@ def compare(
     of `inspect`. Raises what `inspect` raises, and `UnsupportedAttentionError` where no two models hold layers of one
     kind.
     """
+    fold = FOLD(fold)
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
     if checkpoints and len(checkpoints) != len(models):

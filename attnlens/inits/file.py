@@ -80,13 +80,13 @@ def init_file(
     built = build(model, seed, model_args or {})
     report, params = None, params_record(options.get("params"))
     if chosen.name != "default":
-        report = init_(built.module, init, seed=seed, **options)
+        report = init_(built.module, chosen.name, seed=seed, **options)
     elif options:
         raise UsageError("initialiser 'default' has no options")
     if params != params_record(options.get("params")):
         raise ParamsError(f"{options['params']} changed while it was read: run again when nothing writes it")
     record = {
-        "init": init,
+        "init": chosen.name,
         "seed": seed,
         "options": {name: describe_option(value) for name, value in options.items()},
         "params": params,

@@ -16,6 +16,7 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.depthwise.read_write import read_filters
 from attnlens.models.architecture import Architecture
+from attnlens.vocabulary import layer_index
 
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
 StrPath = str | os.PathLike[str]
@@ -99,9 +100,8 @@ class OpenedModel:
         if specs and not known:
             raise UsageError(unknown_norms(self))
         readable = {layer for layer, _ in known} | set(range(len(self.architecture.filters)) if or_filters else ())
-        wrong = [layer for layer in layers or () if layer not in readable]
-        if wrong:
-            raise UsageError(f"layer {wrong[0]} of {self.name} cannot be read: choose from {sorted(readable)}")
+        for layer in layers or ():
+            layer_index(layer, readable, f"of {self.name} cannot be read")
         return tuple(pair for pair in known if layers is None or pair[0] in layers)
 
 

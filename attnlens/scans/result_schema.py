@@ -13,7 +13,7 @@ from attnlens.scans.worker import group_of
 _Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Word = Annotated[str, Field(pattern=r"^[\w.+-]{1,200}$")]
 _Span = Annotated[str, Field(pattern=r"^\d{1,9}(-\d{1,9})?$")]
-_Fold = Literal["raw", "effective", "centred"]
+_Fold = Literal["raw", "effective", "centred", "balanced"]
 _Number = float | None
 _Depth = Annotated[float, Field(ge=0, le=1)]
 _Row = tuple[_Count, _Depth, Literal["qk", "ov"], _Fold, _Number, _Number, _Number, _Number, _Number]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.circuits import FOLDS, Fold, parse_folds
+from attnlens.circuits import FOLDS, Fold
 from attnlens.errors import UsageError
 from attnlens.provenance import run_provenance
 from attnlens.scans.executors import Executor, WorkerLostError
@@ -20,6 +20,7 @@ from attnlens.scans.plan import Job, plan_scan
 from attnlens.scans.store import Store
 from attnlens.scans.tables import Result, model_rows
 from attnlens.scans.worker import Settings, failed
+from attnlens.vocabulary import FOLD, FOLD_CHOICE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,10 @@ class Scan:
         """Draw the landscape: every model's beta / alpha by relative depth, QK and OV."""
         from attnlens.scans.landscape import draw_landscape
 
-        chosen: Fold = fold or ("effective" if "effective" in self.folds else (self.folds or FOLDS)[0])
+        usual: Fold = "effective" if "effective" in self.folds else (self.folds or FOLDS)[0]
+        chosen: Fold = usual if fold is None else FOLD(fold)
+        if self.folds and chosen not in self.folds:
+            raise UsageError(f"fold {chosen!r} was not measured: choose from {', '.join(self.folds)}")
         return draw_landscape(self.results, chosen)
 
 
@@ -88,7 +92,7 @@ def scan(
     whatever way, the same call goes on where it was. Raises `UsageError` or `ModelNotFoundError` for patterns that
     match nothing, before anything is measured.
     """
-    parse_folds(fold)
+    fold = FOLD_CHOICE(fold)
     if offline and remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     if workers is not None and workers < 1:

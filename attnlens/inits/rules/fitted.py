@@ -41,9 +41,9 @@ def fitted(
     file = load_params(params)
     if file.fold not in ("raw", "effective"):
         raise UsageError(f"the parameters are of {file.fold} products: fit again with fold='raw' or 'effective'")
-    choose("ov", ov, ("layer", "head"))
-    choose("columns", columns, ("svd", "shuffled"))
-    choose("noise", noise, ("normal", "uniform"))
+    ov = choose("ov", ov, ("layer", "head"))
+    columns = choose("columns", columns, ("svd", "shuffled"))
+    noise = choose("noise", noise, ("normal", "uniform"))
     by_layer = {request.layer: request for request in file.requests(network.architecture)}
 
     def plan(layer: Layer) -> Plan:
