@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import IO, NamedTuple
 
 from attnlens.errors import OutputError
+from attnlens.words import counted
 
 try:
     import fcntl
@@ -40,6 +42,20 @@ def write_atomic(path: str | Path, write: Write) -> Path:
 def write_text_atomic(path: str | Path, text: str) -> Path:
     """Write ``text`` as UTF-8 through `write_atomic`."""
     return write_atomic(path, lambda file: file.write(text.encode()))
+
+
+_WRITTEN: Counter[Path] = Counter()
+"""Files that this process has given their names, by folder: what Ctrl-C leaves behind."""
+
+
+def what_was_written() -> str:
+    """Say what files this process has written so far, each of them whole."""
+    folders = [str(folder) for folder in _WRITTEN if folder.is_dir()]
+    number = _WRITTEN.total()
+    if not folders:
+        return "no file was written"
+    where = ", ".join(folders[:3]) + (f" and {counted(len(folders) - 3, 'more folder')}" if len(folders) > 3 else "")
+    return f"{counted(number, 'file')} {'is' if number == 1 else 'are'} written whole, in {where}; none is half-written"
 
 
 class _Staged(NamedTuple):
@@ -115,6 +131,7 @@ class FileSet:
                 with _explained(path):
                     temporary.chmod(0o666 & ~_umask())
                     temporary.replace(path)
+                _WRITTEN[path.parent] += 1
         for folder in folders:
             with _explained(folder):
                 _sync_folder(folder)

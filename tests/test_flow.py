@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     *(
         "printable",
+        "words",
         "errors",
         "vocabulary",
         "provenance",

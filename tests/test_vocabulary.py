@@ -58,10 +58,10 @@ def test_folds_of_other_case_are_not_another_fold(seen):
 
 
 DOORS = {
-    "inspect fold": (lambda s: attnlens.inspect(fold="eff"), "raw, effective, centred, balanced, both, all"),
-    "inspect include": (lambda s: attnlens.inspect(include="chanel"), "did you mean channel"),
-    "inspect layers": (lambda s: attnlens.inspect(layers=[-1]), "layer -1 is no index"),
-    "inspect layers text": (lambda s: attnlens.inspect(layers="3-1"), "give indices and ranges, e.g. 0-3,11"),
+    "inspect fold": (lambda _: attnlens.inspect(fold="eff"), "raw, effective, centred, balanced, both, all"),
+    "inspect include": (lambda _: attnlens.inspect(include="chanel"), "did you mean channel"),
+    "inspect layers": (lambda _: attnlens.inspect(layers=[-1]), "layer -1 is no index"),
+    "inspect layers text": (lambda _: attnlens.inspect(layers="3-1"), "give indices and ranges, e.g. 0-3,11"),
     "circuits fold": (lambda s: s.seen.circuits(0, fold="eff"), "choose raw, effective, centred, balanced"),
     "circuits circuit": (lambda s: s.seen.circuits(0, circuit="kq"), "choose qk, ov"),
     "circuits head": (lambda s: s.seen.circuits(0, head=3), "head 3 of layer 0 does not exist: choose 0 to 2"),
@@ -78,17 +78,17 @@ DOORS = {
     "select column": (lambda s: s.seen.stats.select(circ="ov"), "column 'circ' is not known"),
     "column": (lambda s: s.seen.stats.column("betta"), "did you mean beta"),
     "column of words": (lambda s: s.seen.stats.column("circuit"), "holds words, no numbers"),
-    "fit fold": (lambda s: attnlens.fit_params(fold="eff"), "choose raw"),
-    "fit per": (lambda s: attnlens.fit_params(per="heads"), r"did you mean head\?\): choose head, layer, model"),
-    "fit level": (lambda s: attnlens.fit_params(level=95), "95 % is 0.95"),
-    "fit shrinkage": (lambda s: attnlens.fit_params(shrinkage="lw"), "choose ledoit-wolf, oas, none"),
+    "fit fold": (lambda _: attnlens.fit_params(fold="eff"), "choose raw"),
+    "fit per": (lambda _: attnlens.fit_params(per="heads"), r"did you mean head\?\): choose head, layer, model"),
+    "fit level": (lambda _: attnlens.fit_params(level=95), "95 % is 0.95"),
+    "fit shrinkage": (lambda _: attnlens.fit_params(shrinkage="lw"), "choose ledoit-wolf, oas, none"),
     "params circuit": (lambda s: s.params.select("vo", "each"), "choose qk, ov"),
     "params head": (lambda s: s.params.select("ov", "every"), "choose each, all"),
     "params fold": (lambda s: s.params.select("ov", "all", fold="eff"), "choose raw"),
-    "compare": (lambda s: attnlens.compare(None, None, fold="both"), "choose raw, effective, centred, balanced"),
-    "compose fold": (lambda s: attnlens.compose(fold="eff"), "choose raw"),
-    "compose layers": (lambda s: attnlens.compose(layers=[0, True]), "layer True is no index"),
-    "initialiser": (lambda s: attnlens.create_model("vit_tiny_patch16_224", "mimetik", depth=1), "mimetic"),
+    "compare": (lambda _: attnlens.compare(None, None, fold="both"), "choose raw, effective, centred, balanced"),
+    "compose fold": (lambda _: attnlens.compose(fold="eff"), "choose raw"),
+    "compose layers": (lambda _: attnlens.compose(layers=[0, True]), "layer True is no index"),
+    "initialiser": (lambda _: attnlens.create_model("vit_tiny_patch16_224", "mimetik", depth=1), "mimetic"),
 }
 
 
@@ -148,5 +148,5 @@ def test_the_words_are_the_types():
         SHRINKAGE: Estimator,
     }
     assert {words.name: words.words for words in types} == {words.name: get_args(of) for words, of in types.items()}
-    assert circuits.FOLDS == FOLD.words
+    assert FOLD.words == circuits.FOLDS
     assert set(ON_REQUEST.words) == set(OPT_IN)

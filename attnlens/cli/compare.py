@@ -12,11 +12,10 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_distance_table
-from attnlens.cli.tables import escape, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from attnlens.fit.comparison import Comparison
 
 
@@ -51,9 +50,9 @@ def compare(
         distances = {"distances": comparison.distances, "filter_distances": comparison.filter_distances}
         write_stdout(json.dumps({"fold": fold, "models": comparison.models, **distances}, indent=1))
     if comparison.distances and not json_:
-        print_wide(distance_table(comparison))
+        print_sheet(distance_table(comparison))
     if comparison.filter_distances and not json_:
-        print_wide(filter_distance_table(comparison))
+        print_sheet(filter_distance_table(comparison))
     from attnlens.figures import save_figures
 
     folder = options.figure_folder(figures, *comparison.models)
@@ -62,23 +61,15 @@ def compare(
     note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 
 
-def distance_table(comparison: Comparison) -> Table:
+def distance_table(comparison: Comparison) -> Sheet:
     """Build the table of distances between each pair of models."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=f"Distance between {comparison.fold} structures",
+    table = Sheet(
+        title=f"[bold]Distance between {comparison.fold} structures[/bold]",
         caption="identity: rms over depth of the difference in identity cosine / bound, 0 to 2\n"
         "noise: the same of log10 alpha",
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
     )
-    for name in ("first", "second", "circuit", "identity", "noise"):
-        table.add_column(name, justify="right" if name in ("identity", "noise") else "left")
+    table.label("first", "second", "circuit", key=True)
+    table.number("identity", "noise")
     for row in comparison.distances:
         noise = "" if row["log_alpha"] is None else f"{row['log_alpha']:.3f}"
         table.add_row(

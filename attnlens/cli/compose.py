@@ -10,11 +10,11 @@ import typer
 import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
-from attnlens.cli.tables import escape, plain_table, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.table import Table
 
     from attnlens.composition import Composed, Composition
 
@@ -67,26 +67,27 @@ def compose(
     if json_:
         write_stdout(json.dumps(composition.to_json()))
     else:
-        print_wide(strongest_table(composition, top))
+        print_sheet(strongest_table(composition, top))
     from attnlens.figures import save_figures
 
     save_figures(composition.figures(), folder, format_, dpi)
     note(f"wrote composition.csv, composition.json and figures ({composition.fold}, {format_}) to {folder}")
 
 
-def strongest_table(composition: Composition, top: int) -> Table:
+def strongest_table(composition: Composition, top: int) -> Sheet:
     """Build the table: for each kind the pairs of the largest score over baseline, and the median over all pairs."""
     import numpy as np
 
     from attnlens.composition import KINDS
 
-    table = plain_table(
+    table = Sheet(
         title=f"[bold]{escape(composition.model)}[/bold]: composition of heads, {composition.fold}",
         caption="score over the baseline 1/√d of unrelated directions; heads are layer.head\n"
         "deviation: squared score less 1/d, in standard deviations of random rotations",
     )
-    for name in ("kind", "writes", "reads", "score", "÷ baseline", "deviation"):
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    table.label("kind", key=True)
+    table.number("writes", "reads", key=True)
+    table.number("score", "÷ baseline", "deviation")
     for kind in KINDS:
         ratios, pairs, deviations = _pairs(composition, kind)
         for rank in np.argsort(-ratios, kind="stable")[:top]:

@@ -10,7 +10,7 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
-from attnlens.cli.tables import layer_table, print_wide
+from attnlens.cli.tables import layer_table, print_sheet
 
 if TYPE_CHECKING:
     from attnlens.circuits import Fold
@@ -93,9 +93,9 @@ def inspect(
 def print_tables(inspection: Inspection, fold: Fold) -> None:
     """Print the table of attention, where any was read, and that of depthwise filters."""
     if inspection.specs:
-        print_wide(layer_table(inspection, fold))
+        print_sheet(layer_table(inspection, fold))
     if inspection.filters.specs:
-        print_wide(filter_table(inspection.filters, inspection.model))
+        print_sheet(filter_table(inspection.filters, inspection.model))
 
 
 def fetched(provenance: dict[str, Any]) -> str:

@@ -77,6 +77,7 @@ Remote = Annotated[
     bool, typer.Option("--remote", help="Fetch only the attention tensors of a safetensors file on the hub.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 
 ModelFolder = Annotated[

@@ -10,11 +10,10 @@ import typer
 
 from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked, write_stdout
-from attnlens.cli.tables import escape, plain_table, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from attnlens.heads import Array
     from attnlens.signal.propagation import Propagation
 
@@ -96,23 +95,23 @@ def signal(
     if json_:
         write_stdout(text)
     else:
-        print_wide(signal_table(propagation))
+        print_sheet(signal_table(propagation))
     note(f"wrote signal.csv, signal.json and signal.{format_} to {folder}")
 
 
-def signal_table(propagation: Propagation) -> Table:
+def signal_table(propagation: Propagation) -> Sheet:
     """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
     from attnlens.signal.figure import describe
 
-    table = plain_table(
+    table = Sheet(
         title=f"[bold]{escape(propagation.model)}[/bold]: mean cosine of two tokens behind a block",
         caption=f"{describe(propagation)[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to "
-        "theory; by chance: expected of\nrandom coordinates; entries: mean square of the tokens behind the last block",
+        "theory; by chance: expected of random coordinates; entries: mean square of the tokens behind the last block",
     )
     layers = sorted({0, round(propagation.depth / 4), round(propagation.depth / 2), propagation.depth})
-    names = ["arm", *(f"block {layer}" if layer else "input" for layer in layers)]
-    for name in (*names, "theory", "error", "by chance", "entries"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    table.label("arm", key=True)
+    table.number(*(f"block {layer}" if layer else "input" for layer in layers))
+    table.number("theory", "error", "by chance", "entries", group=1)
     for arm in propagation.arms:
         cosine, error = propagation.curve(arm, "cosine"), propagation.curve(arm, "kernel_error")[:, -1].mean()
         theory, chance = (propagation.curve(arm, name)[0, -1] for name in ("theory_cosine", "theory_error"))

@@ -11,7 +11,7 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, note, write_stdout
+from attnlens.cli.console import command_line, is_quiet, note, write_stdout
 from attnlens.errors import UsageError
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
@@ -175,6 +175,7 @@ def train_compare(
         save_weights=save_weights,
         command=command,
         output=output,
+        quiet=is_quiet(),
     )
     if os.environ.get("RANK", "0") == "0":
         write_stdout(comparison.report)
