@@ -70,14 +70,17 @@ class _Staged(NamedTuple):
 class FileSet:
     """Files that belong together: a context in which `write` prepares each, and whose end gives all their names.
 
+    ``check`` is asked beforehand whether a path may be written, as `outputs.Outputs.check`.
+
     Every file is whole and on disk before the first one takes its place, so whatever fails in between (a full disk, an
     error, Ctrl-C) leaves all the old ones. The names are given in the order of writing under a lock on the folders: of
     two processes that write the same set, one gives all its names first. Only a kill between two of these renames can
     leave a mixture, of whole files.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[Path], object] | None = None) -> None:
         self._staged: list[_Staged] = []
+        self._check = check
 
     def __enter__(self) -> FileSet:
         return self
@@ -97,6 +100,8 @@ class FileSet:
     def write(self, path: str | Path, write: Write) -> Path:
         """Prepare ``path``: call ``write(file)`` on a temporary file beside it and flush that to disk."""
         path = Path(path)
+        if self._check is not None:
+            self._check(path)
         with _explained(path):
             target = _target(path)
             _make_folder(target.parent)

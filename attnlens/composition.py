@@ -9,14 +9,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import FileSet
 from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array
@@ -248,12 +250,20 @@ def compose(
     )
 
 
-def save_composition(found: Composition, folder: str | os.PathLike[str], command: str) -> None:
-    """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``, each atomically."""
+def save_composition(
+    found: Composition, folder: str | os.PathLike[str], command: str, files: FileSet | None = None
+) -> None:
+    """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``.
+
+    They join ``files``, such as the figures of the same run, or make a set of their own.
+    """
     data = found.to_json()
     data["provenance"] = {**data["provenance"], "command": command}
-    found.stats.to_csv(Path(folder) / "composition.csv")
-    write_text_atomic(Path(folder) / "composition.json", json.dumps(data) + "\n")
+    texts = {"composition.csv": found.stats.to_csv(), "composition.json": json.dumps(data) + "\n"}
+    with ExitStack() as stack:
+        files = files or stack.enter_context(FileSet())
+        for name, text in texts.items():
+            files.write(Path(folder) / name, methodcaller("write", text.encode()))
 
 
 class _Work:

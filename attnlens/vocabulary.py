@@ -113,12 +113,12 @@ def head_index(value: Any, count: int, layer: int) -> int:
     return head
 
 
-def layer_choice(layers: Any) -> list[int] | None:
+def layer_choice(layers: Any, name: str = "layers") -> list[int] | None:
     """Return the layers asked for: an index, several, or text as ``0-3,11``; None, all of them, stays None."""
     if layers is None:
         return None
     if isinstance(layers, str):
-        return _parsed(layers)
+        return _parsed(layers, name)
     if isinstance(layers, Iterable):
         return [index("layer", layer) for layer in layers]
     return [index("layer", layers)]
@@ -138,12 +138,12 @@ def column(name: Any, columns: Sequence[str]) -> str:
     return str(Vocabulary("column", tuple(columns))(name))
 
 
-def _parsed(text: str) -> list[int]:
+def _parsed(text: str, name: str) -> list[int]:
     layers: list[int] = []
     for piece in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise UsageError(f"layers {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
+            raise UsageError(f"{name} {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return layers
 

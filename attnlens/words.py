@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import PurePath
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
@@ -19,3 +21,23 @@ def p_text(value: float, digits: int = 3) -> str:
     if round(value, digits) >= 1:
         return "1" if value == 1 else f"> {1 - 10**-digits:.{digits}f}".replace("0.", ".")
     return f"{value:.{digits}f}".removeprefix("0")
+
+
+def told_apart(names: Sequence[str], paths: Sequence[str | None]) -> list[str]:
+    """Return names that differ: those that occur twice by the folders their paths differ in, else by a number."""
+    found = list(names)
+    for name in dict.fromkeys(names):
+        places = [place for place, other in enumerate(names) if other == name]
+        if len(places) > 1:
+            for place, new in zip(places, _by_folders(name, [paths[place] for place in places]), strict=True):
+                found[place] = new
+    return found
+
+
+def _by_folders(name: str, paths: Sequence[str | None]) -> list[str]:
+    parts = [PurePath(path).parts if path else () for path in paths]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        tails = ["/".join(part[-depth:]) for part in parts]
+        if all(tails) and len(set(tails)) == len(tails):
+            return tails
+    return [f"{name} ({number})" for number in range(1, len(paths) + 1)]

@@ -19,6 +19,7 @@ ROOMS = (
         "atomic",
         "strict_json",
         "csv_text",
+        "outputs",
         "patterns",
         "state",
         "templates",

@@ -14,6 +14,7 @@ from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_distance_table
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     from attnlens.fit.comparison import Comparison
@@ -33,9 +34,13 @@ def compare(
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
+    outputs = Outputs.of(models, checkpoints, force=force)
+    if figures is not None:
+        outputs.folder(figures)
     comparison = attnlens.compare(
         *models,
         fold=fold,
@@ -53,11 +58,13 @@ def compare(
         print_sheet(distance_table(comparison))
     if comparison.filter_distances and not json_:
         print_sheet(filter_distance_table(comparison))
+    from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 
-    folder = options.figure_folder(figures, *comparison.models)
+    folder = options.figure_folder(figures, comparison.models, *models, *(checkpoints or ()), weights, model_args)
     drawn = comparison.figures()
-    save_figures(drawn, folder, format_, dpi)
+    with FileSet(outputs.check) as files:
+        save_figures(drawn, folder, format_, dpi, into=files.write)
     note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 
 

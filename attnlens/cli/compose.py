@@ -12,6 +12,7 @@ from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,7 @@ def compose(
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
@@ -44,6 +46,9 @@ def compose(
     from attnlens.inspection import UNSAID
     from attnlens.layouts.flags import FLAGS
 
+    outputs = Outputs.of(model, checkpoint, force=force)
+    if output is not None:
+        outputs.folder(output, ("composition.csv", "composition.json"))
     composition = attnlens.compose(
         model,
         checkpoint,
@@ -62,15 +67,17 @@ def compose(
     ):
         flagged = [layer for layer, flags in composition.leaves_out.items() if flag in flags]
         note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
-    folder = options.figure_folder(output, composition.model)
-    save_composition(composition, folder, command_line())
+    from attnlens.atomic import FileSet
+    from attnlens.figures import save_figures
+
+    folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
+    with FileSet(outputs.check) as files:
+        save_composition(composition, folder, command_line(), files)
+        save_figures(composition.figures(), folder, format_, dpi, into=files.write)
     if json_:
         write_stdout(json.dumps(composition.to_json()))
     else:
         print_sheet(strongest_table(composition, top))
-    from attnlens.figures import save_figures
-
-    save_figures(composition.figures(), folder, format_, dpi)
     note(f"wrote composition.csv, composition.json and figures ({composition.fold}, {format_}) to {folder}")
 
 

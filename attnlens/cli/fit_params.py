@@ -13,6 +13,7 @@ from attnlens.cli.console import command_line, format_layers, note, tracked, wri
 from attnlens.cli.filter_tables import fit_filter_table
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,11 +60,16 @@ def fit_params(
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Fit alpha and beta with intervals and verdicts, and write the parameter file that drives an initialiser."""
     from attnlens.atomic import FileSet
 
+    outputs = Outputs.of(models, checkpoint, force=force)
+    outputs.file(output, ".json")
+    if figures is not None:
+        outputs.folder(figures)
     params = attnlens.fit_params(
         *(models or []),
         checkpoint=checkpoint,
@@ -86,8 +92,9 @@ def fit_params(
             note(f"{source.model}: {message}")
     from attnlens.figures import save_figures
 
-    folder = options.figure_folder(figures, *(source.model for source in params.sources))
-    with FileSet() as files:
+    names = [source.model for source in params.sources]
+    folder = options.figure_folder(figures, names, *(models or ()), checkpoint, weights, model_args)
+    with FileSet(outputs.check) as files:
         save_figures(params.figures(), folder, format_, dpi, into=files.write)
         files.write(output, lambda file: file.write(params.to_json().encode()))
     if json_:

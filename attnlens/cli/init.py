@@ -24,6 +24,7 @@ def init(
     model_args: options.ModelArgs = None,
     seed: Annotated[int, typer.Option(min=0, help="Use this seed for every draw, timm's own included.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this file.")] = Path("model.safetensors"),
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Write the weights of a new network whose attention or filters start from an initialiser, mimetic by default."""
@@ -32,7 +33,9 @@ def init(
     name, given = choose_initialiser(init, params, pairs)
     name = name or "mimetic"
     arguments = options.parse_model_args(model_args)
-    report = init_file(model, output, init=name, seed=seed, model_args=arguments, command=command_line(), **given)
+    report = init_file(
+        model, output, init=name, seed=seed, model_args=arguments, command=command_line(), force=force, **given
+    )
     if json_:
         write_stdout(json.dumps({"init": name, "seed": seed} if report is None else report.to_json(), indent=1))
     else:

@@ -11,6 +11,7 @@ from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
 from attnlens.cli.tables import layer_table, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     from attnlens.circuits import Fold
@@ -42,6 +43,7 @@ def inspect(
     crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Fit every head's QK and OV circuit to alpha * noise + beta * identity: table, CSV, JSON and figures.
@@ -54,6 +56,9 @@ def inspect(
     from attnlens.atomic import FileSet
     from attnlens.inspection import save_inspection
 
+    outputs = Outputs.of(model, checkpoint, force=force)
+    if output is not None:
+        outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
     Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
     inspection = attnlens.inspect(
         model,
@@ -74,11 +79,11 @@ def inspect(
         note(fetched(inspection.provenance))
     for message in caveats(inspection):
         note(message)
-    folder = options.figure_folder(output, inspection.model)
+    folder = options.figure_folder(output, [inspection.model], model, checkpoint, weights, model_args)
     shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
     from attnlens.figures import save_figures
 
-    with FileSet() as files:
+    with FileSet(outputs.check) as files:
         save_figures(inspection.figures(shown, crop), folder, format_, dpi, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()

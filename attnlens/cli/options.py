@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from attnlens.errors import UsageError
+from attnlens.outputs import model_identity, named_folder
+from attnlens.vocabulary import layer_choice
 
 Folds = Annotated[
     Literal["raw", "effective", "centred", "balanced", "both", "all"],
@@ -78,6 +80,9 @@ Remote = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace files that attnlens did not write. Inputs are never replaced.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 
 ModelFolder = Annotated[
@@ -110,22 +115,17 @@ InitOptions = Annotated[
 ]
 
 
-def figure_folder(given: Path | None, *models: str) -> Path:
-    """Return the folder given, or figures/<models> with every character that is awkward in a path replaced."""
-    return given or Path("figures") / re.sub(r"[^\w.+-]+", "_", "+".join(models))
+def figure_folder(given: Path | None, models: Sequence[str], *identity: Any) -> Path:
+    """Return the folder given, or figures/<models>, which is never that of others of the same names.
+
+    ``identity`` is what was typed of the models: names, files, arguments.
+    """
+    return given or named_folder(Path("figures"), models, model_identity(*identity))
 
 
 def parse_layers(text: str | None) -> list[int] | None:
     """Parse ``0-3,11`` into layer indices; None stays None."""
-    if text is None:
-        return None
-    layers: list[int] = []
-    for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise UsageError(f"--layers {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return layers
+    return layer_choice(text, "--layers")
 
 
 def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def report(
     offline: options.Offline = False,
     remote: options.Remote = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this HTML file.")] = Path("report.html"),
+    force: options.Force = False,
 ) -> None:
     """Write one self-contained HTML page about a model: every head's fit, verdict, heatmaps and spectra, by depth."""
     from attnlens.reports import report as write_report
@@ -38,6 +39,7 @@ def report(
         model,
         checkpoint,
         output=output,
+        force=force,
         compare=compare or [],
         train=train,
         fold=fold,

@@ -13,6 +13,7 @@ from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.errors import AttnlensError
+from attnlens.outputs import Outputs
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def scan(
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
@@ -77,6 +79,7 @@ def scan(
             retry_failed=retry_failed,
             offline=offline,
             remote=remote,
+            force=force,
             command=command_line(),
             progress=tracked("models"),
         )
@@ -92,9 +95,11 @@ def scan(
         write_stdout((output / "scan.json").read_text())
     else:
         print_sheet(model_table(scanned, shown))
+    from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 
-    save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi)
+    with FileSet(Outputs(force=force).check) as files:
+        save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi, into=files.write)
     for name, error in scanned.failed.items():
         note(f"failed: {name}: {error}")
     read = len(scanned.results) - len(scanned.failed)

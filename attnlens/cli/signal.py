@@ -12,6 +12,7 @@ from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     from attnlens.heads import Array
@@ -59,6 +60,7 @@ def signal(
     output: options.ModelFolder = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Measure how alike random tokens become by depth before training, beside theory: table, CSV, JSON and a figure."""
@@ -71,6 +73,9 @@ def signal(
     from attnlens.signal.figure import draw_signal
     from attnlens.signal.propagation import propagate
 
+    outputs = Outputs.of(model, force=force)
+    if output is not None:
+        outputs.folder(output, ("signal.csv", "signal.json"))
     propagation = propagate(
         model,
         ARMS if arms is None else options.split_words(arms),
@@ -85,10 +90,15 @@ def signal(
         options=options.parse_pairs("--option", pairs),
         progress=tracked("networks"),
     )
-    folder = options.figure_folder(output, propagation.model)
-    record = {**propagation.to_json(), "provenance": {**run_provenance(), "command": command_line()}}
+    folder = options.figure_folder(output, [propagation.model], model)
+    record = {
+        "schema": "attnlens.signal",
+        "schema_version": 1,
+        **propagation.to_json(),
+        "provenance": {**run_provenance(), "command": command_line()},
+    }
     text = json.dumps(record, indent=1)
-    with FileSet() as files:
+    with FileSet(outputs.check) as files:
         save_figures({"signal": draw_signal(propagation)}, folder, format_, dpi, into=files.write)
         files.write(folder / "signal.csv", methodcaller("write", propagation.table.to_csv().encode()))
         files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))

@@ -137,6 +137,7 @@ def train_compare(
         Path | None,
         typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
     ] = None,
+    force: options.Force = False,
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
     command = command_line()
@@ -175,6 +176,7 @@ def train_compare(
         save_weights=save_weights,
         command=command,
         output=output,
+        force=force,
         quiet=is_quiet(),
     )
     if os.environ.get("RANK", "0") == "0":

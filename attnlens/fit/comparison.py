@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_de
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.threads import Progress
 from attnlens.vocabulary import CIRCUIT, FOLD, Vocabulary
+from attnlens.words import told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,12 +93,18 @@ def compare(
         "progress": progress,
     }
     inspections = [inspect(model, file, **how) for model, file in zip(models, files, strict=True)]
-    return compare_inspections(inspections, fold)
+    paths = [_path_of(model, file) for model, file in zip(models, files, strict=True)]
+    return compare_inspections(inspections, fold, paths)
 
 
-def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Comparison:
-    """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each."""
-    names = _distinct([inspection.model for inspection in inspections])
+def compare_inspections(
+    inspections: Sequence[Inspection], fold: Fold, paths: Sequence[str | None] | None = None
+) -> Comparison:
+    """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each.
+
+    ``paths`` tell models of one name apart.
+    """
+    names = told_apart([inspection.model for inspection in inspections], paths or [None] * len(inspections))
     named = list(zip(names, inspections, strict=True))
     kinds = (
         [bool(inspection.specs) for inspection in inspections],
@@ -156,6 +165,7 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
     return distances
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Number names that occur more than once."""
-    return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+def _path_of(model: Any, file: Any) -> str | None:
+    """Return the path a model was read from, its suffix left out; None for what is none."""
+    given = model if file is None else file
+    return os.fspath(Path(given).with_suffix("")) if isinstance(given, str | os.PathLike) else None

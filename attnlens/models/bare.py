@@ -13,7 +13,7 @@ from attnlens.models.by_tensor_names import describe_names, in_order
 from attnlens.models.named import HeadsOf, describe_lens, describe_named, lens_layers
 from attnlens.models.opened import Access, OpenedModel, Weights
 from attnlens.models.row_order import CONFIGURED
-from attnlens.models.weights import is_weight_name, parse_object, weights_in, weights_of
+from attnlens.models.weights import is_weight_name, parse_object, title_of, weights_in, weights_of
 from attnlens.strict_json import within
 
 
@@ -32,7 +32,9 @@ def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Ac
     weights = open_checkpoint(weights_in(path) if path.is_dir() else path, access.network)
     order, quantised = _config_beside(path if path.is_dir() else path.parent)
     order = access.row_order or order
-    opened = _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path), order)
+    opened = _by_names(
+        weights, num_heads, path.name if path.is_dir() else title_of(path), {"model": path.name}, str(path), order
+    )
     codes = [name for spec in opened.architecture.specs for name in spec.tensors() if _is_one_byte(opened, name)]
     if quantised and codes:
         raise CheckpointError(

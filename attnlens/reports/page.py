@@ -19,6 +19,7 @@ from attnlens.fit.entries import Entry
 from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
 from attnlens.inspection import Inspection, inspect
+from attnlens.outputs import Outputs
 from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
 from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, corner_size, draw_data
@@ -50,6 +51,7 @@ def report(
     row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
+    force: bool = False,
     command: str | None = None,
     progress: Progress = iter,
 ) -> str:
@@ -57,7 +59,8 @@ def report(
 
     Of depthwise filters every layer's statistics and verdict, covariances, spectra and profiles.
 
-    With ``output`` the page is also written to this file, whole or not at all.
+    With ``output`` the page is also written to this file, whole or not at all; with ``force`` over a file that attnlens
+    did not write.
     ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline``
     and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it,
     ``train`` an output folder of `attnlens train-compare` whose curves are shown.
@@ -70,6 +73,8 @@ def report(
     Raises what `attnlens.inspect` raises, `ResultsError` for a ``train`` folder that cannot be read, and `OutputError`
     for an ``output`` that cannot be written.
     """
+    if output is not None:
+        Outputs.of(model, checkpoint, *compare, force=force).file(output, ".html")
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
     form: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}

@@ -121,7 +121,8 @@ def _of_paths(pattern: str, paths: Sequence[Path], notes: list[str]) -> list[Job
 
 def _holds_model(folder: Path) -> bool:
     names = [path.name for path in folder.iterdir()]
-    return "config.json" in names or any(name.endswith(_WEIGHTS) for name in names)
+    weights = [name for name in names if name.endswith(_WEIGHTS)]
+    return "config.json" in names or len(weights) == 1 or any(name.endswith(INDEX_SUFFIX) for name in names)
 
 
 def _of_names(pattern: str, notes: list[str]) -> list[Job]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.circuits import FOLDS, Fold
 from attnlens.errors import UsageError
+from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
 from attnlens.scans.executors import Executor, WorkerLostError
 from attnlens.scans.local import LocalExecutor
@@ -77,6 +78,7 @@ def scan(
     retry_failed: bool = False,
     offline: bool = False,
     remote: bool = False,
+    force: bool = False,
     command: str | None = None,
     progress: Progress = iter,
 ) -> Scan:
@@ -88,6 +90,8 @@ def scan(
     ``workers`` processes (default: one a core), or on the Ray cluster at the address ``ray``, at most ``workers`` at a
     time; this process alone writes. Where a worker or node is lost its job is begun again, up to three times.
 
+    ``force`` writes over files that attnlens did not write.
+
     Writes ``models/<key>.json`` and ``.csv``, and at the end ``scan.csv``, ``layers.csv`` and ``scan.json``. Stopped in
     whatever way, the same call goes on where it was. Raises `UsageError` or `ModelNotFoundError` for patterns that
     match nothing, before anything is measured.
@@ -98,6 +102,7 @@ def scan(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is not a number of workers: give 1 or more")
     plan = plan_scan([patterns] if isinstance(patterns, str) else patterns)
+    Outputs(force=force).folder(output, ("scan.csv", "layers.csv", "scan.json"))
     settings = Settings(fold, offline, remote)
     store = Store(Path(output), settings)
     results = {job.name: store.load(job) for job in plan.jobs}
