@@ -44,7 +44,7 @@ def compose(
     """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
     from attnlens.composition import save_composition
     from attnlens.inspection import UNSAID
-    from attnlens.layouts.flags import FLAGS
+    from attnlens.layouts.flags import FLAGS, layers_by_reason
 
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
@@ -67,6 +67,8 @@ def compose(
     ):
         flagged = [layer for layer, flags in composition.leaves_out.items() if flag in flags]
         note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
+    for label, labelled in layers_by_reason((layer, [label]) for layer, label in composition.labels.items()).items():
+        note(f"{label}: layers {format_layers(labelled)}")
     from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 

@@ -80,6 +80,9 @@ Remote = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
+TableFile = Annotated[
+    Path | None, typer.Option("--table", metavar="FILE", help="Write the table to this CSV file, too.")
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace files that attnlens did not write. Inputs are never replaced.")
 ]
@@ -95,12 +98,18 @@ Figures = Annotated[
 FigureFormat = Annotated[Literal["png", "pdf", "svg"], typer.Option("--format", help="Write figures in this format.")]
 Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Draw figures with so many dots per inch.")]
 
+INITIALISERS = (
+    *("mimetic", "qk-only", "ov-only", "ov-positive", "fitted", "conv-covariance", "norm-matched", "identity"),
+    *("conditioned", "impulse", "transfer-attention", "weight-selection", "default"),
+)
+"""Names for the help, which imports no initialiser; a test holds them to the registry."""
 InitName = Annotated[
     str | None,
     typer.Option(
         "--init",
-        help="Use this initialiser; docs/inits.md lists them. Default: fitted with --params, else the one that a file "
-        "to verify names, else mimetic.",
+        metavar="NAME",
+        help=f"Use this initialiser: {', '.join(INITIALISERS)}; `attnlens init --list` says what each does. Default: "
+        "fitted with --params, else the one that a file to verify names, else mimetic.",
     ),
 ]
 ParamsFile = Annotated[
@@ -110,7 +119,7 @@ InitOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
-        help="Pass name=value to the initialiser, as often as needed; docs/inits.md lists the options.",
+        help="Pass name=value to the initialiser, as often as needed; `attnlens init --list` names the options.",
     ),
 ]
 

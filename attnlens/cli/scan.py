@@ -52,6 +52,8 @@ def scan(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Measure again what failed. Default: only what is missing.")
     ] = False,
+    num_heads: options.NumHeads = None,
+    row_order: options.RowOrder = None,
     list_: Annotated[bool, typer.Option("--list", help="Print only the models that would be measured.")] = False,
     offline: options.Offline = False,
     remote: options.Remote = False,
@@ -77,6 +79,8 @@ def scan(
             workers=workers,
             ray=ray,
             retry_failed=retry_failed,
+            num_heads=num_heads,
+            row_order=row_order,
             offline=offline,
             remote=remote,
             force=force,
@@ -100,6 +104,9 @@ def scan(
 
     with FileSet(Outputs(force=force).check) as files:
         save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi, into=files.write)
+    for name, result in scanned.results.items():
+        for label in result.get("labels", ()):
+            note(f"{name}: {label}")
     for name, error in scanned.failed.items():
         note(f"failed: {name}: {error}")
     read = len(scanned.results) - len(scanned.failed)

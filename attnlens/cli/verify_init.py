@@ -14,6 +14,7 @@ from attnlens.cli.console import format_layers, note, write_stdout
 from attnlens.cli.init import choose_initialiser
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
+from attnlens.errors import UsageError
 
 if TYPE_CHECKING:
     from attnlens.inits import Check, VerifyReport
@@ -36,6 +37,11 @@ def verify_init(
 
     A file written by `attnlens init` says itself what to compare it with.
     """
+    if model is None and checkpoint is None:
+        raise UsageError(
+            "verify-init needs a network to look at: attnlens verify-init --checkpoint FILE for a file of attnlens init, "
+            "attnlens verify-init MODEL --checkpoint FILE --init NAME for another"
+        )
     name, given = choose_initialiser(init, params, pairs)
     arguments = options.parse_model_args(model_args)
     report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, model_args=arguments, **given)

@@ -76,6 +76,8 @@ def scan(
     workers: int | None = None,
     ray: str | None = None,
     retry_failed: bool = False,
+    num_heads: int | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     force: bool = False,
@@ -88,7 +90,8 @@ def scan(
     A model whose result is there already, of the same files and fold, is not measured again; a failed one is with
     ``retry_failed``. A model that fails is recorded with its error and stops nothing. Models are measured in
     ``workers`` processes (default: one a core), or on the Ray cluster at the address ``ray``, at most ``workers`` at a
-    time; this process alone writes. Where a worker or node is lost its job is begun again, up to three times.
+    time; this process alone writes. ``num_heads`` and ``row_order`` read files of unknown architectures by their
+    tensors' names, as `inspect` does. Where a worker or node is lost its job is begun again, up to three times.
 
     ``force`` writes over files that attnlens did not write.
 
@@ -103,7 +106,7 @@ def scan(
         raise UsageError(f"--workers {workers} is not a number of workers: give 1 or more")
     plan = plan_scan([patterns] if isinstance(patterns, str) else patterns)
     Outputs(force=force).folder(output, ("scan.csv", "layers.csv", "scan.json"))
-    settings = Settings(fold, offline, remote)
+    settings = Settings(fold, offline, remote, num_heads, row_order)
     store = Store(Path(output), settings)
     results = {job.name: store.load(job) for job in plan.jobs}
     missing = [job for job in plan.jobs if _wanted(results[job.name], retry_failed)]

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from attnlens.atomic import FileSet
-from attnlens.errors import AttnlensError, UsageError
+from attnlens.errors import AttnlensError
 from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
@@ -20,6 +20,7 @@ from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display
 from attnlens.training.distributed import Spread, spread
+from attnlens.training.hardware import device_named, fixed_attention
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve
 from attnlens.training.report import LrTable, render_report
@@ -27,7 +28,7 @@ from attnlens.training.results import Summary, results_lines, summarise
 from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
-from attnlens.training.structure import source_structure
+from attnlens.training.structure import source_structure, structure_lines
 from attnlens.training.trainer import Session, run_units, unit_name
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def train_compare(
     device: str = "auto",
     stack: int | None = None,
     compiled: bool | None = None,
+    precision: str = "auto",
     workers: int | None = None,
     time_budget: float | None = None,
     resume: bool = False,
@@ -138,11 +140,12 @@ def train_compare(
     Outputs.of(params, model, checkpoint, force=force).folder(output, _RESULTS)
     control = Control(time_budget)
     with spread() as process, ExitStack() as claims:
-        on = _device(device, process)
+        on = device_named(device, process)
         data = load_data(options, cache)
         source = find_source(options, data)
         config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
+        claims.enter_context(fixed_attention(config))
         store = _store(output, config, process, claims, resume=resume)
         if process.leads and source.params is not None:
             source.params.save(output / "params.json")
@@ -289,6 +292,7 @@ def _write(
         figures["structure"] = draw_structure(summary, source_structure(source), source.name)
     texts = {
         "results.jsonl": results_lines(config, done),
+        "structure.jsonl": structure_lines(done),
         "summary.csv": summary.to_csv(),
         "report.md": report,
     }
@@ -298,18 +302,6 @@ def _write(
         save_figures(figures, output, into=files.write)
         data = json.dumps({**summary.to_json(), "files": files.hashes()}, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
-
-
-def _device(name: str, process: Spread) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name} is not known: choose cpu, cuda or auto")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device. Use --device cpu")
-    return torch.device(name, process.local_rank) if name == "cuda" else torch.device(name)
 
 
 def describe_device(device: torch.device) -> str:

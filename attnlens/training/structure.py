@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,21 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
             ):
                 fits[fold][name].append(float(f"{float(value):.6g}"))
     return fits
+
+
+def structure_line(run: str, epoch: float, structure: Structure) -> str:
+    """Return a line of ``structure.jsonl``: a run, an epoch (0: before training), and what was measured after it."""
+    return json.dumps({"run": run, "epoch": epoch, "structure": structure}) + "\n"
+
+
+def structure_lines(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the content of ``structure.jsonl`` for runs by name: a line an evaluation, tuning left out."""
+    return "".join(
+        structure_line(name, record["epoch"], record["structure"])
+        for name, lines in sorted(records.items())
+        for record in lines
+        if record.get("structure") and not record["tuning"]
+    )
 
 
 def source_structure(source: Source) -> Structure | None:
