@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,7 @@ def compare(
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    table: options.TableFile = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -43,6 +45,8 @@ def compare(
     outputs = Outputs.of(models, checkpoints, force=force)
     if figures is not None:
         outputs.folder(figures)
+    if table is not None:
+        outputs.file(table, ".csv")
     comparison = attnlens.compare(
         *models,
         fold=fold,
@@ -59,9 +63,7 @@ def compare(
         for why, layers in said.items():
             note(f"{model}: {why}: layers {format_layers(layers)}")
     if json_:
-        distances = {"distances": comparison.distances, "filter_distances": comparison.filter_distances}
-        about = {"fold": fold, "models": comparison.models, "left_out": comparison.left_out}
-        write_stdout(json.dumps({**about, **distances}, indent=1))
+        write_stdout(json.dumps(comparison.to_json(), indent=1))
     if comparison.distances and not json_:
         print_sheet(distance_table(comparison))
     if comparison.filter_distances and not json_:
@@ -73,6 +75,8 @@ def compare(
     drawn = comparison.figures()
     with FileSet(outputs.check) as files:
         save_figures(drawn, folder, format_, dpi, into=files.write)
+        if table is not None:
+            files.write(table, methodcaller("write", comparison.to_csv().encode()))
     note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 
 

@@ -37,7 +37,7 @@ def note(message: str) -> None:
     """Write one line of chatter to stderr, if anybody wants it and stderr takes it."""
     if not is_quiet():
         with suppress(OSError):
-            sys.stderr.write(f"{printable(message)}\n")
+            sys.stderr.write(f"{printable(message, keep=chr(10))}\n")
             sys.stderr.flush()
 
 

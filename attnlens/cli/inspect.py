@@ -10,7 +10,7 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
-from attnlens.cli.tables import layer_table, print_sheet
+from attnlens.cli.tables import in_words, layer_table, print_sheet
 from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -91,14 +91,25 @@ def inspect(
         write_stdout(text)
     else:
         print_tables(inspection, shown)
+    if not model and not checkpoint:
+        note(NEXT)
     drawn = f"{shown}, {format_}" if inspection.specs else format_
     note(f"wrote {', '.join(written)} and figures ({drawn}) to {folder}")
+
+
+NEXT = """This is the small ViT that attnlens ships. To go on:
+  attnlens fit-params                what of this is more than chance: intervals, p-values, a verdict each
+  attnlens inspect --fold balanced   the same without the gain of each channel
+  attnlens report                    every head on one HTML page
+  attnlens list-models vit_tiny      names to type in place of this model"""
+"""What a first run points to"""
 
 
 def print_tables(inspection: Inspection, fold: Fold) -> None:
     """Print the table of attention, where any was read, and that of depthwise filters."""
     if inspection.specs:
         print_sheet(layer_table(inspection, fold))
+        write_stdout(in_words(inspection, fold))
     if inspection.filters.specs:
         print_sheet(filter_table(inspection.filters, inspection.model))
 

@@ -65,6 +65,24 @@ def layer_table(inspection: Inspection, fold: Fold) -> Sheet:
     return table
 
 
+def in_words(inspection: Inspection, fold: Fold) -> str:
+    """Say in a sentence what the table shows: where diagonals stand out of the rest of their product, and their sign.
+
+    Out stands a mean of the diagonal that is more than one standard deviation of the off-diagonal away from 0.
+    """
+    from attnlens.statistics.table import ALL_HEADS
+
+    stats = inspection.stats.select(fold=fold)
+    sums = stats.select(circuit="ov", head=ALL_HEADS).column("diagonal_prominence")
+    heads = stats.select(circuit="qk").column("diagonal_prominence")
+    told = [
+        f"{what}: {int((values < -1).sum())} negative, {int((values > 1).sum())} positive, of {len(values)}"
+        for what, values in (("summed OV", sums), ("QK heads", heads))
+        if len(values)
+    ]
+    return f"diagonals that stand out (|prom| > 1): {'; '.join(told)}"
+
+
 def _cells(stats: StatsTable, layer: int, fold: Fold, both: bool) -> Iterator[str | Text]:
     from attnlens.statistics.table import ALL_HEADS
 

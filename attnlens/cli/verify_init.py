@@ -39,8 +39,8 @@ def verify_init(
     """
     if model is None and checkpoint is None:
         raise UsageError(
-            "verify-init needs a network to look at: attnlens verify-init --checkpoint FILE for a file of attnlens init, "
-            "attnlens verify-init MODEL --checkpoint FILE --init NAME for another"
+            "verify-init needs a network to look at: give --checkpoint FILE for a file that attnlens init wrote, MODEL "
+            "--checkpoint FILE --init NAME for another"
         )
     name, given = choose_initialiser(init, params, pairs)
     arguments = options.parse_model_args(model_args)

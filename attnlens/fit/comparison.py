@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnlens.circuits import Fold, Kind
+from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.comparison import FilterProfile, filter_distances, filter_profiles
 from attnlens.inspection import Inspection, inspect
@@ -28,6 +29,9 @@ STATISTICS = ("alpha", "beta", "identity_share")
 STATISTIC = Vocabulary("statistic", STATISTICS)
 PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 """What is compared: QK as the mean over a layer's heads, OV as the layer's sum."""
+
+
+_COLUMNS = ("first", "second", "circuit", "identity_share", "log_alpha", "shares", "effective_rank")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,21 @@ class Comparison:
         """Return one statistic's profile of every model."""
         circuit, statistic = CIRCUIT(circuit), STATISTIC(statistic)
         return [p for p in self.profiles if (p.circuit, p.statistic) == (circuit, statistic)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return models and distances as JSON-ready data."""
+        about = {"schema": "attnlens.comparison", "schema_version": 1, "fold": self.fold, "models": list(self.models)}
+        return {
+            **about,
+            "left_out": self.left_out,
+            "distances": self.distances,
+            "filter_distances": self.filter_distances,
+        }
+
+    def to_csv(self) -> str:
+        """Return the distances as CSV: a row a pair and circuit; of depthwise filters the circuit is ``filters``."""
+        rows = [*self.distances, *({"circuit": "filters", **row} for row in self.filter_distances)]
+        return csv_text(_COLUMNS, ([row.get(name) for name in _COLUMNS] for row in rows))
 
     def figures(self) -> dict[str, Figure]:
         """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side."""
