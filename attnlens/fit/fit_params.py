@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
+from attnlens.vocabulary import FOLD, PER, SHRINKAGE, coverage
 
 if TYPE_CHECKING:
     import os
@@ -69,8 +70,7 @@ def fit_params(
 
     Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
     """
-    if shrinkage not in get_args(Estimator):
-        raise UsageError(f"shrinkage = {shrinkage!r} is not known: choose {', '.join(get_args(Estimator))}")
+    per, fold, level, shrinkage = PER(per), FOLD(fold), coverage(level), SHRINKAGE(shrinkage)
     if checkpoint is not None and len(models) > 1:
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)

@@ -167,8 +167,8 @@ def stored_config(folder: Path) -> dict[str, Any] | None:
         data = parse_json(read_state(path))
     except (OSError, ValueError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): choose another --output") from error
-    if not isinstance(data, dict):
-        raise ResumeError(f"{path} is no configuration: choose another --output")
+    if not isinstance(data, dict) or "dataset" not in data:
+        raise ResumeError(f"{path} is no configuration of a comparison: choose another --output")
     return data
 
 
