@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for type checkers; a test holds these names to `_PUBLIC`
     from attnlens.signal.propagation import Propagation as Propagation
     from attnlens.signal.propagation import propagate as propagate
     from attnlens.statistics.table import StatsTable as StatsTable
+    from attnlens.training import StructureTracker as StructureTracker
     from attnlens.training import TrainComparison as TrainComparison
     from attnlens.training import train_compare as train_compare
 
@@ -48,7 +49,7 @@ _PUBLIC = {
     "signal": ("RewireReport", "rewire_"),
     "signal.propagation": ("Propagation", "propagate"),
     "statistics.table": ("StatsTable",),
-    "training": ("TrainComparison", "train_compare"),
+    "training": ("StructureTracker", "TrainComparison", "train_compare"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604  # each is text

@@ -1,5 +1,6 @@
 """Training the same network from several initialisations under the same conditions, and what the runs allow to say."""
 
 from attnlens.training.comparison import TrainComparison, train_compare
+from attnlens.training.tracking import StructureTracker
 
-__all__ = ["TrainComparison", "train_compare"]
+__all__ = ["StructureTracker", "TrainComparison", "train_compare"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -38,7 +38,8 @@ def draw_curves(summary: Summary) -> Figure:
         axes = style.add_axes(figure, 70, heading.height + 10, 480, 350)
         axes.axhline(scale * target, color=style.RULE, linewidth=0.8, linestyle="--", zorder=0)
         for index, (arm, curves) in enumerate(summary.curves.items()):
-            epochs, values = curve_matrix(list(curves.values()))
+            diverged = {seed for name, seed, _ in summary.diverged if name == arm}
+            epochs, values = curve_matrix([curve for seed, curve in curves.items() if seed not in diverged])
             if not len(epochs):
                 continue
             how = line_style(index)
@@ -50,13 +51,20 @@ def draw_curves(summary: Summary) -> Figure:
                 alpha=0.15,
                 linewidth=0,
             )
-            axes.plot(epochs, scale * np.nanmean(values, 0), label=f"{arm} (n = {len(curves)})", linewidth=1.3, **how)
+            axes.plot(epochs, scale * np.nanmean(values, 0), label=_counted(summary, arm), linewidth=1.3, **how)
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{metric.title}, %" if metric.share else metric.title)
-        _epoch_axis(axes, summary)
+        _epoch_axis(axes, summary.config.recipe.epochs)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return figure
+
+
+def _counted(summary: Summary, arm: str) -> str:
+    """Name an arm with the number of its runs that finished, and of those that are under way."""
+    finished, diverged = len(summary.finished[arm]), sum(name == arm for name, _, _ in summary.diverged)
+    going = len(summary.curves[arm]) - finished - diverged
+    return f"{arm} (n = {finished}{f', {going} not finished' * bool(going)})"
 
 
 def curve_matrix(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[Array, Array]:
@@ -71,29 +79,44 @@ def curve_matrix(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[Array
 
 def draw_structure(summary: Summary, pretrained: Structure | None, source: str, fold: str = "effective") -> Figure:
     """Draw alpha and beta of each arm, mean over layers and seeds, against the epoch; a source's mean as a rule."""
+    runs = {
+        arm: [[(float(e), fits) for e, fits in lines] for lines in s.values()] for arm, s in summary.structure.items()
+    }
+    told = f"{_title(summary)}: structure through training", _state(summary)
+    return structure_figure(*told, runs, summary.config.recipe.epochs, pretrained, source, fold)
+
+
+def structure_figure(
+    title: str,
+    state: str,
+    runs: Mapping[str, Sequence[Sequence[tuple[float, Structure]]]],
+    epochs: float,
+    pretrained: Structure | None = None,
+    source: str = "",
+    fold: str = "effective",
+) -> Figure:
+    """Draw alpha and beta, mean over layers and runs, by a name for each group of ``runs``, against the epoch."""
     with style.look():
         heading = style.Heading(WIDTH)
-        heading.add(f"{_title(summary)}: structure through training", 10, weight="bold")
+        heading.add(title, 10, weight="bold")
         dotted = "" if pretrained is None else f"; dotted: the pre-trained {source}"
         heading.add(
             f"{fold} products, M ≈ α Z + β I: mean over layers (QK: and heads; OV: summed over heads) and seeds, band "
-            f"over seeds{dotted}. {_state(summary)}",
+            f"over seeds{dotted}. {state}",
             8,
         )
         top = heading.height + 10
-        figure = style.new_figure(WIDTH, top + 620 + 20 * (len(summary.structure) // 4))
+        figure = style.new_figure(WIDTH, top + 620 + 20 * (len(runs) // 4))
         heading.write(figure)
-        panels = {}
         for index, (name, label) in enumerate(QUANTITIES.items()):
             left, row = 70 + 435 * (index % 2), index // 2
             axes = style.add_axes(figure, left, top + 260 * row + 20, 350, 195)
             axes.set_title(label, loc="left")
-            _draw_quantity(axes, summary, pretrained, name, fold)
+            _draw_quantity(axes, runs, pretrained, name, fold)
+            _epoch_axis(axes, epochs)
             if row:
                 axes.set_xlabel("epoch")
-            panels[name] = axes
-        arms = list(summary.structure)
-        handles = [Line2D([], [], linewidth=1.3, label=arm, **line_style(index)) for index, arm in enumerate(arms)]
+        handles = [Line2D([], [], linewidth=1.3, label=arm, **line_style(index)) for index, arm in enumerate(runs)]
         if pretrained is not None:
             handles.append(
                 Line2D([], [], color=style.FAINT, linewidth=2, linestyle=(0, (1, 2)), label=f"{source}, pre-trained")
@@ -102,15 +125,20 @@ def draw_structure(summary: Summary, pretrained: Structure | None, source: str, 
     return figure
 
 
-def _draw_quantity(axes: Axes, summary: Summary, pretrained: Structure | None, name: str, fold: str) -> None:
+def _draw_quantity(
+    axes: Axes,
+    runs: Mapping[str, Sequence[Sequence[tuple[float, Structure]]]],
+    pretrained: Structure | None,
+    name: str,
+    fold: str,
+) -> None:
     if pretrained is not None and pretrained[fold][name]:
         axes.axhline(
             float(np.mean(pretrained[fold][name])), color=style.FAINT, linewidth=2, linestyle=(0, (1, 2)), zorder=5
         )
-    for index, by_seed in enumerate(summary.structure.values()):
+    for index, group in enumerate(runs.values()):
         curves = [
-            [(float(epoch), float(np.mean(fits[fold][name]))) for epoch, fits in lines if fits[fold][name]]
-            for lines in by_seed.values()
+            [(epoch, float(np.mean(fits[fold][name]))) for epoch, fits in lines if fits[fold][name]] for lines in group
         ]
         epochs, values = curve_matrix([curve for curve in curves if curve])
         if not len(epochs):
@@ -120,11 +148,10 @@ def _draw_quantity(axes: Axes, summary: Summary, pretrained: Structure | None, n
             epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=how["color"], alpha=0.15, linewidth=0
         )
         axes.plot(epochs, np.nanmean(values, 0), linewidth=1.3, **how)
-    _epoch_axis(axes, summary)
 
 
-def _epoch_axis(axes: Axes, summary: Summary) -> None:
-    axes.set_xlim(0, summary.config.recipe.epochs)
+def _epoch_axis(axes: Axes, epochs: float) -> None:
+    axes.set_xlim(0, epochs)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 

@@ -7,9 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
 from attnlens.training.config import AUGMENTATIONS, Config
+from attnlens.training.ladder import Step, ladder_of
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.results import Summary
-from attnlens.training.statistics import LEVEL, SCREENING_BELOW, Contrast, EpochsTo, GapClosed, Mean
+from attnlens.training.statistics import (
+    LEVEL,
+    SCREENING_BELOW,
+    Contrast,
+    EpochsTo,
+    GapClosed,
+    Mean,
+    smallest_sign_flip,
+)
 
 _ALPHA = 1 - LEVEL
 LrTable = Mapping[str, Mapping[float, float]]
@@ -29,6 +38,9 @@ def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
         "## Declared contrasts",
         _contrasts(summary),
     ]
+    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    if ladder:
+        parts += ["## What each step of the ladder is worth", _ladder(ladder, metric)]
     if summary.gaps:
         parts += ["## Share of the gap to the pre-trained model closed", _gaps(summary.gaps)]
     parts += [f"## Epochs to {metric.value(config.target)}", _epochs(summary.epochs, config.eval_every)]
@@ -48,18 +60,32 @@ def conclusions(summary: Summary) -> list[str]:
 
 
 def conclusion(contrast: Contrast, family: int, metric: Metric = ACCURACY, role: str = "") -> str:
-    """Say what one contrast shows: a difference, a hint, or nothing with what the interval still allows."""
+    """Say what one contrast shows: a difference, a hint, or nothing with what the interval still allows.
+
+    With few seeds it is called a direction and never a difference; without spread it has no interval to go by.
+    """
     one, n = contrast.difference, contrast.difference.n
     names = f"**{contrast.arm}** against **{contrast.other}**"
     if n < 2:
         return f"{names}: {n} pair{'s' * (n != 1)} of finished runs, too few for an interval. Nothing can be said."
     prefix = f"{names}{role}: " + (f"screening only, n = {n}. " if n < SCREENING_BELOW else "")
     shown = metric.difference
+    if math.isinf(one.low):
+        return (
+            f"{prefix}the difference was the same in every seed (n = {n}), {shown(one.mean)} {metric.unit}: without "
+            "spread there is no interval and no p-value."
+        )
     interval = f"{shown(one.mean)} {metric.unit}, {LEVEL:.0%} interval {shown(one.low)} to {shown(one.high)}"
+    word = metric.better if metric.favours(one.mean) else metric.worse
+    if n < SCREENING_BELOW:
+        alike = sum((value > 0) == (one.mean > 0) and value != 0 for value in contrast.differences)
+        return (
+            f"{prefix}{interval}; {contrast.arm} was {word} in {alike} of {n} seeds. A direction at most: no "
+            f"difference is called one under n = {SCREENING_BELOW}."
+        )
     tail = f" (n = {n}, Holm-corrected p {_equals(contrast.t_holm)}, sign-flip p {_equals(contrast.sign_flip_p)})"
     if one.low <= 0 <= one.high:
         return f"{prefix}no difference was shown: {interval}{tail}."
-    word = metric.better if metric.favours(one.mean) else metric.worse
     if contrast.t_holm < _ALPHA:
         return f"{prefix}{contrast.arm} was {word}: {interval}{tail}."
     return (
@@ -84,6 +110,9 @@ def _state(summary: Summary) -> str:
     config, ended = summary.config, sum(map(len, summary.finished.values()))
     conditions = f"{config.seeds} seeds an arm, {config.recipe.epochs} epochs, on {config.dataset}"
     parts = [f"{ended} of {summary.expected} runs finished; {conditions}."]
+    if config.source_data is not None:
+        words = f"Source: {config.source_data.words}."
+        parts.append(words if config.source_data.shared is False else f"**{words}**")
     if not summary.complete:
         parts.append("**Unfinished: everything below changes when the remaining runs are done.**")
     if summary.screening:
@@ -95,6 +124,11 @@ def _state(summary: Summary) -> str:
         parts.append(
             f"**{arm}, seed {seed}, diverged in epoch {epoch}: it is left out of every number below, so they describe "
             "the seeds that finished.**"
+        )
+    if config.commonest is not None:
+        parts.append(
+            f"**Uneven classes: the commonest is {config.commonest:.1%} of the test images, what a constant answer "
+            "scores in plain accuracy. Every class counts alike here, whatever its size (balanced accuracy).**"
         )
     return "\n\n".join(parts)
 
@@ -134,33 +168,80 @@ def _contrasts(summary: Summary) -> str:
     head = ["contrast", "n", metric.unit, f"{LEVEL:.0%} interval", "p", "Holm", "sign-flip p", "Holm"]
     sign = " A negative difference speaks for the first arm." if metric.lower_is_better else ""
     told = f"Paired by seed; t intervals, not corrected. Holm over the {len(rows)} contrasts.{sign}"
-    return f"{_table(head, rows)}\n\n{told}"
+    return f"{_table(head, rows)}\n\n{told} {_reachable(summary.contrasts)}".rstrip()
+
+
+def _reachable(contrasts: Sequence[Contrast]) -> str:
+    """Say how small a Holm-corrected sign-flip p-value can get at all, given how many contrasts were declared."""
+    n = max((contrast.difference.n for contrast in contrasts), default=0)
+    if n < 2:
+        return ""
+    family = len(contrasts)
+    least = smallest_sign_flip(n, family)
+    never = "" if least < _ALPHA else ": none of these contrasts can go under .05 that way"
+    return (
+        f"With n = {n} and {family} contrast{'s' * (family != 1)} the corrected sign-flip p cannot go under "
+        f"{_p(least)}{never}."
+    )
+
+
+def _ladder(ladder: Sequence[Step], metric: Metric) -> str:
+    def told(contrast: Contrast) -> list[str]:
+        pairs = contrast.difference
+        return [metric.difference(pairs.mean), _interval(pairs, metric.difference), _p(contrast.t_holm)]
+
+    rows = [
+        [
+            f"{step.arm}{'' if step.nested else ' (other)'}",
+            step.keeps,
+            *told(step.step),
+            *told(step.from_start),
+            metric.difference(step.left.mean),
+            _interval(step.left, metric.difference),
+        ]
+        for step in ladder
+    ]
+    first, last = ladder[0].below, ladder[-1].arm
+    interval = f"{LEVEL:.0%} interval"
+    head = ["rung", "keeps of the source", "step", interval, "Holm", f"minus {first}", interval, "Holm", "left"]
+    others = [f"{step.arm} over {step.below}" for step in ladder if not step.nested]
+    named = " and ".join(filter(None, (", ".join(others[:-1]), *others[-1:])))
+    limits = (
+        f" (other): {named} keep{'s' * (len(others) == 1)} other things of the source, not more: such a "
+        "step is the difference between two summaries of it and no part of a sum."
+        if others
+        else ""
+    )
+    return (
+        f"{_table([*head, interval], rows)}\n\n"
+        f"step: the rung minus the one above it; left: {last} minus the rung, what it does not explain, not tested; "
+        f"in {metric.unit}.{limits} A step is what a rung adds when it comes at this place of the order; another "
+        "order could share the whole out otherwise."
+    )
 
 
 def _gaps(gaps: Sequence[GapClosed]) -> str:
-    rows = [
-        [gap.arm, str(gap.n), *([f"not given: {gap.refused}", ""] if gap.refused else [_number(gap.share, 2), ""])]
-        for gap in gaps
-    ]
-    for row, gap in zip(rows, gaps, strict=True):
-        if not gap.refused:
-            row[3] = f"{_number(gap.low, 2)} to {_number(gap.high, 2)}"
+    rows = []
+    for gap in gaps:
+        shown = [_number(gap.share, 2), f"{_number(gap.low, 2)} to {_number(gap.high, 2)}"]
+        rows.append([gap.arm, str(gap.n), *([f"not given: {gap.refused}", ""] if gap.refused else shown)])
     return (
-        f"{_table(['arm', 'n', 'share', f'{LEVEL:.0%} bootstrap interval'], rows)}\n\n"
-        f"(arm - {BASELINE}) / ({PRETRAINED} - {BASELINE}), not clipped, seeds resampled whole. Percentile intervals "
-        "of few seeds are too narrow."
+        f"{_table(['arm', 'n', 'share', f'{LEVEL:.0%} interval'], rows)}\n\n"
+        f"(arm - {BASELINE}) / ({PRETRAINED} - {BASELINE}), not clipped, over the seeds that all three finished; "
+        "Fieller's intervals, not corrected for how many arms there are."
     )
 
 
 def _epochs(arms: Sequence[EpochsTo], every: int) -> str:
     rows = []
     for one in arms:
-        median = "not reached by half of the seeds" if one.median is None else f"{one.median:g}"
+        missed = "not reached by half of the seeds" if one.by_seed else "none"
+        median = missed if one.median is None else f"{one.median:g}"
         rows.append([one.arm, f"{one.reached} of {len(one.by_seed)}", median])
     return (
         f"{_table(['arm', 'reached', 'median epoch'], rows)}\n\n"
-        f"Fixed beforehand, read at the measured epochs (every {every}). A seed that never reached it counts as later "
-        "than every number."
+        f"Fixed beforehand, read at the measured epochs (every {every}), of the runs that finished. A seed that never "
+        "reached it counts as later than every number."
     )
 
 
@@ -181,7 +262,7 @@ def _tuning(tuning: LrTable, chosen: Mapping[str, float], config: Config) -> str
 def _conditions(summary: Summary) -> str:
     config, recipe = summary.config, summary.config.recipe
     source = ", ".join(f"{key} {value}" for key, value in config.source.items() if value is not None)
-    if config.network.prefix:
+    if config.network.prefix and config.source.get("sha256") is None:
         source = f"none ({source}): every arm starts from drawn weights"
     decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
     lr = "chosen per arm" if config.lr_grid else f"{recipe.lr:g}"
@@ -196,7 +277,7 @@ def _conditions(summary: Summary) -> str:
         ["epochs", f"{recipe.epochs}, of which {config.passes:.2f} effective; the last one counts"],
         ["pairing", _pairing(summary)],
         ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],
-        ["engine", f"{config.precision}, {'compiled' if config.compiled else 'eager'}, stacks of {config.stack}"],
+        ["engine", _engine(summary)],
         ["training time", f"{summary.train_seconds:.0f} s over all runs, evaluation not counted"],
         ["device", "; ".join(summary.devices)],
         ["versions", ", ".join(f"{name} {version}" for name, version in summary.versions.items())],
@@ -207,10 +288,23 @@ def _conditions(summary: Summary) -> str:
     return _table(["", ""], rows)
 
 
+def _engine(summary: Summary) -> str:
+    config, sizes = summary.config, summary.stacks
+    attention = f", {config.attention} attention" if config.attention else ""
+    how = "compiled" if config.compiled else "eager"
+    stacks = f"stacks of {config.stack}"
+    if sizes and sizes != (config.stack,):  # what is left over, an architecture with fewer arms, memory that ended
+        stacks = f"stacks of at most {config.stack}, trained in {' and '.join(map(str, sizes))}"
+    return f"{config.precision}, {how}{attention}, {stacks}"
+
+
 def _data(config: Config) -> str:
     text = config.text
     if text is None:
-        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images"
+        kept = "" if config.classes is None else f", of the classes {', '.join(config.classes)} alone"
+        unused = ", ".join(f"{count} {what}" for what, count in config.left_out.items())
+        left_out = f"; left out: {unused}" if unused else ""
+        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images{kept}{left_out}"
     return (
         f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of {text.files} "
         f"file{'s' * (text.files > 1)}, {text.split}; {config.train_items} windows an epoch, drawn with replacement, "
@@ -252,7 +346,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _interval(mean: Mean, show: Callable[[float], str]) -> str:
-    if mean.n < 2:
+    if math.isinf(mean.low):
         return "none"
     return f"{show(mean.low)} to {show(mean.high)}"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnlens.circuits import Fold, layer_ov, qk_circuit
 from attnlens.layouts import AttentionSpec, read_heads
-from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.diagonal import fit_alpha_beta
 
 if TYPE_CHECKING:
     from attnlens.training.source import Source
@@ -27,7 +28,7 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
         if weights.W_O is None or "norm_unknown" in weights.leaves_out:
             continue
         for fold in FOLDS:
-            qk, ov = fit_diagonal(qk_circuit(weights, fold), None), fit_diagonal(layer_ov(weights, fold), None)
+            qk, ov = fit_alpha_beta(qk_circuit(weights, fold)), fit_alpha_beta(layer_ov(weights, fold))
             for name, value in (
                 ("qk_alpha", qk.alpha.mean()),
                 ("qk_beta", qk.beta.mean()),
@@ -36,6 +37,21 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
             ):
                 fits[fold][name].append(float(f"{float(value):.6g}"))
     return fits
+
+
+def structure_line(run: str, epoch: float, structure: Structure) -> str:
+    """Return a line of ``structure.jsonl``: a run, an epoch (0: before training), and what was measured after it."""
+    return json.dumps({"run": run, "epoch": epoch, "structure": structure}) + "\n"
+
+
+def structure_lines(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the content of ``structure.jsonl`` for runs by name: a line an evaluation, tuning left out."""
+    return "".join(
+        structure_line(name, record["epoch"], record["structure"])
+        for name, lines in sorted(records.items())
+        for record in lines
+        if record.get("structure") and not record["tuning"]
+    )
 
 
 def source_structure(source: Source) -> Structure | None:

@@ -19,10 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from attnlens.errors import AttnlensError
+from attnlens.printable import printable
 from attnlens.strict_json import within
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif")
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF")
 """The only decoders that are tried, whatever a file is called: others start programs (EPS) or follow paths."""
 LARGEST_FILE = 64 << 20
 DECODED = 64
@@ -39,6 +40,14 @@ _COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {b"\x1f\x8b": gzip.open
 
 class DatasetError(AttnlensError):
     """A data set is missing, unsafe or does not hold what training needs."""
+
+
+class UnreadableError(DatasetError):
+    """One image is damaged, or none."""
+
+    def __init__(self, name: str, path: str, reason: object) -> None:
+        self.path, self.reason = path, printable(str(reason))
+        super().__init__(f"{name}: {path} is not an image that can be read ({reason})")
 
 
 class Budget:
@@ -72,20 +81,24 @@ def opened(name: str, item: Read, budget: Budget) -> Iterator[Any]:
     except AttnlensError:
         raise
     except Exception as error:  # decoders raise whatever they meet
-        raise DatasetError(f"{name}: {path} is not an image that can be read ({error})") from error
+        raise UnreadableError(name, path, error) from error
 
 
 def folder_files(folder: Path) -> Iterator[Read]:
-    """Yield the images below a folder; a link that leaves it is refused."""
+    """Yield the images below a folder, what is hidden without its content; a link that leaves it is refused."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file():
+            name = path.relative_to(folder).as_posix()
+            if hidden(name):
+                yield name, b""
+                continue
             within(folder, path, DatasetError)
             _check_length(folder, str(path.relative_to(folder)), path.stat().st_size)
             try:
                 content = path.read_bytes()
             except OSError as error:
                 raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-            yield path.relative_to(folder).as_posix(), content
+            yield name, content
 
 
 def tar_files(path: Path) -> Iterator[Read]:
@@ -111,6 +124,11 @@ def tar_files(path: Path) -> Iterator[Read]:
                     yield str(parts), stream.read()
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError, OverflowError) as error:
         raise DatasetError(f"{path} cannot be read as a tar ({error}): fetch it again") from error
+
+
+def hidden(path: str) -> bool:
+    """Whether a file is what systems leave beside people's own: a name that begins with a dot, or macOS's copies."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
 
 
 def _check_length(where: Path, name: str, size: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
+
+from attnlens.errors import UsageError
+from attnlens.training.data.rows import Picked, blocks
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +20,61 @@ if TYPE_CHECKING:
     from attnlens.training.config import Config
 
 
+class Chunked:
+    """Items ``[item, ...]`` that are made when they are needed, ``chunk`` at a time: they need not fit in memory."""
+
+    def __init__(self, count: int, chunk: int, make: Callable[[int, int], Tensor]) -> None:
+        self.count, self.chunk, self.make = count, chunk, make
+        self._first = -1
+        self._held: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Return items from ``start`` to before ``stop``; the last chunk is kept for the next call."""
+        import torch
+
+        pieces: list[Tensor] = []
+        while start < stop:
+            first = start // self.chunk * self.chunk
+            end = min(first + self.chunk, self.count)
+            if first != self._first or self._held is None:
+                self._held = None  # not two chunks at once
+                self._first, self._held = first, self.make(first, end)
+            pieces.append(self._held[start - first : stop - first])
+            start = end
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __getitem__(self, index: tuple[None, slice]) -> Tensor:
+        """Return ``[1, item, ...]`` for ``[None, start:stop]``, as a tensor does; nothing is kept."""
+        start, stop, _ = index[1].indices(self.count)
+        return self.make(start, stop)[None]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Several sets of items ``[set, item, ...]``, of which a part is made at a time."""
+
+    sets: Sequence[Chunked]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return what a tensor does for ``[:, start:stop]``."""
+        import torch
+
+        start, stop, _ = index[1].indices(self.sets[0].count)
+        return torch.stack([one.part(start, stop) for one in self.sets])
+
+
+def side_by_side(sets: Sequence[Tensor | Chunked]) -> Tensor | SideBySide:
+    """Stack sets of equally many items, without making them where they are made in chunks."""
+    import torch
+
+    chunked = [one for one in sets if isinstance(one, Chunked)]
+    return SideBySide(chunked) if chunked else torch.stack([one for one in sets if isinstance(one, torch.Tensor)])
+
+
 class Epoch(NamedTuple):
     """Inputs and targets ``[item, ...]`` in their order of use, and the hash of what was drawn for them."""
 
-    inputs: Tensor
+    inputs: Tensor | Chunked
     targets: Tensor
     stream: str
 
@@ -33,7 +86,8 @@ class Resident(Protocol):
     """Items an epoch draws from, or draws."""
     whole: float
     """Items that make one pass through the training data."""
-    test_inputs: Tensor
+    test_inputs: Any
+    """A tensor, or `Chunked`."""
     test_targets: Tensor
 
     def epoch(self, seed: int, epoch: int) -> Epoch:
@@ -65,6 +119,14 @@ class Dataset(ABC):
     def sha256(self) -> str:
         """Return the hash of all that is trained and tested on."""
 
+    def whole(self) -> str:
+        """Return the hash of the data set before anything of it was left out."""
+        return self.sha256()
+
+    def only(self, classes: str | Sequence[str]) -> Dataset:
+        """Keep some classes. Raises `UsageError`, always where there are none."""
+        raise UsageError(f"--classes {classes} is about images, and {self.name} {self.holds}: leave it out")
+
     @abstractmethod
     def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sizes of a network that depend on the data."""
@@ -89,15 +151,28 @@ class Dataset(ABC):
         """Return mean and standard deviation by channel, empty where nothing is normalised."""
         return [], []
 
+    def class_names(self) -> list[str]:
+        """Return the names of the classes, empty where there are none."""
+        return []
+
+    def commonest(self) -> float | None:
+        """Return the share of the commonest class in what is tested on, None where classes are about even."""
+        return None
+
+    def unused(self) -> dict[str, int]:
+        """Return how many items are not used, by reason."""
+        return {}
+
     def text_facts(self) -> dict[str, Any] | None:
         """Return what a configuration says about a text; None for images."""
         return None
 
 
-def hash_of(*arrays: NDArray[Any], start: str = "") -> str:
+def hash_of(*arrays: NDArray[Any] | Picked, start: str = "") -> str:
     """Return the SHA-256 of the shapes and values of some arrays, after the words of ``start``."""
     hashed = hashlib.sha256(start.encode())
     for array in arrays:
-        hashed.update(repr(array.shape).encode())
-        hashed.update(np.ascontiguousarray(array).data)
+        hashed.update(repr(tuple(array.shape)).encode())
+        for block in blocks(array):
+            hashed.update(block.data)
     return hashed.hexdigest()
