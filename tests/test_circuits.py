@@ -259,7 +259,7 @@ def test_the_spectral_norm_of_a_whole_matrix_is_that_of_its_largest_direction(si
 
 
 def test_an_unknown_fold_is_refused_with_the_accepted_ones():
-    with pytest.raises(UsageError, match="raw, effective, centred, balanced, both or all"):
+    with pytest.raises(UsageError, match="choose raw, effective, centred, balanced, both, all"):
         parse_folds("folded")
     assert parse_folds("both") == ("raw", "effective")
     assert parse_folds("all") == ("raw", "effective", "centred", "balanced")

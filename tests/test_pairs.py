@@ -18,7 +18,10 @@ def numbered(d):
 
 def places(d, sizes, seed=0):
     """Return row and column of the pairs looked at, and their weights."""
-    entries, weights = _pairs(*numbered(d), sizes, seed)
+    found = _pairs(FactoredProduct(*numbered(d)), sizes, seed)
+    entries = found.entries
+    weights = np.where(np.arange(entries.shape[1]) < found.counted, 1.0, found.weight)
+    weights /= weights.sum()
     first, second = (np.rint(entries).astype(int) // d, np.rint(entries).astype(int) % d)
     np.testing.assert_array_equal(first[0], second[1])  # the second entry is the mirror image of the first
     np.testing.assert_array_equal(second[0], first[1])
