@@ -100,6 +100,13 @@ InitName = Annotated[
 ParamsFile = Annotated[
     Path | None, typer.Option("--params", "-p", help="Take fitted parameters from this file, written by fit-params.")
 ]
+Gains = Annotated[
+    Literal["none", "quantiles", "channels"] | None,
+    typer.Option(
+        help="Draw balanced products and multiply rows and columns by the gains in --params: by gains of the same "
+        "quantiles, for any width, or by those of each channel, for a network of the source's sizes. Default: none.",
+    ),
+]
 InitOptions = Annotated[
     list[str] | None,
     typer.Option(

@@ -26,6 +26,7 @@ def verify_init(
     model_args: options.ModelArgs = None,
     init: options.InitName = None,
     params: options.ParamsFile = None,
+    gains: options.Gains = None,
     pairs: options.InitOptions = None,
     seed: Annotated[
         int | None,
@@ -37,7 +38,7 @@ def verify_init(
 
     A file written by `attnlens init` says itself what to compare it with.
     """
-    name, given = choose_initialiser(init, params, pairs)
+    name, given = choose_initialiser(init, params, pairs, gains)
     arguments = options.parse_model_args(model_args)
     report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, model_args=arguments, **given)
     if json_:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,16 +13,17 @@ from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit,
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
 from attnlens.filters.fit import filter_medians, fit_filter_entries
-from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, Summary, select
+from attnlens.fit.entries import Entry, Heads, LayerSummary, Source, pool, sd, select
+from attnlens.fit.gains import LEVELS, CircuitGains
 from attnlens.fit.params import InitParams, Per
-from attnlens.heads import Array, HeadWeights
+from attnlens.heads import HeadWeights
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.flags import FLAGS, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
 from attnlens.models.open import open_model
 from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
-from attnlens.statistics.depth import Trend, relative_depth
+from attnlens.statistics.depth import relative_depth
 from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
 from attnlens.statistics.inference import Inference, infer
 from attnlens.statistics.inverse import Parameters, UnreachableParametersError, request
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from attnlens.threads import Progress
 
-_NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
 _NEAREST_SHARE_OF_BOUND = 0.99
 
@@ -61,7 +61,8 @@ def fit_params(
     """Return the fit of every circuit and every layer of filters of models: what to request of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
-    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
+    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective`` or
+    ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with their gains.
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
@@ -76,14 +77,16 @@ def fit_params(
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     everything: list[Entry] = []
+    gains: list[CircuitGains] = []
     filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
         opened = open_model(
             model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
         )
-        fitted, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
+        fitted, of_model, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += fitted
+        gains += of_model
         of_filters, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
         if not fitted and not of_filters:
             raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {unread[0]}")
@@ -102,7 +105,7 @@ def fit_params(
     groups = [(circuit, heads) for circuit, heads in _GROUPS if select(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
-        schema_version=3,
+        schema_version=4,
         fold=fold,
         per=per,
         level=level,
@@ -110,7 +113,9 @@ def fit_params(
         sources=sources,
         entries=everything,
         layers=list(_layer_summaries(entries)),
-        pooled=[_pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
+        pooled=[pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
+        gain_levels=LEVELS.tolist(),
+        gains=gains,
         filters=filters,
         filter_medians=filter_medians(filters),
     )
@@ -137,21 +142,23 @@ _GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov"
 
 def _fit_model(
     opened: OpenedModel, source: int, fold: Fold, level: float, seed: int, progress: Progress
-) -> tuple[list[Entry], list[int]]:
-    """Fit every circuit of one model, raw and under ``fold``; p-values are corrected over each kind of circuit.
+) -> tuple[list[Entry], list[CircuitGains], list[int]]:
+    """Fit every circuit of one model, raw, under ``fold`` and balanced; return its gains and heads by layer too.
 
-    A model without one has no entries where it has filters, and is refused where it has none.
+    p-values are corrected over all circuits of a fold. A model without any has no entries where it has filters, and is
+    refused where it has none.
     """
     specs = [(layer, spec) for layer, spec in opened.architecture.indexed() if not _unread(spec, fold)]
     if not specs and opened.architecture.filters:
-        return [], []
+        return [], [], []
     if not specs:
         layer, spec = opened.architecture.indexed()[0]
         raise UnsupportedAttentionError(
             f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold, opened.untraced)}"
         )
-    folds = tuple(dict.fromkeys(("raw", fold)))
+    folds: tuple[Fold, ...] = tuple(dict.fromkeys(("raw", fold, *(() if fold == "raw" else ("balanced",)))))
     stacks: list[_Stack] = []
+    gains: list[CircuitGains] = []
     heads: list[int] = []
     for layer, _ in progress(specs):
         weights = opened.heads(layer)
@@ -159,13 +166,18 @@ def _fit_model(
         place = {"source": source, "layer": layer, "depth": relative_depth(layer, len(opened.architecture.order))}
         for name in folds:
             for circuit, names, product in _circuits(weights, name):
-                if product.is_square:
-                    stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+                if not product.is_square:
+                    continue
+                stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+                if product.gains is not None:
+                    head: Heads = "all" if names == [ALL_HEADS] else "each"
+                    gains.append(CircuitGains.of(product, {**place, "circuit": circuit}, head))
     if not stacks and opened.architecture.filters:
-        return [], heads
+        return [], [], heads
     if not stacks:
         raise UnsupportedAttentionError(f"no product of {opened.name} is square: there is no diagonal to fit")
-    return [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])], heads
+    entries = [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])]
+    return entries, gains, heads
 
 
 def _unread(spec: AttentionSpec, fold: Fold, untraced: str = "") -> str:
@@ -268,39 +280,11 @@ def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
                 circuit=circuit,
                 head=heads,
                 alpha_mean=float(alpha.mean()),
-                alpha_sd=_sd(alpha),
+                alpha_sd=sd(alpha),
                 beta_mean=float(beta.mean()),
-                beta_sd=_sd(beta),
+                beta_sd=sd(beta),
                 n=len(measured),
             )
-
-
-def _pool(circuit: Kind, heads: Heads, entries: Sequence[Entry]) -> Pooled:
-    noisy = [entry for entry in entries if entry.request_alpha > 0]
-    return Pooled(
-        circuit=circuit,
-        head=heads,
-        alpha=_summary(entries, "request_alpha"),
-        beta=_summary(entries, "request_beta"),
-        log_alpha_trend=_trend(noisy, "request_alpha", np.log) if noisy else _NO_NOISE,
-        beta_trend=_trend(entries, "request_beta"),
-    )
-
-
-def _summary(entries: Sequence[Entry], name: str) -> Summary:
-    values = np.array([getattr(entry, name) for entry in entries])
-    sources = sorted({entry.source for entry in entries})
-    means = np.array([np.mean([getattr(e, name) for e in entries if e.source == source]) for source in sources])
-    between = _sd(means) if len(means) > 1 else None
-    return Summary(mean=float(values.mean()), sd=_sd(values), between_model_sd=between, n=len(values))
-
-
-def _trend(entries: Sequence[Entry], name: str, of: Callable[[Array], Array] = np.asarray) -> Trend:
-    return Trend.fit([entry.depth for entry in entries], of(np.array([getattr(entry, name) for entry in entries])))
-
-
-def _sd(values: Array) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def _created(command: str | None) -> dict[str, Any]:

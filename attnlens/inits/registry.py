@@ -13,7 +13,18 @@ from attnlens.errors import UsageError
 from attnlens.inits.plan import Network, Rule
 
 Make = Callable[..., Rule]
-_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teacher", "filters", "default")
+_MODULES = (
+    "mimetic",
+    "fitted",
+    "controls",
+    "identity",
+    "conditioned",
+    "impulse",
+    "teacher",
+    "filters",
+    "filter_teacher",
+    "default",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,10 @@ class Initialiser:
     def passes_on(self) -> bool:
         """Whether further options are those of another initialiser that this one is built on."""
         return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.make).parameters.values())
+
+    def takes(self, option: str) -> bool:
+        """Whether an option is accepted, or passed on to another initialiser."""
+        return option in self.options or self.passes_on
 
     @property
     def summary(self) -> str:

@@ -107,7 +107,7 @@ class Summary:
             "versions": self.versions,
             "commands": list(self.commands),
         }
-        return _finite(data)
+        return finite(data)
 
     def arm_table(self) -> StatsTable:
         """Return a row an arm: its mean, its contrast with the default, gap closed and epochs to the target."""
@@ -242,9 +242,10 @@ def _odd(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """Return JSON-ready data in which what is not a number is null."""
     if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if _odd(data) else data

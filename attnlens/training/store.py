@@ -15,7 +15,15 @@ from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.state import read_state, sealed
 from attnlens.strict_json import parse_json
 from attnlens.training.config import Config, Run
-from attnlens.training.record_schema import PARTS, ResumeError, check_links, check_records, check_state, parse_runs
+from attnlens.training.record_schema import (
+    PARTS,
+    ResumeError,
+    check_links,
+    check_records,
+    check_state,
+    parse_results,
+    parse_runs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +54,9 @@ class Store:
         with claimed(folder / ".lock", taken):
             for part in (".", *PARTS):
                 sweep(folder / part)
-            yield cls.open(folder, config, resume=resume)
+            store = cls.open(folder, config, resume=resume)
+            store.restore_runs()
+            yield store
 
     @classmethod
     def open(cls, folder: Path, config: Config, *, resume: bool) -> Store:
@@ -91,6 +101,17 @@ class Store:
                 raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
             runs[path.stem] = check_records(data["records"], self.config, str(path))
         return runs
+
+    def restore_runs(self) -> None:
+        """Keep the runs that ``results.jsonl`` holds where ``runs/`` is missing: a folder kept without what is large.
+
+        Runs that had not ended are in neither, and begin anew. Raises `ResumeError`.
+        """
+        path = self.folder / "results.jsonl"
+        if (self.folder / "runs").exists() or not path.exists():
+            return
+        for name, records in parse_results(path, self.folder, self.config).items():
+            self.save_records(name, records)
 
     def save_checkpoint(self, unit: str, state: Mapping[str, Any]) -> None:
         """Keep where a unit of work has got to."""

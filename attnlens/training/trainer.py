@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attnlens.training.arms import initial_state, start_of
+from attnlens.errors import AttnlensError
+from attnlens.training.arms import FROM_WEIGHTS, initial_state, start_of
 from attnlens.training.config import TUNING_SEEDS, Config, Run
 from attnlens.training.data.on_device import Dataset, Resident, SideBySide, side_by_side
 from attnlens.training.engine import Stack
 from attnlens.training.hardware import OutOfMemoryError, free_again, room_for
 from attnlens.training.networks.base import Wiring
 from attnlens.training.record_schema import check_gathered, restorable
+from attnlens.training.seen import METADATA_KEY, Seen, written
 from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store
@@ -70,6 +72,8 @@ class Session:
     save_weights: bool = False
     automatic: bool = False
     """Whether nobody asked for this stack size: one that a device's memory does not hold is then halved."""
+    here: Seen | None = None
+    """What is trained on here."""
     specs: dict[Wiring, Sequence[tuple[int, AttentionSpec]]] = field(default_factory=dict)
     """The readable attention layers of every architecture."""
     _stacks: dict[tuple[int, int, Wiring], Stack] = field(default_factory=dict)
@@ -105,6 +109,13 @@ class Session:
     def units(self, runs: Sequence[Run]) -> list[Unit]:
         """Cut runs into units of one architecture each."""
         return units_of(runs, self.config.stack, lambda run: self.wiring(run.arm))
+
+    def trained_on(self, run: Run) -> dict[str, str]:
+        """Return what a run's weights have been trained on, as their metadata say it; nothing where it is not known."""
+        before = self.source.seen if run.arm in FROM_WEIGHTS else ()
+        if self.here is None or before is None:
+            return {}
+        return {METADATA_KEY: written((*before, self.here))}
 
     def seeds(self, run: Run) -> tuple[int, int]:
         """Return a run's data and init seed."""
@@ -373,7 +384,7 @@ class _Training:
                 metadata = {"network": f"{network.module}, {wired}"}
             for number, run in enumerate(self.unit):
                 if not self._diverged(self.records[number]):
-                    session.store.save_weights(run, self.stack.state(number), metadata)
+                    session.store.save_weights(run, self.stack.state(number), metadata | session.trained_on(run))
         for run, records in zip(self.unit, self.records, strict=True):
             session.store.save_run(run, records)
         session.store.drop_checkpoint(self.name)
