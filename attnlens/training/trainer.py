@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attnlens.errors import AttnlensError
 from attnlens.training.arms import FROM_WEIGHTS, initial_state, start_of
 from attnlens.training.config import TUNING_SEEDS, Config, Run
 from attnlens.training.data.on_device import Dataset, Resident, SideBySide, side_by_side
