@@ -323,7 +323,7 @@ def test_untrusted_names_move_nothing_on_the_terminal(run, tmp_path):
 def test_a_scan_that_reads_nothing_fails(run, planted):
     code, _, err = run("scan", f"{planted[0]}/unnamed", "-o", "out", "--workers", "1")
     assert code == 1
-    assert "none of 1 models could be read" in err
+    assert "the model could not be read" in err
 
 
 def test_the_landscape_draws_a_line_a_model_and_the_median(scanned):

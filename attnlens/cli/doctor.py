@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from attnlens import __version__
 from attnlens.cli import options
 from attnlens.cli.console import write_stdout
-from attnlens.cli.tables import print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -191,17 +192,13 @@ def _held(folder: Path) -> str:
 
 
 def _print(findings: list[Finding]) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "part", "name", "found", "what to do"):
-        table.add_column(name, overflow="fold")
+    table = Sheet("")
+    table.label("", "part", "name", key=True)
+    table.label("found", "what to do", least=16)
     for finding in findings:
         mark = "[green]✓[/green]" if finding.ok else "[red]✗[/red]" if finding.needed else "[dim]–[/dim]"
         table.add_row(mark, finding.part, *map(escape, (finding.name, finding.found, finding.remedy)))
-    print_wide(table)
+    print_sheet(table)
     missing = [finding for finding in findings if finding.needed and not finding.ok]
     write_stdout(
         f"{len(missing)} needed {'part is' if len(missing) == 1 else 'parts are'} missing: see “what to do”"

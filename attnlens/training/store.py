@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints.pickles import load_pickle
+from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.state import read_state, sealed
 from attnlens.strict_json import parse_json
@@ -140,11 +141,8 @@ class Store:
 
     def save_weights(self, run: Run, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Keep a run's final weights in a file `attnlens inspect` reads."""
-        from safetensors.torch import save
-
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        content = save(tensors, dict(metadata))
-        self._write(self.folder / "weights" / f"{run.name}.safetensors", lambda file: file.write(content))
+        self._check_there()
+        write_safetensors(self.folder / "weights" / f"{run.name}.safetensors", state, metadata)
 
     def _write(self, path: Path, write: Write) -> None:
         self._check_there()
@@ -169,8 +167,8 @@ def stored_config(folder: Path) -> dict[str, Any] | None:
         data = parse_json(read_state(path))
     except (OSError, ValueError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): choose another --output") from error
-    if not isinstance(data, dict):
-        raise ResumeError(f"{path} is no configuration: choose another --output")
+    if not isinstance(data, dict) or "dataset" not in data:
+        raise ResumeError(f"{path} is no configuration of a comparison: choose another --output")
     return data
 
 

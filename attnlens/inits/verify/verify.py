@@ -119,7 +119,8 @@ def verify_init(
     Raises what `open_model` and the initialiser raise, and `UsageError` where a file's record cannot be followed.
     """
     opened = open_model(model, checkpoint, filters=True, model_args=model_args, input_size=input_size)
-    claim = Claim(init, seed, options) if init is not None else recorded(opened, seed, options)
+    named = Claim(find_initialiser(init).name, seed, options) if init is not None else None
+    claim = named or recorded(opened, seed, options)
     chosen = find_initialiser(claim.init)
     architecture, tensors = opened.architecture, opened.checkpoint
     network = Network(architecture, tensors, Streams(claim.seed or 0), _builder(model, opened))
