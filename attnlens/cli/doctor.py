@@ -113,10 +113,10 @@ def _devices() -> Iterator[Finding]:
     yield Finding("device", "cuda", said, ok=usable, needed=False, remedy=remedy)
 
 
-def _half_products() -> str:
+def _half_products(listing: Path = Path("/proc/cpuinfo")) -> str:
     """Say which instructions of this processor multiply in bfloat16, where the system lists them."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+        flags = set(listing.read_text().split())
     except OSError:
         return ""
     found = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags]
