@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Annotated, Literal
 import typer
 
 import attnlens
+from attnlens.atomic import write_text_atomic
 from attnlens.cli import options
-from attnlens.cli.console import command_line, note, write_stdout
+from attnlens.cli.console import command_line, is_quiet, note, write_stdout
 from attnlens.errors import UsageError
+from attnlens.outputs import Outputs
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
@@ -152,9 +155,15 @@ def train_compare(
         Path | None,
         typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
     ] = None,
+    table: options.TableFile = None,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
     command = command_line()
+    outputs = Outputs.of(params, checkpoint, force=force)
+    if table is not None:
+        outputs.file(table, ".csv")
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
@@ -192,9 +201,14 @@ def train_compare(
         save_weights=save_weights,
         command=command,
         output=output,
+        force=force,
+        quiet=is_quiet(),
     )
     if os.environ.get("RANK", "0") == "0":
-        write_stdout(comparison.report)
+        write_stdout(json.dumps(comparison.summary.to_json(), indent=1) if json_ else comparison.report)
+        if table is not None:
+            outputs.check(table)
+            write_text_atomic(table, comparison.summary.to_csv())
         note(f"wrote {comparison.folder}")
         if comparison.stopped:
             again = command if resume else f"{command} --resume"

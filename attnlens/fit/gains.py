@@ -106,7 +106,7 @@ class CircuitGains(_Part):
             for each, alive in ((gains.rows, gains.alive_rows), (gains.cols, gains.alive_cols))
         )
         tails = np.ravel(offdiagonal_kurtosis(product.scaled(gains.rows, gains.cols)))
-        together = [_correlation(*pair) for pair in zip(normal_scores(rows), normal_scores(cols), strict=True)]
+        together = [correlation(*pair) for pair in zip(normal_scores(rows), normal_scores(cols), strict=True)]
         return cls(
             **place,  # type: ignore[arg-type]
             head=head,
@@ -247,7 +247,8 @@ def _quantiles(logs: Array) -> Array:
     return np.interp(LOGITS, np.log(at / (1 - at)), np.sort(logs))
 
 
-def _correlation(one: Array, other: Array) -> float:
+def correlation(one: Array, other: Array) -> float:
+    """Return the correlation of two sets of scores of mean zero."""
     return float(one @ other / math.sqrt((one @ one) * (other @ other)))
 
 

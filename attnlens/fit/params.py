@@ -30,6 +30,7 @@ from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import _Part, relative_depth
 from attnlens.strict_json import parse_json
+from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,9 +153,13 @@ class InitParams(_Part):
         """Return the file's text."""
         return self.model_dump_json(indent=1, by_alias=True) + "\n"
 
-    def select(self, circuit: Kind, head: Heads, layer: int | None = None, fold: Fold | None = None) -> list[Entry]:
+    def select(
+        self, circuit: Kind, head: Heads = "each", layer: int | None = None, fold: Fold | None = None
+    ) -> list[Entry]:
         """Return the entries of one circuit, of single heads (``each``) or of layer sums (``all``); of `fold`."""
-        return select(self.entries, circuit, head, layer=layer, fold=fold or self.fold)
+        chosen = self.fold if fold is None else FOLD(fold)
+        where = None if layer is None else index("layer", layer)
+        return select(self.entries, CIRCUIT(circuit), HEADS(head), layer=where, fold=chosen)
 
     def for_model(self, module: nn.Module, gains: GainsOption = "none") -> tuple[LayerRequest, ...]:
         """Return the requests for every readable layer of a live module, by the transfer rule of `requests`."""

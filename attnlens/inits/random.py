@@ -15,7 +15,7 @@ PURPOSES = ("qk", "ov", "columns", "qk_left", "qk_right", "ov_left", "ov_right",
 """What is drawn of attention layers. Their number and order determine what every seed means: none can be added."""
 FILTER_PURPOSES = ("filters", "directions")
 """What is drawn of layers of depthwise filters, whose streams begin where those of 65,536 attention layers end."""
-GAIN_PURPOSES = ("qk_gains", "ov_gains", "qk_channels", "ov_channels")
+GAIN_PURPOSES = ("gains",)
 """What is drawn of gains, beside an attention layer's products. Their streams fill the last quarter."""
 _HEADS = 4096
 _STARTS = {PURPOSES: 0, FILTER_PURPOSES: 2**31, GAIN_PURPOSES: 3 * 2**30}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError
+from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
@@ -30,7 +31,7 @@ from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure, structure_lines
-from attnlens.training.trainer import Session, run_units, unit_name
+from attnlens.training.trainer import Session, resident_on, run_units, unit_name
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,9 @@ class TrainComparison:
         )
 
 
+_RESULTS = ("params.json", "results.jsonl", "summary.csv", "report.md", "summary.json", "curves.png", "structure.png")
+
+
 def train_compare(
     *,
     dataset: str = "digits",
@@ -109,6 +113,7 @@ def train_compare(
     resume: bool = False,
     save_weights: bool = False,
     output: str | Path | None = None,
+    force: bool = False,
     quiet: bool = False,
     command: str = "",
     cache: Path | None = None,
@@ -124,7 +129,8 @@ def train_compare(
     ``comparisons/<dataset>``; no ``params.json`` where nothing was fitted, and no ``structure.png`` for networks
     without attention. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
     ``resume`` goes on. Under torchrun the runs are spread over its processes; on a CPU ``workers`` threads train a run
-    each. Neither changes a number. ``command`` is noted in every record; ``cache`` holds decoded images.
+    each. Neither changes a number. ``force`` writes over files that attnlens did not write.
+    ``command`` is noted in every record; ``cache`` holds decoded images.
 
     Raises `UsageError`, `DatasetError`, `ResumeError`, `OutOfMemoryError`, `OutputError`, `PairingError` and what
     opening the model raises.
@@ -134,6 +140,7 @@ def train_compare(
         told[name] = None if told[name] is None else Path(told[name])
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
+    Outputs.of(params, model, checkpoint, force=force).folder(output, _RESULTS)
     control = Control(time_budget)
     with spread() as process, ExitStack() as claims:
         on = device_named(device, process)
@@ -156,13 +163,14 @@ def train_compare(
             return Session(
                 config,
                 source,
-                data.resident(config, on),
+                resident_on(data, config, on),
                 on,
                 store,
                 control,
                 provenance,
                 checkpoint_seconds=checkpoint_seconds,
                 save_weights=save_weights,
+                automatic=stack is None,
                 here=here,
             )
 

@@ -162,10 +162,10 @@ def resolve(
     check_config(config)
     _check_arms(config, source)
     config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0), config.arms)})
-    config = config.model_copy(update={"attention": attention_on(config, device)})
+    wirings = {arm: start_of(arm, source).wiring for arm in config.arms}
+    config = config.model_copy(update={"attention": attention_on(config, wirings.values(), device)})
     if options.stack is None and device.type == "cuda":
         stored = (stored_config(output) or {}).get("stack") if resume else None
-        wirings = {arm: start_of(arm, source).wiring for arm in config.arms}
         config = config.model_copy(update={"stack": stored or fastest_stack(config, wirings, data, device)})
     return config, data
 

@@ -277,7 +277,7 @@ def _conditions(summary: Summary) -> str:
         ["epochs", f"{recipe.epochs}, of which {config.passes:.2f} effective; the last one counts"],
         ["pairing", _pairing(summary)],
         ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],
-        ["engine", f"{config.precision}, {'compiled' if config.compiled else 'eager'}, stacks of {config.stack}"],
+        ["engine", _engine(summary)],
         ["training time", f"{summary.train_seconds:.0f} s over all runs, evaluation not counted"],
         ["device", "; ".join(summary.devices)],
         ["versions", ", ".join(f"{name} {version}" for name, version in summary.versions.items())],
@@ -286,6 +286,16 @@ def _conditions(summary: Summary) -> str:
     ]
     rows[5:5] = [[f"arm {arm}", start] for arm, start in config.starts.items()]
     return _table(["", ""], rows)
+
+
+def _engine(summary: Summary) -> str:
+    config, sizes = summary.config, summary.stacks
+    attention = f", {config.attention} attention" if config.attention else ""
+    how = "compiled" if config.compiled else "eager"
+    stacks = f"stacks of {config.stack}"
+    if sizes and sizes != (config.stack,):  # what is left over, an architecture with fewer arms, memory that ended
+        stacks = f"stacks of at most {config.stack}, trained in {' and '.join(map(str, sizes))}"
+    return f"{config.precision}, {how}{attention}, {stacks}"
 
 
 def _data(config: Config) -> str:

@@ -46,16 +46,16 @@ def fitted(
     share between heads (``quantiles``, for any width). Of the places N's channels can take one is chosen at which the
     product's entries have the source's kurtosis: see `attnlens.inits.gained`.
     """
-    choose("gains", gains, ("none", "quantiles", "channels"))
+    gains = choose("gains", gains, ("none", "quantiles", "channels"))
     file = load_params(params)
     if file.fold not in ("raw", "effective") and gains == "none":
         raise UsageError(
             f"the parameters are of {file.fold} products: pass gains='channels' or 'quantiles', or fit again with "
             "fold='raw' or 'effective'"
         )
-    choose("ov", ov, ("layer", "head"))
-    choose("columns", columns, ("svd", "shuffled"))
-    choose("noise", noise, ("normal", "uniform"))
+    ov = choose("ov", ov, ("layer", "head"))
+    columns = choose("columns", columns, ("svd", "shuffled"))
+    noise = choose("noise", noise, ("normal", "uniform"))
     by_layer = {request.layer: request for request in file.requests(network.architecture, gains)}
     if gains == "channels":
         _check_channels(network, by_layer, ov)
