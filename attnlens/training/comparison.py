@@ -297,7 +297,7 @@ def _write(
     figures = {"curves": draw_curves(summary)}
     if has_structure(summary):
         figures["structure"] = draw_structure(summary, source_structure(source), source.name)
-    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
     if ladder:
         figures["waterfall"] = draw_waterfall(summary, ladder)
     texts = {

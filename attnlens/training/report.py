@@ -38,7 +38,7 @@ def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
         "## Declared contrasts",
         _contrasts(summary),
     ]
-    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
     if ladder:
         parts += ["## What each step of the ladder is worth", _ladder(ladder, metric)]
     if summary.gaps:
