@@ -133,6 +133,13 @@ def train_compare(
     time_budget: Annotated[float | None, typer.Option(min=0, help="Stop cleanly after so many seconds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in --output, with the same options.")] = False,
     save_weights: Annotated[bool, typer.Option("--save-weights", help="Keep every run's final weights.")] = False,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            help="Log every epoch while it trains: csv, tensorboard, wandb, or several separated by commas. Default: "
+            "the files in --output alone."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
@@ -173,6 +180,7 @@ def train_compare(
         time_budget=time_budget,
         workers=workers,
         save_weights=save_weights,
+        log=() if log is None else _words("--log", log),
         command=command,
         output=output,
     )

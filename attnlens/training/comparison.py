@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError, UsageError
@@ -17,8 +17,10 @@ from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
-from attnlens.training.display import Display
+from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
+from attnlens.training.live import Journal, Write
+from attnlens.training.loggers import check_loggers, logging_to
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve
 from attnlens.training.report import LrTable, render_report
@@ -27,10 +29,11 @@ from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure, structure_lines
-from attnlens.training.trainer import Session, run_units, unit_name
+from attnlens.training.trainer import Listener, Session, Unit, run_units, unit_name
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
 Records = dict[str, list[Record]]
 
@@ -103,6 +106,7 @@ def train_compare(
     time_budget: float | None = None,
     resume: bool = False,
     save_weights: bool = False,
+    log: Sequence[str] = (),
     output: str | Path | None = None,
     quiet: bool = False,
     command: str = "",
@@ -117,9 +121,11 @@ def train_compare(
     Writes ``config.json``, ``params.json``, ``runs/``, ``results.jsonl``, ``summary.json``, ``summary.csv``,
     ``report.md``, ``curves.png``, ``structure.png`` and, with ``save_weights``, ``weights/`` to ``output``, by default
     ``comparisons/<dataset>``; no ``params.json`` where nothing was fitted, and no ``structure.png`` for networks
-    without attention. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
+    without attention. Files but the figures are written anew after every evaluation, figures when they took less than a
+    twentieth of the time. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
     ``resume`` goes on. Under torchrun the runs are spread over its processes; on a CPU ``workers`` threads train a run
-    each. Neither changes a number. ``command`` is noted in every record; ``cache`` holds decoded images.
+    each. Neither changes a number. ``log`` names csv, tensorboard or wandb, or several. ``command`` is noted in every
+    record; ``cache`` holds decoded images.
 
     Raises `UsageError`, `DatasetError`, `ResumeError`, `OutOfMemoryError`, `OutputError`, `PairingError` and what
     opening the model raises.
@@ -130,10 +136,17 @@ def train_compare(
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
     control = Control(time_budget)
+    check_loggers(log)
     with spread() as process, ExitStack() as claims:
+        say = Notes(shown=process.leads and not quiet)
+        say(f"reading {dataset}")
         on = _device(device, process)
-        data = load_data(options, cache)
+        data = load_data(options, cache, say)
+        if data.told:
+            say(f"{data.name}: {data.told}")
+        say("opening the model and fitting what its arms start from")
         source = find_source(options, data)
+        say("building every arm once")
         config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
         store = _store(output, config, process, claims, resume=resume)
@@ -161,23 +174,30 @@ def train_compare(
         done = _shared(store, process)
         lrs = dict.fromkeys(config.arms, config.recipe.lr)
         tuning: LrTable = {}
+
+        def found(records: Mapping[str, Sequence[Record]], *, figures: bool = True) -> tuple[Summary, str]:
+            summary = summarise(config, {run.name: records[run.name] for run in runs if run.name in records})
+            report = render_report(summary, tuning)
+            if process.leads:
+                _write(output, config, summary, report, records, source, figures=figures)
+            return summary, report
+
+        runs = [Run(arm, seed, config.recipe.lr) for seed in range(config.seeds) for arm in config.arms]
+        listeners = claims.enter_context(logging_to(log if process.leads else (), output, config))
+        phase = _Phase(process, workers, quiet, listeners, lambda records, figures: found(records, figures=figures))
         if config.lr_grid:
-            runs = [
+            tried = [
                 Run(arm, seed, lr, tuning=True)
                 for seed in range(config.tune_seeds)
                 for arm in config.arms
                 for lr in config.lr_grid
             ]
-            done = _phase(session(data.tuning()), runs, process, workers, done, "tuning", quiet)
-            tuning = lr_table(config, runs, done)
+            done = phase.train(session(data.tuning()), tried, done, "tuning")
+            tuning = lr_table(config, tried, done)
             lrs |= best_lrs(tuning, config.metric)
-        runs = [Run(arm, seed, lrs[arm]) for seed in range(config.seeds) for arm in config.arms]
         if not control.stopping():
-            done = _phase(session(data), runs, process, workers, done, config.dataset, quiet)
-        summary = summarise(config, {run.name: done[run.name] for run in runs if run.name in done})
-        report = render_report(summary, tuning)
-        if process.leads:
-            _write(output, config, summary, report, done, source)
+            done = phase.train(session(data), [run._replace(lr=lrs[run.arm]) for run in runs], done, config.dataset)
+        summary, report = found(done)
         return TrainComparison(output, summary, report, control.reason)
 
 
@@ -187,29 +207,44 @@ def default_folder(dataset: str) -> Path:
     return Path("comparisons") / (name or "comparison")
 
 
-def _phase(
-    session: Session, runs: Sequence[Run], process: Spread, workers: int | None, done: Records, title: str, quiet: bool
-) -> Records:
-    """Train what is not done of some runs, and return the records of all."""
-    import torch
+@dataclass(frozen=True)
+class _Phase:
+    """How runs are trained, watched and written: tuning runs first, then those that are compared."""
 
-    display = Display(session.config, len(runs), sum(run.name in done for run in runs), title=title)
-    for run in runs:
-        if run.name in done:
-            display.already(run.arm, run.seed, session.config.metric.of(done[run.name][-1]))
-    session.listen = display.listen
-    units = process.share(session.units(runs))
-    waiting = [unit for unit in units if not all(run.name in done for run in unit)]
-    for unit in units:
-        if unit not in waiting:
-            session.store.drop_checkpoint(unit_name(unit))  # of a process killed after its last run was written
-    threads = workers or (torch.get_num_threads() if session.device.type == "cpu" else 1)
-    with display.shown() if process.leads and not quiet else nullcontext():
-        if quiet or not process.leads:
-            session.listen = lambda _unit, _what: None
+    process: Spread
+    workers: int | None
+    quiet: bool
+    log: Listener
+    write: Write
+
+    def train(self, session: Session, runs: Sequence[Run], done: Records, title: str) -> Records:
+        """Train what is not done of some runs, and return the records of all."""
+        import torch
+
+        process = self.process
+        display = Display(session.config, len(runs), sum(run.name in done for run in runs), title=title)
+        for run in runs:
+            if run.name in done:
+                display.already(run.arm, run.seed, session.config.metric.of(done[run.name][-1]))
+        units = process.share(session.units(runs))
+        waiting = [unit for unit in units if not all(run.name in done for run in unit)]
+        for unit in units:
+            if unit not in waiting:
+                session.store.drop_checkpoint(unit_name(unit))  # of a process killed after its last run was written
+        threads = self.workers or (torch.get_num_threads() if session.device.type == "cpu" else 1)
+        journal = Journal(self.write, done, session.control)
+        shown = process.leads and not self.quiet
+        listeners = [self.log, *([display.listen] if shown else []), *([journal.listen] if process.leads else [])]
+
+        def listen(unit: Unit, what: dict[str, Any]) -> None:
+            for one in listeners:
+                one(unit, what)
+
+        session.listen = listen
         if waiting:
-            run_units(session, waiting, threads)
-    return _shared(session.store, process)
+            with display.shown() if shown else nullcontext(), journal if process.leads else nullcontext():
+                run_units(session, waiting, threads)
+        return _shared(session.store, process)
 
 
 def _shared(store: Store, process: Spread) -> Records:
@@ -270,16 +305,13 @@ def _write(
     report: str,
     done: Mapping[str, Sequence[Record]],
     source: Source,
+    *,
+    figures: bool,
 ) -> None:
     """Write every result file as one set; ``summary.json`` names the others with their sha256."""
     import json
 
-    from attnlens.figures import save_figures
-    from attnlens.training.figures import draw_curves, draw_structure, has_structure
-
-    figures = {"curves": draw_curves(summary)}
-    if has_structure(summary):
-        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
+    drawn = _drawn(summary, source) if figures else {}
     texts = {
         "results.jsonl": results_lines(config, done),
         "structure.jsonl": structure_lines(done),
@@ -289,9 +321,21 @@ def _write(
     with FileSet() as files:
         for name, text in texts.items():
             files.write(output / name, methodcaller("write", text.encode()))
-        save_figures(figures, output, into=files.write)
+        if drawn:
+            from attnlens.figures import save_figures
+
+            save_figures(drawn, output, into=files.write)
         data = json.dumps({**summary.to_json(), "files": files.hashes()}, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
+
+
+def _drawn(summary: Summary, source: Source) -> dict[str, Figure]:
+    from attnlens.training.figures import draw_curves, draw_structure, has_structure
+
+    figures = {"curves": draw_curves(summary)}
+    if has_structure(summary):
+        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
+    return figures
 
 
 def _device(name: str, process: Spread) -> torch.device:

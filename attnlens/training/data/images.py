@@ -70,6 +70,12 @@ class Images(Dataset):
         arrays = (self.train, self.train_labels, self.test, self.test_labels)
         return hash_of(*arrays, start=repr(self.classes))
 
+    @property
+    def told(self) -> str:
+        """See `Dataset`."""
+        where = ", read from disk as they are needed" if in_file(self.train) else ""
+        return f"{self.note}{where}" if self.note else ""
+
     def unused(self) -> dict[str, int]:
         """See `Dataset`."""
         return self.left_out

@@ -142,6 +142,11 @@ class Dataset(ABC):
         """Return mean and standard deviation by channel, empty where nothing is normalised."""
         return [], []
 
+    @property
+    def told(self) -> str:
+        """What was found when it was read, in a line; empty where there is nothing to say."""
+        return ""
+
     def unused(self) -> dict[str, int]:
         """Return how many items are not used, by reason."""
         return {}
