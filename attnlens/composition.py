@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,6 +105,8 @@ class Composition:
     deviations: Mapping[Pair, Array]
     leaves_out: Mapping[int, tuple[str, ...]]
     provenance: dict[str, Any]
+    labels: Mapping[int, str] = field(default_factory=dict)
+    """What else a reader must know of a layer, in words: how its layout was found."""
 
     def baseline(self, layer: int) -> float:
         """Return the root of the mean squared score of unrelated directions, 1 / sqrt(d)."""
@@ -145,6 +147,7 @@ class Composition:
         about = {"model": self.model, "fold": self.fold, "provenance": self.provenance}
         layers = [
             {"layer": layer, "heads": self.heads[layer], "leaves_out": list(self.leaves_out[layer])}
+            | {"label": self.labels.get(layer, "")}
             for layer in self.heads
         ]
         return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers, "pairs": pairs}
@@ -240,6 +243,7 @@ def compose(
         scores={pair: scores[pair] for pair in ordered},
         deviations={pair: deviations[pair] for pair in ordered},
         leaves_out={layer: spec.leaves_out for layer, spec in specs},
+        labels={layer: spec.label for layer, spec in specs},
         provenance={**opened.provenance(), **run_provenance()},
     )
 

@@ -11,7 +11,8 @@ from attnlens.heads import expand_groups
 from attnlens.layouts import read_heads
 from attnlens.models.live import open_live
 from attnlens.models.open import open_model
-from tests.transformers_models import SIZES, TEXT, Case, build
+from attnlens.models.transformers import known_model_types
+from tests.transformers_models import CASES, SIZES, TEXT, Case, build, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -34,12 +35,16 @@ WAVE = {**SIZES, "conv_dim": (5, 5), "conv_kernel": (3, 3), "conv_stride": (2, 2
 WAVE |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 3}
 NEOX = {**SIZES, **TEXT, "hidden_size": 36}
 GPT = {"n_embd": 36, "n_head": 3, "n_layer": 3, "vocab_size": 19, "n_positions": 23, "rotary_dim": 4}
+FALCON = {**SIZES, **TEXT, "hidden_size": 48, "num_attention_heads": 6}
+FALCON_GROUPED = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 JEPA = {**SIZES, "hidden_size": 36, "crop_size": 8, "patch_size": 4, "frames_per_clip": 2, "tubelet_size": 2}
 JEPA |= {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 2, "pred_num_mask_tokens": 2}
 SPEECH = {**SIDES, "num_mel_bins": 5, "max_source_positions": 9, "max_target_positions": 23}
 WHISPER = {"d_model": 36} | {
     name: size for name, size in SPEECH.items() if name not in ("d_model", "max_position_embeddings")
 }
+UNISPEECH = {**WAVE, "num_codevectors_per_group": 4, "codevector_dim": 6, "proj_codevector_dim": 6}
+SPEECH_TO_TEXT = {**SPEECH, "d_model": 36, "input_feat_per_channel": 5, "conv_channels": 6, "conv_kernel_sizes": (3, 3)}
 GROUPED_MOE = {**SIZES, **TEXT, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 CROSS = {"causal", "cross", "qk_bias"}
 
@@ -64,6 +69,11 @@ FAMILIES = {
     "blenderbot": Case("BlenderbotModel", "BlenderbotConfig", SIDES, CROSS),
     "wav2vec2": Case("Wav2Vec2Model", "Wav2Vec2Config", WAVE, {"qk_bias", "post_norm"}),
     "wav2vec2, stable": Case("Wav2Vec2ForCTC", "Wav2Vec2Config", {**WAVE, "do_stable_layer_norm": True}, {"qk_bias"}),
+    "unispeech": Case("UniSpeechModel", "UniSpeechConfig", UNISPEECH, {"qk_bias", "post_norm"}),
+    "unispeech-sat, stable": Case(
+        "UniSpeechSatModel", "UniSpeechSatConfig", {**UNISPEECH, "do_stable_layer_norm": True}, {"qk_bias"}
+    ),
+    "speech_to_text": Case("Speech2TextModel", "Speech2TextConfig", SPEECH_TO_TEXT, CROSS),
     "hubert": Case("HubertModel", "HubertConfig", WAVE, {"qk_bias", "post_norm"}),
     "gpt_neox": Case("GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX, {"rope", "causal", "parallel_mlp", "qk_bias"}),
     "gpt_neox, in sequence": Case(
@@ -73,6 +83,21 @@ FAMILIES = {
         {"rope", "causal"},
     ),
     "gptj": Case("GPTJModel", "GPTJConfig", GPT, {"rope", "causal", "parallel_mlp"}),
+    "codegen": Case(
+        "CodeGenModel",
+        "CodeGenConfig",
+        {**GPT, "n_embd": 48, "n_head": 8, "n_layer": 2},
+        {"rope", "causal", "parallel_mlp"},
+    ),
+    "gpt_bigcode, one key head": Case(
+        "GPTBigCodeForCausalLM", "GPTBigCodeConfig", {**GPT, "n_layer": 2}, {"causal", "qk_bias"}
+    ),
+    "gpt_bigcode, a key head each, unscaled": Case(
+        "GPTBigCodeModel",
+        "GPTBigCodeConfig",
+        {**GPT, "n_layer": 2, "multi_query": False, "scale_attn_weights": False},
+        {"causal", "qk_bias"},
+    ),
     "gpt_neo": Case(
         "GPTNeoModel",
         "GPTNeoConfig",
@@ -85,6 +110,23 @@ FAMILIES = {
         {"hidden_size": 33, "n_head": 3, "n_layer": 3, "vocab_size": 19},
         {"causal", "rel_pos_bias", "qk_bias"},
         False,
+    ),
+    "falcon, one key head": Case(
+        "FalconForCausalLM", "FalconConfig", {**FALCON, "bias": True}, {"rope", "causal", "parallel_mlp", "qk_bias"}
+    ),
+    "falcon, a key head each": Case(
+        "FalconModel",
+        "FalconConfig",
+        {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False},
+        {"causal", "rel_pos_bias"},
+        False,
+    ),
+    "falcon, grouped": Case("FalconModel", "FalconConfig", FALCON_GROUPED, {"rope", "causal", "parallel_mlp"}),
+    "falcon, grouped, one norm": Case(
+        "FalconModel",
+        "FalconConfig",
+        {**FALCON_GROUPED, "num_ln_in_parallel_attn": 1},
+        {"rope", "causal", "parallel_mlp"},
     ),
     "phi": Case("PhiForCausalLM", "PhiConfig", NEOX, {"rope", "causal", "parallel_mlp", "qk_bias"}),
     "phi, q and k normed": Case(
@@ -134,7 +176,9 @@ def inputs(model):
     makers = {
         "input_ids": lambda: numbers,
         "decoder_input_ids": lambda: torch.randint(3, 19, (2, 5)),
-        "input_features": lambda: torch.randn(2, 5, 18, dtype=torch.float64),
+        "input_features": lambda: torch.randn(
+            *((2, 18, 5) if "Speech2Text" in type(model).__name__ else (2, 5, 18)), dtype=torch.float64
+        ),
         "input_values": lambda: torch.randn(*((2, 8, 8) if "AST" in type(model).__name__ else (2, 50))).double(),
         "pixel_values_videos": lambda: torch.randn(2, 2, 3, 8, 8, dtype=torch.float64),
         "position_ids": lambda: torch.zeros(2, 7, dtype=torch.long),  # no rotation: the map is that of the product
@@ -267,6 +311,12 @@ def test_every_layer_is_what_the_forward_pass_applies_live_and_saved(name, tmp_p
         assert found.keys() == expected.keys()
         for key, array in expected.items():
             np.testing.assert_array_equal(found[key], array, err_msg=key)
+
+
+def test_every_model_type_that_is_read_has_an_oracle():
+    tested = {getattr(transformers, case.config).model_type for case in (*CASES.values(), *FAMILIES.values())}
+    own_tests = {"wavlm"}
+    assert known_model_types() == tested | own_tests
 
 
 def test_cross_attention_reads_the_encoders_last_norm_and_the_sides_are_told_apart(tmp_path):

@@ -147,6 +147,14 @@ class TestLiteralNumbers:
         np.testing.assert_array_equal(read.W_K[1], [[6, 9], [7, 10], [8, 11]])
         np.testing.assert_array_equal(read.W_V[0], [[12, 15], [13, 16], [14, 17]])
 
+    def test_rows_by_groups_of_heads(self):
+        q = Slot(tensor="qkv", heads=4, width=1, head_stride=1, group=2, group_stride=6)
+        o = Slot(tensor="proj", heads=4, width=1, head_stride=1, axis=1)
+        read = self.heads(12, q=q, v=replace(q, offset=2), k=replace(q, offset=4), o=o)
+        np.testing.assert_array_equal(read.W_Q[:, 0, 0], [0, 3, 18, 21])
+        np.testing.assert_array_equal(read.W_V[:, 0, 0], [6, 9, 24, 27])
+        np.testing.assert_array_equal(read.W_K[:, 0, 0], [12, 15, 30, 33])
+
     def test_columns_interleaved_by_head(self):
         o = Slot(tensor="proj", heads=2, width=2, head_stride=1, unit_stride=2, axis=1)
         read = self.heads(12, o=o)

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 import pathlib
 import re
 import warnings
@@ -16,7 +17,10 @@ from torch.nn.utils import parametrizations, prune
 import attnlens
 from attnlens.checkpoints import open_checkpoint
 from attnlens.checkpoints.adapters import with_adapter
+from attnlens.cli import main
 from attnlens.errors import AttnlensError, CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.training.networks.vit import ARCHITECTURE
+from tests.training_setup import SHAPE
 
 TINY = "vit_tiny_patch16_224"
 SMALL = {"depth": 2, "img_size": 32, "num_classes": 5}
@@ -430,6 +434,85 @@ def test_a_config_beside_the_file_outranks_the_guess_of_an_order(tmp_path):
     assert alphas(tmp_path / "folder", num_heads=8) == alphas(saved(tmp_path, meant, "meant.pth"), num_heads=8)
 
 
+def test_a_config_beside_the_file_that_describes_it_outranks_names_and_contradicts_another_head_count(tmp_path, plain):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(state(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": TINY, "model_args": SMALL}))
+    for path in (folder, folder / "model.safetensors"):
+        found = attnlens.inspect(path, num_heads=3)
+        assert found.provenance["architecture"] == TINY
+        assert not any("guessed" in why for why in found.left_out())
+        with pytest.raises(UsageError, match=r"has layers of 3 heads, and --num-heads says 6: leave it out"):
+            attnlens.inspect(path, num_heads=6)
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224", "model_args": SMALL}))
+    assert alphas(folder, num_heads=3) == plain[0]
+    (said,) = attnlens.inspect(folder, num_heads=3).left_out()
+    assert said.endswith("; the config.json beside it does not describe these weights")
+
+
+def test_the_order_of_rows_is_said_wherever_the_numbers_go(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored, _ = trained("head,dim,qkv")
+    path, words = str(saved(tmp_path, stored)), "rows ordered head,dim,qkv, as asked (correlation 0.9"
+    given = {"num_heads": 8, "row_order": "head,dim,qkv", "fold": "raw"}
+    params = attnlens.fit_params(path, **given)
+    assert any(words in why for why in params.sources[0].left_out)
+    assert words in params.to_json()
+    assert words in attnlens.report(path, output=tmp_path / "page.html", **given)
+    composed = attnlens.compose(path, **given)
+    assert all(words in layer["label"] for layer in composed.to_json()["layers"])
+    compared = attnlens.compare(path, path, **given)
+    assert all(any(words in why for why in said) for said in compared.left_out.values())
+    scanned = attnlens.scan(path, tmp_path / "scan", **given, workers=1)
+    assert words in (tmp_path / "scan" / "scan.csv").read_text()
+    assert attnlens.scan(path, tmp_path / "scan", **given, workers=1).measured == 0
+    assert attnlens.scan(path, tmp_path / "scan", **given | {"row_order": "head,qkv,dim"}, workers=1).measured == 1
+    assert words in scanned.rows()[0]["labels"]
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["attnlens", *arguments])
+        main()
+
+    options = ["--num-heads", "8", "--row-order", "head,dim,qkv", "--fold", "raw"]
+    for command in (["inspect", path], ["fit-params", path], ["compose", path], ["compare", path, path]):
+        run(*command, *options)
+        assert words in capfd.readouterr().err.replace("\n", " ")
+    run("scan", path, "-o", "scan", *options)
+    assert words in capfd.readouterr().err.replace("\n", " ")
+
+
+class Packed(torch.nn.Module):
+    def __init__(self, tensors):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList()
+        for layer in range(3):
+            block = torch.nn.Module()
+            block.attn = torch.nn.Module()
+            for name in ("qkv", "proj"):
+                weight = tensors[f"blocks.{layer}.attn.{name}.weight"].float()
+                setattr(block.attn, name, torch.nn.Linear(*weight.T.shape, bias=False))
+                getattr(block.attn, name).weight.data = weight
+            self.blocks.append(block)
+
+
+def test_a_live_network_is_read_in_the_order_of_rows_that_is_asked_for():
+    (stored, meant), given = trained("head,dim,qkv"), {"num_heads": 8, "fold": "raw"}
+    module, expected = Packed(stored), attnlens.inspect(Packed(meant), **given).stats
+    with pytest.raises(UsageError, match="Add --row-order head,dim,qkv"):
+        attnlens.inspect(module, **given)
+    found = attnlens.inspect(module, row_order="head,dim,qkv", **given)
+    assert found.stats.json_rows() == expected.json_rows()
+    assert found.provenance["row_order"] == "head,dim,qkv"
+    both = attnlens.inspect(Packed(meant), checkpoint=module.state_dict(), row_order="head,dim,qkv", **given)
+    assert both.stats.json_rows() == expected.json_rows()
+
+
+def test_an_order_of_rows_without_a_head_count_is_refused_and_not_ignored():
+    with pytest.raises(UsageError, match="--row-order goes with --num-heads"):
+        attnlens.inspect(vit(), row_order="head,dim,qkv")
+
+
 @pytest.mark.parametrize("order", ["rows", "head,qkv", "head,qkv,dim,dim", "0,qkv,head,dim", "qkv,4,head,dim"])
 def test_what_is_no_order_of_rows_is_refused(tmp_path, order):
     with pytest.raises(UsageError, match="is no order of rows"):
@@ -538,6 +621,36 @@ def test_timms_own_checkpoints_name_their_architecture(tmp_path, plain):
     saver.save_checkpoint(0, 70.0)
     assert alphas(tmp_path / "last.pth.tar", layers=None) == plain[0]
     assert attnlens.inspect(tmp_path / "last.pth.tar").provenance["architecture"] == TINY
+
+
+def test_a_checkpoint_of_a_network_of_train_compare_goes_from_timms_saver_to_figures_parameters_and_page(tmp_path):
+    from timm.utils import CheckpointSaver, ModelEmaV2
+
+    module, averaged = SHAPE.build(3), ModelEmaV2(SHAPE.build(4))
+    args = argparse.Namespace(model=ARCHITECTURE, model_kwargs=SHAPE.model_args() | {"act_layer": torch.nn.GELU})
+    saver = CheckpointSaver(
+        module,
+        torch.optim.AdamW(module.parameters()),
+        args,
+        model_ema=averaged,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, 70.0)
+    file = tmp_path / "last.pth.tar"
+    for network, weights, name in (
+        (averaged.module, None, "state_dict_ema"),
+        (averaged.module, "ema", "state_dict_ema"),
+        (module, "state_dict", "state_dict"),
+    ):
+        found = attnlens.inspect(file, weights=weights)
+        assert found.stats.json_rows() == attnlens.inspect(network).stats.json_rows()
+        assert set(found.stats.column("num_heads")) == {SHAPE.num_heads}
+        assert found.model == f"last.pth [{name}]"
+    params, expected = attnlens.fit_params(file, weights="ema"), attnlens.fit_params(averaged.module)
+    assert params.entries == expected.entries
+    assert params.sources[0].model == "last.pth [state_dict_ema]"
+    assert "last.pth [state_dict_ema]" in attnlens.report(file, weights="ema", output=tmp_path / "page.html")
 
 
 def test_a_pickled_network_gives_its_weights_and_runs_nothing(tmp_path, plain):

@@ -130,6 +130,18 @@ def test_huge_truncated_and_broken_members_are_refused(tmp_path, monkeypatch):
         load_dataset(str(packed), cache=tmp_path / "cache")
 
 
+def test_the_share_of_the_commonest_class_is_told_where_classes_are_uneven(tmp_path):
+    for name, sizes in (("uneven", (30, 10)), ("even", (20, 19))):
+        for label, count in zip("ab", sizes, strict=True):
+            (tmp_path / name / label).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / name / label / f"{number}.png").write_bytes(png(100 * ord(label) + number))
+    found = load_dataset(str(tmp_path / "uneven"), cache=tmp_path / "cache")
+    assert found.commonest() == pytest.approx(6 / 8)
+    assert load_dataset(str(tmp_path / "even"), cache=tmp_path / "cache").commonest() is None
+    assert load_dataset("digits").commonest() is None
+
+
 def test_folders_without_a_test_part_hold_out_a_fifth_of_each_class(tmp_path):
     root = tmp_path / "flat"
     for name in ("a", "b"):

@@ -170,9 +170,35 @@ def test_one_batch_overfits():
     stack.load([SHAPE.build(seed).state_dict() for seed in range(2)], [3e-3] * 2, 200)
     for _ in range(200):
         stack.step(images, labels, torch.zeros(2, dtype=torch.long))
-    accuracies, losses = stack.evaluate(images[0], labels[0])
+    accuracies, losses, _ = stack.evaluate(images[0], labels[0])
     assert accuracies == [1.0, 1.0]
     assert max(losses) < 0.05
+
+
+def test_scores_are_sklearns_whatever_the_classes_sizes():
+    from sklearn.metrics import accuracy_score, log_loss, recall_score
+
+    stack = Stack(config(recipe={"batch_size": 5}), 3, CPU)
+    generator = torch.Generator().manual_seed(2)
+    states = [SHAPE.build(seed).state_dict() for seed in range(3)]
+    for state in states:
+        state["head.weight"].normal_(generator=generator)  # logits that tell items apart
+    stack.load(states, [1e-3] * 3, 10)
+    images = torch.randint(0, 256, (37, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.tensor([0] * 20 + [3] * 11 + [9] * 6)
+    scores = stack.evaluate(images, labels)
+    where = torch.arange(3)
+    with torch.no_grad():
+        logits = stack.forward(stack.weights, images.expand(3, *images.shape), where, training=False).double()
+    for model in range(3):
+        guessed = logits[model].argmax(-1)
+        assert scores.accuracy[model] == pytest.approx(accuracy_score(labels, guessed))
+        recalls = recall_score(labels, guessed, labels=[0, 3, 9], average=None, zero_division=0)
+        assert scores.balanced[model] == pytest.approx(recalls.mean())
+        assert scores.loss[model] == pytest.approx(
+            log_loss(labels, logits[model].softmax(-1).numpy(), labels=list(range(10))), rel=1e-5
+        )
+    assert scores.balanced != scores.accuracy
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_a_stack_trains_and_evaluates_like_modules_trained_plainly(shape, wiring
         losses.append(stack.take_losses(1))
     held, answers = inputs[1, 0], targets[1, 0]
     before = [stack.state(number) for number in range(models)]
-    accuracies, test_losses = stack.evaluate(held, answers)
+    accuracies, test_losses, _ = stack.evaluate(held, answers)
     for number, network in enumerate(networks):
         data = where[number]
         expected = plainly(network, settings, inputs[data], targets[data], rates[number])

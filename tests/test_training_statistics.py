@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from attnlens.training.figures import draw_curves
+from attnlens.training.metrics import BITS_PER_BYTE
 from attnlens.training.report import conclusion, render_report
 from attnlens.training.results import PairingError, check_pairing, results_lines, summarise
-from attnlens.training.statistics import Mean, contrasts, epochs_to, gap_closed, paired_t, sign_flip
+from attnlens.training.statistics import (
+    Mean,
+    contrasts,
+    epochs_to,
+    fieller,
+    gap_closed,
+    paired_t,
+    sign_flip,
+    smallest_sign_flip,
+)
 from tests.training_setup import config
 
 RNG = np.random.default_rng(0)
@@ -74,10 +85,38 @@ def test_holm_runs_over_the_declared_contrasts():
 
 
 def test_pairs_without_spread_and_single_pairs():
-    assert paired_t([0.01, 0.01, 0.01]) == 0.0
-    assert paired_t([0.0, 0.0]) == 1.0
+    for alike in ([0.01, 0.01, 0.01], [0.0, 0.0], [0.700 + 10 / 797 - 0.700, 0.712 + 10 / 797 - 0.712]):
+        assert np.isnan(paired_t(alike))
+        assert np.isinf(Mean.of(alike).high)
+        assert Mean.of(alike).sd == 0
     assert np.isnan(paired_t([0.3]))
     assert np.isinf(Mean.of([0.3]).high)
+
+
+def test_contrasts_without_a_p_value_stay_in_the_family_that_was_declared():
+    base = dict(enumerate([0.5] * 6))
+    moved = {s: 0.5 + d for s, d in enumerate([0.02, 0.01, 0.03, 0.02, 0.04, 0.01])}
+    alike = dict.fromkeys(range(6), 0.52)
+    one, same = contrasts({"a": moved, "b": alike, "c": base}, [("a", "c"), ("b", "c")])
+    assert one.t_holm == pytest.approx(2 * one.t_p)
+    assert one.sign_flip_holm == pytest.approx(2 * one.sign_flip_p)
+    assert all(np.isnan(p) for p in (same.t_p, same.t_holm, same.sign_flip_p, same.sign_flip_holm))
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 9, 16])
+def test_the_smallest_sign_flip_p_is_that_of_pairs_that_all_agree(n):
+    assert smallest_sign_flip(n) == sign_flip([0.1] * n)
+    for family in (1, 3, 7):
+        values = {"base": dict.fromkeys(range(n), 0.5)}
+        values |= {f"arm{i}": {s: 0.6 + 0.01 * i + 0.001 * s for s in range(n)} for i in range(family)}
+        found = contrasts(values, [(f"arm{i}", "base") for i in range(family)])
+        assert {one.sign_flip_holm for one in found} == {smallest_sign_flip(n, family)}
+
+
+def test_seven_contrasts_of_six_seeds_cannot_go_under_a_fifth():
+    assert smallest_sign_flip(6, 7) == 0.21875
+    assert smallest_sign_flip(0, 7) == 1
+    assert smallest_sign_flip(18) == 2**-16
 
 
 def test_seeds_one_arm_did_not_finish_leave_the_pair():
@@ -96,7 +135,7 @@ def closed(accuracies):
     return gap_closed(accuracies, "mimetic", baseline="default", pretrained="pretrained")
 
 
-def test_gap_closed_is_the_ratio_of_mean_differences_with_a_bootstrap_interval():
+def test_gap_closed_is_the_ratio_of_mean_differences_with_fiellers_interval():
     accuracies = arms()
     found = closed(accuracies)
     means = {name: np.mean(list(values.values())) for name, values in accuracies.items()}
@@ -105,12 +144,33 @@ def test_gap_closed_is_the_ratio_of_mean_differences_with_a_bootstrap_interval()
     )
     assert found.low < found.share < found.high
     values = {name: np.array(list(column.values())) for name, column in accuracies.items()}
-    rng, shares = np.random.default_rng(1), []
-    for _ in range(4000):  # the same bootstrap by hand
-        seeds = rng.integers(0, 8, 8)
-        mimetic, default, best = (values[name][seeds].mean() for name in ("mimetic", "default", "pretrained"))
-        shares.append((mimetic - default) / (best - default))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])), abs=0.002)
+    above, whole = values["mimetic"] - values["default"], values["pretrained"] - values["default"]
+    for bound, outwards in ((found.low, -1e-6), (found.high, 1e-6)):  # where scipy's own t test turns
+        assert stats.ttest_1samp(above - bound * whole, 0).pvalue == pytest.approx(0.05)
+        assert stats.ttest_1samp(above - (bound + outwards) * whole, 0).pvalue < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "above", "whole"),
+    [
+        ("between", [0.05, 0.06, 0.04, 0.05], [0.10, 0.12, 0.09, 0.11]),
+        ("outside", [0.05, 0.06, 0.04, 0.05], [0.02, -0.03, 0.04, 0.01]),
+        ("every", [0.01, -0.02, 0.03, 0.00], [0.02, -0.03, 0.04, 0.01]),
+    ],
+)
+def test_fiellers_set_holds_the_ratios_that_a_t_test_does_not_reject(kind, above, whole):
+    found = fieller(above, whole)
+    assert found.kind == kind
+    for ratio in np.tan(np.linspace(-1.57, 1.57, 2001)):  # from -1256 to 1256
+        kept = stats.ttest_1samp(np.array(above) - ratio * np.array(whole), 0).pvalue >= 0.05
+        assert (
+            kept
+            == {
+                "between": found.low <= ratio <= found.high,
+                "outside": ratio <= found.low or ratio >= found.high,
+                "every": True,
+            }[kind]
+        )
 
 
 def test_gap_closed_is_not_clipped():
@@ -122,6 +182,23 @@ def test_gap_closed_is_refused_without_a_gap():
     assert "holds 0" in closed(arms(pretrained=0.701)).refused
     assert "under a point" in closed(arms(pretrained=0.706, spread=0.0005)).refused
     assert "too few" in closed(arms(n=2)).refused
+    assert "the same in every seed" in closed(arms(spread=0)).refused
+
+
+def test_gap_closed_is_refused_where_pretrained_is_worse_and_says_what_cannot_be_left_out():
+    assert closed(arms(pretrained=0.6)).refused == "pretrained was not better than default"
+    assert np.isnan(closed(arms(pretrained=0.6)).share)
+    fewer_bits = gap_closed(
+        arms(mimetic=2.9, default=3.0, pretrained=2.5),
+        "mimetic",
+        baseline="default",
+        pretrained="pretrained",
+        metric=BITS_PER_BYTE,
+    )
+    assert fewer_bits.refused == ""
+    assert 0.1 < fewer_bits.low < fewer_bits.share < fewer_bits.high < 0.3
+    assert "no share is left out" in closed(arms(mimetic=0.7005, pretrained=0.701)).refused
+    assert "left out" in closed(arms(mimetic=0.75, pretrained=0.701)).refused
 
 
 def test_epochs_to_keep_what_was_not_reached_as_censored():
@@ -155,7 +232,19 @@ def test_conclusions_say_what_the_interval_allows():
     assert "no difference was shown" in nothing
     assert "more accurate" not in nothing
     assert "screening only, n = 3" in conclusion(contrast_of([0.05, 0.06, 0.055]), 1)
+    assert "the difference was the same in every seed (n = 6), +1.0 points" in conclusion(contrast_of([0.01] * 6), 1)
     assert "Nothing can be said" in conclusion(contrast_of([0.05]), 1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0, 1e-6, 0.01])
+def test_no_difference_is_called_one_under_six_seeds_and_no_p_value_stands_without_spread(n, spread):
+    said = conclusion(contrast_of([0.1 + spread * seed for seed in range(n)]), 1)
+    assert f"screening only, n = {n}" in said
+    assert "mimetic was more accurate:" not in said
+    assert "p <" not in said
+    assert "p =" not in said
+    assert ("A direction at most" in said) == (spread > 0)
 
 
 def test_a_difference_that_holm_takes_back_is_only_a_hint():
@@ -231,6 +320,43 @@ def test_diverged_runs_stay_in_the_report_and_out_of_the_numbers():
     assert summary.diverged == (("mimetic", 5, 2),)
     assert summary.contrasts[0].difference.n == 5
     assert "mimetic, seed 5, diverged in epoch 2" in render_report(summary)
+
+
+@pytest.mark.parametrize("last", ["diverged", "running"])
+def test_runs_that_diverged_or_stopped_enter_no_count(last):
+    broken = run_records("mimetic", 5, [0.1, 0.95, 0.96], status=last)  # it had reached the target
+    summary = summarise(config(seeds=6), records_of(6, **{"mimetic-5": broken}))
+    (mimetic,) = (one for one in summary.epochs if one.arm == "mimetic")
+    assert set(mimetic.by_seed) == set(range(5))
+    assert summary.means["mimetic"].n == summary.contrasts[0].difference.n == 5
+    assert "| mimetic | 5 of 5 |" in render_report(summary)
+    row = dict(zip(*(line.split(",") for line in summary.to_csv().splitlines()[::2]), strict=True))
+    assert (row["arm"], row["n"], row["reached"]) == ("mimetic", "5", "5")
+    (axes,) = draw_curves(summary).axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels[1] == ("mimetic (n = 5)" if last == "diverged" else "mimetic (n = 5, 1 not finished)")
+
+
+def test_the_report_says_how_small_a_p_value_can_get():
+    told = render_report(summarise(config(seeds=6), records_of()))
+    assert "With n = 6 and 1 contrast the corrected sign-flip p cannot go under .0312." in told
+    many = [("mimetic", "default")] * 7
+    told = render_report(summarise(config(seeds=6, contrasts=many), records_of()))
+    assert "cannot go under .2188: none of these contrasts can go under .05 that way." in told
+
+
+def test_uneven_classes_are_compared_by_balanced_accuracy_and_the_report_says_so():
+    records = records_of(6)
+    for lines in records.values():
+        for line in lines:
+            line["balanced_accuracy"] = line["accuracy"] / 2
+    summary = summarise(config(seeds=6, commonest=0.62), records)
+    assert summary.config.metric.field == "balanced_accuracy"
+    assert summary.means["mimetic"].mean == pytest.approx(np.mean([0.3 + 0.006 * s for s in range(6)]))
+    report = render_report(summary)
+    assert "the commonest is 62.0% of the test images" in report
+    assert "## Balanced test accuracy at the last epoch" in report
+    assert config(commonest=None).sha256() == config().sha256()  # what was compared before keeps its hash
 
 
 def test_unpaired_streams_are_an_error_and_no_footnote():

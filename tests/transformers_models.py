@@ -68,6 +68,13 @@ CASES = {
     "siglip": Case("SiglipModel", "SiglipConfig", TOWERS, {"qk_bias"}),
     "siglip vision": Case("SiglipVisionModel", "SiglipVisionConfig", VIT, {"qk_bias"}),
     "siglip text": Case("SiglipTextModel", "SiglipTextConfig", {**SIZES, **TEXT}, {"qk_bias"}),
+    "siglip2": Case(
+        "Siglip2Model",
+        "Siglip2Config",
+        {**TOWERS, "vision_config": {**VISION_TOWER, "num_patches": 4, "patch_size": 4}},
+        {"qk_bias"},
+    ),
+    "siglip2 text": Case("Siglip2TextModel", "Siglip2TextConfig", {**SIZES, **TEXT}, {"qk_bias"}),
     "siglip2 vision": Case(
         "Siglip2VisionModel", "Siglip2VisionConfig", {**SIZES, "num_patches": 4, "patch_size": 4}, {"qk_bias"}
     ),

@@ -56,8 +56,14 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed
 
 
-class _File(Checkpoint):
-    """A checkpoint that is one file on disk."""
+class _OnDisk:
+    """A file on disk, held to be the one that was opened.
+
+    Where it was unpacked out of another file, ``held_in`` is that one and ``member`` its name there.
+    """
+
+    held_in: _OnDisk | None = None
+    member: str = ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,6 +79,8 @@ class _File(Checkpoint):
 
     def provenance(self) -> dict[str, Any]:
         """Return the file's name, size and sha256. Raises `CheckpointError` where it changed since it was opened."""
+        if self.held_in is not None:
+            return {**self.held_in.provenance(), **({"member": self.member} if self.member else {})}
         with self._reading(), self.path.open("rb") as file:
             self._compare(os.fstat(file.fileno()))
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -98,6 +106,10 @@ class _File(Checkpoint):
         except OSError as error:
             raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
         self.check()
+
+
+class _File(_OnDisk, Checkpoint):
+    """A checkpoint that is one file on disk."""
 
 
 class ModuleWeights(Checkpoint):

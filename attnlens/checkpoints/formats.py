@@ -82,15 +82,16 @@ def kind_of(path: Path) -> str:
         return _archive_kind(path, SUFFIXES.get(suffix, "zip"))
     if start[257:262] == b"ustar":
         return "tar"
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "compressed"
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     raise CheckpointError(f"{path} has suffix {suffix!r}, and does not begin as a format that is read: give {ACCEPTED}")
 
 
+PACKED_SUFFIXES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst")
 PACKED = {"tar": "a tar archive", "zip": "a zip archive around other files", "compressed": "a compressed file"}
-ACCEPTED = "a .safetensors, .pth, .bin or .npz file, or a shard index (.index.json)"
+ACCEPTED = "a .safetensors, .pth, .bin or .npz file, a shard index (.index.json), or an archive of one such file"
 
 
 def _is_safetensors(start: bytes, size: int) -> bool:

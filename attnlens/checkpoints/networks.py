@@ -130,6 +130,9 @@ def _wanted(origin: Checkpoint, found: tuple[Network, ...], wanted: str) -> Netw
         return fitting[0]
     below = {unwrapped(name): name for name in origin}
     tensors = {name.removeprefix(f"{wanted}."): old for name, old in below.items() if name.startswith(f"{wanted}.")}
+    parts = [network for network in found if wanted in re.split(r"[._]", network.name)]
+    if not tensors and len(parts) == 1:  # ema, of state_dict and state_dict_ema
+        return parts[0]
     if not tensors:
         raise UsageError(f"the file holds no weights {wanted!r}: it holds {names_of(found)}")
     return Network(wanted, tensors)

@@ -12,6 +12,7 @@ from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.files import NpzFile, SafetensorsFile
 from attnlens.checkpoints.formats import ACCEPTED, PACKED, kind_of, refuse_folder
 from attnlens.checkpoints.networks import choose_network
+from attnlens.checkpoints.packed import open_packed
 from attnlens.checkpoints.shards import ShardedFile
 from attnlens.checkpoints.torch_files import TorchFile
 from attnlens.errors import CheckpointError
@@ -21,12 +22,16 @@ from attnlens.strict_json import read_json, within
 def open_checkpoint(path: str | os.PathLike[str], network: str | None = None) -> Checkpoint:
     """Open a weight file: safetensors, what `torch.save` wrote, a TorchScript archive, ``.npz``, an index of shards.
 
-    Tensors have the names and values of the network that the file is of: `networks.choose_network` tells which of
-    several, ``network`` chooses one, `applied.as_applied` says what is computed. Raises `CheckpointError` when the file
-    is missing, truncated, corrupt, of another format, or a pickle that only code could read, `UsageError` for a network
-    it does not hold.
+    A tar or zip archive around one such file, and a file compressed by gzip, bzip2, xz or Zstandard, are read too. Of
+    several files in an archive ``network`` names one, see `packed.open_packed`. Tensors have the names and values of
+    the network that the file is of: `networks.choose_network` tells which of several, ``network`` chooses one,
+    `applied.as_applied` says what is computed. Raises `CheckpointError` when the file is missing, truncated, corrupt,
+    of another format, or a pickle that only code could read, `UsageError` for a network it does not hold.
     """
     path = Path(path)
+    if path.is_file() and _kind(path) in PACKED:
+        opened = open_packed(path, network, open_stored)
+        return as_read(opened.stored, opened.network, opened.folder)
     return as_read(open_stored(path), network, path.parent)
 
 
@@ -41,8 +46,8 @@ def open_stored(path: Path) -> Checkpoint:
         if path.is_dir():
             refuse_folder(path)
         raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give {ACCEPTED}")
+    kind = _kind(path)
     try:
-        kind = kind_of(path)
         if kind == "safetensors":
             return SafetensorsFile(path)
         if kind == "npz":
@@ -52,6 +57,13 @@ def open_stored(path: Path) -> Checkpoint:
         if kind == "torch":
             return TorchFile(path)
         raise CheckpointError(f"{path} is {PACKED[kind]}: unpack it and give the weight file in it")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _kind(path: Path) -> str:
+    try:
+        return kind_of(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import math
 import mmap
 import pickle
@@ -197,14 +199,23 @@ def _walk(root: Any) -> Iterator[TensorRef]:
 
 
 def _stated(root: Any) -> dict[str, str]:
-    """Return the architecture a training script named: timm's ``arch``, or ``model`` among its arguments."""
+    """Return the architecture a training script named (timm's ``arch`` or ``model``) and its arguments, as JSON."""
     top = parts_of(root)
     for holder in ("args", "hyper_parameters", "hparams", "config", "cfg"):
         inner = parts_of(top.get(holder))
         for key in ("model", "arch", "model_name", "architecture"):
             if isinstance(inner.get(key), str):
-                return {"named_architecture": inner[key]}
+                return {"named_architecture": inner[key], **_arguments(inner.get("model_kwargs"))}
     return {"named_architecture": top["arch"]} if isinstance(top.get("arch"), str) else {}
+
+
+def _arguments(value: Any) -> dict[str, str]:
+    """Return what of the arguments is plain; a class among them, of activations or norms, is no size."""
+    given: dict[str, Any] = {}
+    for name, argument in parts_of(value).items():
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            given |= json.loads(json.dumps({name: argument}))
+    return {"named_arguments": json.dumps(given)} if given else {}
 
 
 def _outline(root: Any) -> str:

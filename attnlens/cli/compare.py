@@ -10,7 +10,7 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.cli.console import format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_distance_table
 from attnlens.cli.tables import escape, print_wide
 
@@ -26,8 +26,10 @@ def compare(
         list[Path] | None,
         typer.Option("--checkpoint", "-c", help="Take weights from this file: one for each MODEL, in their order."),
     ] = None,
+    num_heads: options.NumHeads = None,
     model_args: options.ModelArgs = None,
     weights: options.Weights = None,
+    row_order: options.RowOrder = None,
     fold: options.ProductFold = "effective",
     offline: options.Offline = False,
     remote: options.Remote = False,
@@ -41,15 +43,21 @@ def compare(
         *models,
         fold=fold,
         checkpoints=checkpoints or [],
+        num_heads=num_heads,
         model_args=options.parse_model_args(model_args),
         weights=weights,
+        row_order=row_order,
         offline=offline,
         remote=remote,
         progress=tracked("layers"),
     )
+    for model, said in comparison.left_out.items():
+        for why, layers in said.items():
+            note(f"{model}: {why}: layers {format_layers(layers)}")
     if json_:
         distances = {"distances": comparison.distances, "filter_distances": comparison.filter_distances}
-        write_stdout(json.dumps({"fold": fold, "models": comparison.models, **distances}, indent=1))
+        about = {"fold": fold, "models": comparison.models, "left_out": comparison.left_out}
+        write_stdout(json.dumps({**about, **distances}, indent=1))
     if comparison.distances and not json_:
         print_wide(distance_table(comparison))
     if comparison.filter_distances and not json_:

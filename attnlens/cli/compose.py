@@ -42,7 +42,7 @@ def compose(
     """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
     from attnlens.composition import save_composition
     from attnlens.inspection import UNSAID
-    from attnlens.layouts.flags import FLAGS
+    from attnlens.layouts.flags import FLAGS, layers_by_reason
 
     composition = attnlens.compose(
         model,
@@ -62,6 +62,8 @@ def compose(
     ):
         flagged = [layer for layer, flags in composition.leaves_out.items() if flag in flags]
         note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
+    for label, labelled in layers_by_reason((layer, [label]) for layer, label in composition.labels.items()).items():
+        note(f"{label}: layers {format_layers(labelled)}")
     folder = options.figure_folder(output, composition.model)
     save_composition(composition, folder, command_line())
     if json_:

@@ -51,6 +51,8 @@ def scan(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Measure again what failed. Default: only what is missing.")
     ] = False,
+    num_heads: options.NumHeads = None,
+    row_order: options.RowOrder = None,
     list_: Annotated[bool, typer.Option("--list", help="Print only the models that would be measured.")] = False,
     offline: options.Offline = False,
     remote: options.Remote = False,
@@ -75,6 +77,8 @@ def scan(
             workers=workers,
             ray=ray,
             retry_failed=retry_failed,
+            num_heads=num_heads,
+            row_order=row_order,
             offline=offline,
             remote=remote,
             command=command_line(),
@@ -93,6 +97,9 @@ def scan(
     from attnlens.figures import save_figures
 
     save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi)
+    for name, result in scanned.results.items():
+        for label in result.get("labels", ()):
+            note(f"{name}: {label}")
     for name, error in scanned.failed.items():
         note(f"failed: {name}: {error}")
     read = len(scanned.results) - len(scanned.failed)

@@ -127,6 +127,13 @@ def train_compare(
             "--compile/--no-compile", help="Compile the training step. Default: only on CUDA.", show_default=False
         ),
     ] = None,
+    precision: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(
+            help="Compute matrix products in this precision. auto: float32 on a CPU, bfloat16 on a GPU that has it, "
+            "float16 on others."
+        ),
+    ] = "auto",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Train so many runs at once on a CPU. Default: one a core.")
     ] = None,
@@ -176,6 +183,7 @@ def train_compare(
         device=device,
         stack=stack,
         compiled=compiled,
+        precision=precision,
         resume=resume,
         time_budget=time_budget,
         workers=workers,

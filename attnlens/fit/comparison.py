@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Comparison:
     distances: tuple[dict[str, Any], ...]
     filter_profiles: tuple[FilterProfile, ...] = ()
     filter_distances: tuple[dict[str, Any], ...] = ()
+    left_out: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
+    """By model, what its products leave out and how its layout was found, in words, with the layers it is true of."""
 
     def select(self, circuit: Kind, statistic: str) -> list[Profile]:
         """Return one statistic's profile of every model."""
@@ -56,8 +58,10 @@ def compare(
     *models: Any,
     fold: Fold = "effective",
     checkpoints: Sequence[Any] = (),
+    num_heads: int | None = None,
     model_args: dict[str, Any] | None = None,
     weights: str | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
@@ -68,9 +72,9 @@ def compare(
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
     Beside it ``log_alpha``: the same of log10(alpha), the difference in noise scale. Models with depthwise filters are
     compared by these too: `filters.comparison.filter_distances`. ``checkpoints`` are files, one a model; ``model_args``
-    go to every architecture of timm, ``weights`` names the network of each file; ``offline`` and ``remote`` are those
-    of `inspect`. Raises what `inspect` raises, and `UnsupportedAttentionError` where no two models hold layers of one
-    kind.
+    go to every architecture of timm, ``weights`` names the network of each file, ``num_heads`` and ``row_order`` are of
+    every model; ``offline`` and ``remote`` are those of `inspect`. Raises what `inspect` raises, and
+    `UnsupportedAttentionError` where no two models hold layers of one kind.
     """
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
@@ -79,8 +83,10 @@ def compare(
     files = checkpoints or [None] * len(models)
     how: dict[str, Any] = {
         "fold": fold,
+        "num_heads": num_heads,
         "model_args": model_args,
         "weights": weights,
+        "row_order": row_order,
         "offline": offline,
         "remote": remote,
         "progress": progress,
@@ -105,7 +111,11 @@ def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Compar
     profiles = [profile for name, inspection in named for profile in profiles_of(inspection, name, fold)]
     filters = [profile for name, inspection in named for profile in filter_profiles(inspection.filters, name)]
     distances = tuple(_distances(names, profiles)), tuple(filter_distances(filters))
-    return Comparison(fold, tuple(names), tuple(profiles), distances[0], tuple(filters), distances[1])
+    said = {
+        name: inspection.left_out() | {f"filters: {why}": of for why, of in inspection.filters.left_out().items()}
+        for name, inspection in named
+    }
+    return Comparison(fold, tuple(names), tuple(profiles), distances[0], tuple(filters), distances[1], said)
 
 
 def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:

@@ -79,8 +79,9 @@ def write_heads(spec: AttentionSpec, heads: HeadWeights, tensors: MutableMapping
 
 def _indices(slot: Slot, offset: int) -> Any:
     """Return the index of every (head, unit), shape ``[heads, width]``."""
-    heads = np.arange(slot.heads)[:, None] * slot.head_stride
-    return offset + heads + np.arange(slot.width)[None, :] * slot.unit_stride
+    group, head = np.divmod(np.arange(slot.heads)[:, None], slot.group or slot.heads)
+    start = offset + group * slot.group_stride + head * slot.head_stride
+    return start + np.arange(slot.width)[None, :] * slot.unit_stride
 
 
 def _matrix(tensors: Tensors, name: str) -> Any:

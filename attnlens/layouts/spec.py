@@ -13,7 +13,8 @@ class Slot:
     Entry ``unit`` of head ``head`` is index ``offset + head * head_stride + unit * unit_stride`` along ``axis`` of
     the tensor, flattened to two dimensions (a 1x1 convolution's trailing axes are dropped). The other axis is the
     side of the network: input for q, k, v, output for o. Where ``{head}`` stands in ``tensor``, each head has a
-    tensor of its own and ``head_stride`` is 0.
+    tensor of its own and ``head_stride`` is 0. Where rows of other roles stand between ``group`` heads and the next
+    ``group``, ``group_stride`` leads from one group to the next and ``head_stride`` from head to head inside it.
 
     ``bias`` names the bias vector, indexed as the weight with ``bias_offset`` for ``offset``; for o it is the whole
     vector. ``batch_norm`` names a BatchNorm behind the projection that is folded into weight and bias on reading
@@ -27,6 +28,8 @@ class Slot:
     head_stride: int
     offset: int = 0
     unit_stride: int = 1
+    group: int | None = None
+    group_stride: int = 0
     axis: int = 0
     bias: str | None = None
     bias_offset: int = 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
 from attnlens.errors import CheckpointError, UsageError
+from attnlens.models.architecture import Architecture
 from attnlens.models.by_tensor_names import describe_names, in_order
 from attnlens.models.named import HeadsOf, describe_lens, describe_named, lens_layers
 from attnlens.models.opened import Access, OpenedModel, Weights
@@ -22,7 +23,7 @@ def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Ac
     given = checkpoint if model is None else model
     if isinstance(given, Mapping) and (model is None or checkpoint is None):
         weights = weights_of(given, access)
-        return _by_names(weights, num_heads, "state dict", {"model": "state dict"}, "the state dict", access.row_order)
+        return _by_names(weights, num_heads, "state dict", {"model": "state dict"}, "the state dict", _asked(access))
     path = Path(given) if isinstance(given, str | os.PathLike) else None
     if path is None or (model is not None and checkpoint is not None) or not (path.is_dir() or is_weight_name(path)):
         raise UsageError(
@@ -30,9 +31,10 @@ def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Ac
             "says itself how many heads it has"
         )
     weights = open_checkpoint(weights_in(path) if path.is_dir() else path, access.network)
-    order, quantised = _config_beside(path if path.is_dir() else path.parent)
-    order = access.row_order or order
-    opened = _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path), order)
+    model_type, quantised = _config_of(weights, path if path.is_dir() else path.parent)
+    known = CONFIGURED.get(model_type)
+    order = (known, f"as model_type {model_type} has them") if known else None
+    opened = _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path), _asked(access) or order)
     codes = [name for spec in opened.architecture.specs for name in spec.tensors() if _is_one_byte(opened, name)]
     if quantised and codes:
         raise CheckpointError(
@@ -46,31 +48,52 @@ def _is_one_byte(opened: OpenedModel, name: str) -> bool:
     return getattr(opened.checkpoint[name].dtype, "itemsize", 0) == 1
 
 
-def _config_beside(folder: Path) -> tuple[str | None, bool]:
-    """Return the order of packed rows of a config.json's model_type, and whether it says that weights are quantised."""
+def _asked(access: Access) -> tuple[str, str] | None:
+    return None if access.row_order is None else (access.row_order, "as asked")
+
+
+def _config_of(weights: Checkpoint, folder: Path) -> tuple[str, bool]:
+    """Return the model_type of the config.json beside weights, and whether it says that they are quantised."""
     config = folder / "config.json"
-    if not config.is_file():
-        return None, False
+    packed_with = weights.metadata.get("config.json")
+    if packed_with is None and not config.is_file():
+        return "", False
     try:
-        data = parse_object(within(folder, config, CheckpointError).read_bytes(), config)
+        text = within(folder, config, CheckpointError).read_bytes() if packed_with is None else packed_with.encode()
     except OSError as error:
         raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
-    return CONFIGURED.get(str(data.get("model_type"))), bool(data.get("quantization_config"))
+    data = parse_object(text, config)
+    return str(data.get("model_type", "")), bool(data.get("quantization_config"))
 
 
 def _by_names(
-    weights: Checkpoint, num_heads: int, title: str, source: dict[str, str], where: str, order: str | None = None
+    weights: Checkpoint,
+    num_heads: int,
+    title: str,
+    source: dict[str, str],
+    where: str,
+    order: tuple[str, str] | None = None,
 ) -> OpenedModel:
     """Open weights by their names: those of a network that is known, or names that attention usually has."""
     lens = of_lens(weights, title, source, num_heads)
     if lens is not None:
         return lens
     if order is not None:
-        weights = in_order(weights, num_heads, order)
+        weights = in_order(weights, num_heads, order[0])
     named = describe_named(weights, num_heads)
     told = f"of {named.name}, told by tensor names" if named else "guessed from tensor names"
-    architecture = named or describe_names(weights, num_heads, where, order)
+    architecture = named or describe_names(weights, num_heads, where, *(order or ()))
     return OpenedModel(title, architecture, weights, {**source, "layout": f"{told}, {num_heads} heads"})
+
+
+def check_heads(found: Architecture, num_heads: int | None, where: str) -> None:
+    """Raise `UsageError` where layers say themselves that they have another number of heads."""
+    heads = sorted({spec.q.heads for spec in found.specs})
+    if num_heads is not None and heads != [num_heads]:
+        raise UsageError(
+            f"{where} has layers of {' and '.join(map(str, heads))} heads, and --num-heads says {num_heads}: leave it "
+            "out"
+        )
 
 
 def of_lens(
@@ -81,7 +104,5 @@ def of_lens(
     if not paths:
         return None
     architecture = describe_lens(weights, paths)
-    heads = architecture.specs[0].q.heads
-    if num_heads not in (None, heads):
-        raise UsageError(f"{title} stores {heads} heads in each layer, not {num_heads}: leave out --num-heads")
+    check_heads(architecture, num_heads, title)
     return OpenedModel(title, architecture, HeadsOf(weights), {**source, "layout": "TransformerLens"})

@@ -117,14 +117,16 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(len(part), part) if number else (-1, part) for part, number in digits]
 
 
-def describe_names(stored: Checkpoint, num_heads: int, where: str, order: str | None = None) -> Architecture:
+def describe_names(
+    stored: Checkpoint, num_heads: int, where: str, order: str | None = None, said_by: str = "as asked"
+) -> Architecture:
     """Describe a file by its tensors' names, every layer with ``num_heads`` heads, and its depthwise filters.
 
     The number of key/value heads follows from the shapes. ``order`` is that of the packed rows of ``stored`` before
-    they were read as [role, head, dim], where it is known; else the weights are asked, see `row_order`. Projections
-    that belong to no layer that is read are listed as refused. Raises `UnsupportedAttentionError` when no names are
-    known, `UsageError` when the layers differ in width, ``num_heads`` does not divide it, or the weights contradict the
-    order of rows.
+    they were read as [role, head, dim], where it is known, and ``said_by`` tells from what; else the weights are asked,
+    see `row_order`. Projections that belong to no layer that is read are listed as refused. Raises
+    `UnsupportedAttentionError` when no names are known, `UsageError` when the layers differ in width, ``num_heads``
+    does not divide it, or the weights contradict the order of rows.
     """
     groups = find_groups(stored)
     refused = _left_out(groups, stored)
@@ -148,7 +150,7 @@ def describe_names(stored: Checkpoint, num_heads: int, where: str, order: str | 
     found = tuple(
         _spec(group, stored, num_heads, alone=crowd[group.parent] == 1, inside=inside[group.head]) for group in groups
     )
-    words = _words_of_order(groups, stored, num_heads, where, order)
+    words = _words_of_order(groups, stored, num_heads, where, order and f"{order}, {said_by}")
     part = _words_of_part(groups, stored, where)
     specs = tuple(
         spec.replace(
@@ -193,7 +195,7 @@ def _words_of_order(groups: list[Group], stored: Checkpoint, heads: int, where: 
     if order is None:
         check(verdict, _shape(stored, layers[0].o)[not layers[0].transposed], where)
         return verdict.words
-    return f"rows ordered {order}, as asked (correlation {verdict.correlation:.2f} of row norms of V with those of O)"
+    return f"rows ordered {order} (correlation {verdict.correlation:.2f} of row norms of V with those of O)"
 
 
 def _words_of_part(groups: list[Group], stored: Checkpoint, where: str) -> list[str]:

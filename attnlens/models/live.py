@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attnlens.checkpoints import Checkpoint
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.layouts.spec import AttentionSpec, Refusal
 from attnlens.models.architecture import Architecture, describe_skeleton, tensor_shapes, with_norms
+from attnlens.models.bare import check_heads
+from attnlens.models.by_tensor_names import describe_names, in_order
 from attnlens.models.diffusers import CLASSES, describe_diffusers
 from attnlens.models.named import describe_lens, describe_named, lens_layers
-from attnlens.models.transformers import describe_names, describe_transformers, known_model_types
+from attnlens.models.transformers import describe_transformers, known_model_types
 from attnlens.models.undress import LiveWeights, undress
 
 if TYPE_CHECKING:
@@ -29,22 +32,41 @@ class Live(NamedTuple):
     weights: LiveWeights
 
 
-def open_live(
-    module: nn.Module, *, num_heads: int | None = None, input_size: int | tuple[int, ...] | None = None
-) -> Live:
+def open_live_by_names(
+    module: nn.Module,
+    num_heads: int,
+    *,
+    row_order: str | None = None,
+    input_size: int | tuple[int, ...] | None = None,
+) -> tuple[Architecture, Checkpoint]:
+    """Describe a live network by its tensors' names, every layer with ``num_heads`` heads, and find its weights.
+
+    ``row_order`` and ``input_size`` are those of `attnlens.inspect`. Raises what `describe_names` and `in_order` raise.
+    """
+    _check_is_module(module)
+    skeleton, weights = undress(module)
+    lens = lens_layers(weights)
+    if lens:
+        found, parts = _of_lens(skeleton, weights, lens)
+        check_heads(found, num_heads, type(skeleton).__name__)
+        return found, parts
+    ordered = weights if row_order is None else in_order(weights, num_heads, row_order)
+    named = describe_named(ordered, num_heads)
+    found = named or describe_names(ordered, num_heads, type(skeleton).__name__, row_order)
+    return _traced_where_it_can_be(found, skeleton, input_size), ordered
+
+
+def open_live(module: nn.Module, *, input_size: int | tuple[int, ...] | None = None) -> Live:
     """Describe a live network and find the weights it applies, whatever is wrapped around it.
 
-    ``num_heads`` reads it by its tensors' names; ``input_size`` is that of one forward pass on the meta device, where
-    the network does not state it. Raises what `describe_module` and `describe_names` raise.
+    ``input_size`` is that of one forward pass on the meta device, where the network does not state it. Raises what
+    `describe_module` raises.
     """
     _check_is_module(module)
     skeleton, weights = undress(module)
     lens = lens_layers(weights)
     if lens:
         return _of_lens(skeleton, weights, lens)
-    if num_heads is not None:
-        named = describe_named(weights, num_heads) or describe_names(weights, num_heads, type(skeleton).__name__)
-        return Live(_traced_where_it_can_be(named, skeleton, input_size), weights)
     roots = list(_transformers_models(skeleton))
     if len(roots) > 1:
         raise UsageError(

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,16 @@ from attnlens.checkpoints import Checkpoint, open_checkpoint
 from attnlens.checkpoints.applied import unread_beside
 from attnlens.checkpoints.formats import refuse_folder
 from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
-from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.errors import AttnlensError, CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args
-from attnlens.models.bare import of_lens, open_bare
-from attnlens.models.by_tensor_names import describe_filters
+from attnlens.models.bare import check_heads, of_lens, open_bare
+from attnlens.models.by_tensor_names import describe_filters, in_order
 from attnlens.models.described import describe_architecture
 from attnlens.models.diffusers import describe_diffusers
 from attnlens.models.forms import fitting
-from attnlens.models.live import open_live
+from attnlens.models.live import open_live, open_live_by_names
 from attnlens.models.opened import ONLINE, Access, OpenedModel, StrPath, Weights
+from attnlens.models.row_order import ReorderedRows
 from attnlens.models.sizes import in_words, shown_arguments
 from attnlens.models.transformers import describe_transformers, told_model_type
 from attnlens.models.undress import LiveWeights
@@ -71,12 +73,16 @@ def open_model(
     """
     if num_heads is not None and (not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1):
         raise UsageError(f"--num-heads {num_heads!r} is not a number of heads: give 1 or more")
+    if access.row_order is not None and num_heads is None:
+        raise UsageError(
+            "--row-order goes with --num-heads: a model that is named says itself how its packed rows are ordered"
+        )
     if access.offline and access.remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     if not isinstance(model, str | os.PathLike | Mapping | None):
         opened = _open_live(model, checkpoint, num_heads, input_size, access)
     elif num_heads is not None:
-        opened = open_bare(model, checkpoint, num_heads, access)
+        opened = _as_configured(model, checkpoint, num_heads, access)
     else:
         opened = _open(model, checkpoint, access, model_args)
     if model_args and opened.timm_args is None:
@@ -101,9 +107,43 @@ def open_model(
     return opened
 
 
+def _as_configured(model: Any, checkpoint: Any, num_heads: int, access: Access) -> OpenedModel:
+    """Open weights as the config.json beside them describes them, which outranks what names and a head count tell.
+
+    By these where there is no such file, or it does not describe them. Raises `UsageError` where it says other head
+    counts.
+    """
+    by_names = partial(open_bare, model, checkpoint, num_heads, access)
+    given = checkpoint if model is None else model
+    both = model is not None and checkpoint is not None
+    if both or access.row_order is not None or not isinstance(given, str | os.PathLike):
+        return by_names()
+    path = Path(given)
+    folder = path if path.is_dir() else path.parent
+    packed = path.is_file() and "config.json" in open_checkpoint(path, access.network).metadata
+    if not packed and not (folder / "config.json").is_file():
+        return by_names()
+    try:
+        opened = fitting(_open(path, None, access))
+    except CheckpointError:
+        return _labelled(by_names(), "the config.json beside it does not describe these weights")
+    except AttnlensError:
+        return by_names()
+    check_heads(opened.architecture, num_heads, f"the config.json of {path}")
+    return opened
+
+
+def _labelled(opened: OpenedModel, words: str) -> OpenedModel:
+    specs = tuple(
+        spec.replace(label="; ".join(filter(None, (spec.label, words)))) for spec in opened.architecture.specs
+    )
+    return replace(opened, architecture=replace(opened.architecture, specs=specs))
+
+
 def _check_beside(opened: OpenedModel) -> None:
     """Refuse weights beside which something stands that may change them and that nobody looks at."""
-    if isinstance(opened.checkpoint, LiveWeights):
+    stored = opened.checkpoint.origin if isinstance(opened.checkpoint, ReorderedRows) else opened.checkpoint
+    if isinstance(stored, LiveWeights):
         return
     specs = opened.architecture.specs
     projections = [name for spec in specs for slot in spec.slots().values() for name in slot.named(slot.tensor)]
@@ -155,13 +195,16 @@ def _open_live(
     input_size: int | tuple[int, ...] | None,
     access: Access,
 ) -> OpenedModel:
-
-    architecture, own = open_live(module, num_heads=num_heads, input_size=input_size)
-    weights = own if checkpoint is None else weights_of(checkpoint, access)
-    source = {"model": architecture.name}
-    if num_heads is not None:
-        source["layout"] = f"guessed from tensor names, {num_heads} heads"
-    return OpenedModel(architecture.name, architecture, weights, source)
+    given = None if checkpoint is None else weights_of(checkpoint, access)
+    if num_heads is None:
+        architecture, own = open_live(module, input_size=input_size)
+        return OpenedModel(architecture.name, architecture, given or own, {"model": architecture.name})
+    order = access.row_order
+    architecture, named = open_live_by_names(module, num_heads, row_order=order, input_size=input_size)
+    if given is not None:
+        named = given if order is None else in_order(given, num_heads, order)
+    source = {"model": architecture.name, "layout": f"guessed from tensor names, {num_heads} heads"}
+    return OpenedModel(architecture.name, architecture, named, source)
 
 
 def _open_timm(name: str, checkpoint: Weights | None, access: Access, given: dict[str, Any]) -> OpenedModel:
@@ -279,6 +322,12 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
         model_args = {**parse_object(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
         return OpenedModel(path.stem, architecture, checkpoint, {"model": path.name}, timm_args=model_args)
+    packed_with = checkpoint.metadata.get("config.json")
+    if packed_with is not None:
+        where = f"the config.json in {path}"
+        return _described_by(
+            parse_object(packed_with.encode(), where), where, path.stem, checkpoint, {"model": path.name}, given
+        )
     config = path.parent / "config.json"
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
@@ -289,7 +338,8 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
     stated = checkpoint.metadata.get("named_architecture")
     with contextlib.suppress(ModelNotFoundError):  # a training script's own name, and none of timm's
         if stated:
-            architecture, arguments = _of_timm(stated, given, checkpoint)
+            built_with = parse_object(checkpoint.metadata.get("named_arguments", "{}").encode(), path)
+            architecture, arguments = _of_timm(stated, {**built_with, **given}, checkpoint)
             source = {"model": path.name, "named_by": "the arguments that the file's training script stored"}
             return OpenedModel(path.stem, architecture, checkpoint, source, timm_args=arguments)
     filters = describe_filters(checkpoint)
@@ -319,13 +369,19 @@ def _configured(
         data = parse_object(config.read_bytes(), config)
     except OSError as error:
         raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
+    return _described_by(data, str(config), title, weights, source, given)
+
+
+def _described_by(
+    data: dict[str, Any], where: str, title: str, weights: Checkpoint, source: dict[str, str], given: dict[str, Any]
+) -> OpenedModel:
     name = data.get("architecture")
     if isinstance(name, str):
-        model_args = {**check_model_args(data.get("model_args", {}), str(config)), **given}
+        model_args = {**check_model_args(data.get("model_args", {}), where), **given}
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
     if isinstance(data.get("_class_name"), str):
-        return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, str(config)), weights, source)
+        return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, where), weights, source)
 
     if "model_type" not in data:
         told = told_model_type(data, weights)
@@ -333,8 +389,8 @@ def _configured(
         source = {**source, "layout": f"model_type {told}, told by the tensors' names"} if told else source
     if isinstance(data["model_type"], str):
         weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights
-        return OpenedModel(title, describe_transformers(data, weights, str(config)), weights, source)
+        return OpenedModel(title, describe_transformers(data, weights, where), weights, source)
     raise ModelNotFoundError(
-        f"{config} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "
+        f"{where} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "
         "--checkpoint"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
-from attnlens.checkpoints.formats import OTHER_FORMATS
+from attnlens.checkpoints.formats import OTHER_FORMATS, PACKED_SUFFIXES
 from attnlens.checkpoints.networks import rechosen
 from attnlens.checkpoints.open import as_read
 from attnlens.checkpoints.shards import TRANSFORMERS_FILES
@@ -36,7 +36,7 @@ def weights_of(given: Weights, access: Access) -> Checkpoint:
 
 def is_weight_name(path: Path) -> bool:
     """Return whether a file's name ends as one that holds weights, in a format that is read or told from those."""
-    suffixes = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS)
+    suffixes = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS, *PACKED_SUFFIXES)
     return path.name.lower().endswith(suffixes)
 
 
@@ -51,7 +51,7 @@ def weights_in(folder: Path) -> Path:
     return within(folder, found, CheckpointError)
 
 
-def parse_object(text: bytes, where: Path) -> dict[str, Any]:
+def parse_object(text: bytes, where: Path | str) -> dict[str, Any]:
     """Parse a JSON object. Raises `CheckpointError` naming ``where`` for anything else."""
     try:
         data = parse_json(text)

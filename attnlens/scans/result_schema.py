@@ -13,7 +13,7 @@ from attnlens.scans.worker import group_of
 _Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Word = Annotated[str, Field(pattern=r"^[\w.+-]{1,200}$")]
 _Span = Annotated[str, Field(pattern=r"^\d{1,9}(-\d{1,9})?$")]
-_Fold = Literal["raw", "effective", "centred"]
+_Fold = Literal["raw", "effective", "centred", "balanced"]
 _Number = float | None
 _Depth = Annotated[float, Field(ge=0, le=1)]
 _Row = tuple[_Count, _Depth, Literal["qk", "ov"], _Fold, _Number, _Number, _Number, _Number, _Number]
@@ -31,6 +31,8 @@ class _Identity(_Part):
     checkpoint: str | None
     stamp: str | None
     fold: str
+    num_heads: int | None = None
+    row_order: str | None = None
 
 
 class _Failed(_Identity):
@@ -48,6 +50,7 @@ class _Measured(_Identity):
     head_dim: _Span
     folds: Annotated[list[_Fold], Field(min_length=1)]
     leaves_out: Annotated[str, Field(pattern=r"^[\w ]*$")]
+    labels: list[str] = Field(default_factory=list)
     refused: _Count
     seconds: Annotated[float, Field(ge=0)]
     provenance: dict[str, Any]
@@ -64,6 +67,7 @@ def check_result(data: Any) -> Result:
     found = _Result.validate_python(data)
     if isinstance(found, _Failed):
         return {**data, "error": one_line(found.error)}
+    data = {**data, "labels": [one_line(label) for label in found.labels]}
     rows = _Rows.validate_python(found.table)
     if len({(layer, circuit, fold) for layer, _, circuit, fold, *_ in rows}) < len(rows):
         raise ValueError("table: a layer has two rows of one circuit and fold")

@@ -71,6 +71,8 @@ def scan(
     workers: int | None = None,
     ray: str | None = None,
     retry_failed: bool = False,
+    num_heads: int | None = None,
+    row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
     command: str | None = None,
@@ -82,7 +84,8 @@ def scan(
     A model whose result is there already, of the same files and fold, is not measured again; a failed one is with
     ``retry_failed``. A model that fails is recorded with its error and stops nothing. Models are measured in
     ``workers`` processes (default: one a core), or on the Ray cluster at the address ``ray``, at most ``workers`` at a
-    time; this process alone writes. Where a worker or node is lost its job is begun again, up to three times.
+    time; this process alone writes. ``num_heads`` and ``row_order`` read files of unknown architectures by their
+    tensors' names, as `inspect` does. Where a worker or node is lost its job is begun again, up to three times.
 
     Writes ``models/<key>.json`` and ``.csv``, and at the end ``scan.csv``, ``layers.csv`` and ``scan.json``. Stopped in
     whatever way, the same call goes on where it was. Raises `UsageError` or `ModelNotFoundError` for patterns that
@@ -94,7 +97,7 @@ def scan(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is not a number of workers: give 1 or more")
     plan = plan_scan([patterns] if isinstance(patterns, str) else patterns)
-    settings = Settings(fold, offline, remote)
+    settings = Settings(fold, offline, remote, num_heads, row_order)
     store = Store(Path(output), settings)
     results = {job.name: store.load(job) for job in plan.jobs}
     missing = [job for job in plan.jobs if _wanted(results[job.name], retry_failed)]

@@ -69,7 +69,8 @@ class Store:
     def _identity(self, job: Job) -> dict[str, Any]:
         """Return what a result must be of to be believed; the name is only what this scan calls the model."""
         same = {name: value for name, value in asdict(job).items() if name != "name"}
-        return {**SCHEMA, **same, "fold": self._settings.fold}
+        asked = {name: getattr(self._settings, name) for name in ("num_heads", "row_order")}
+        return {**SCHEMA, **same, "fold": self._settings.fold, **{k: v for k, v in asked.items() if v is not None}}
 
     def save_tables(self, results: Mapping[str, Result], provenance: dict[str, Any]) -> None:
         """Write ``scan.csv``, a row a model and fold, ``layers.csv``, a row a layer, and ``scan.json``, all of it."""

@@ -42,9 +42,11 @@ MODEL_COLUMNS = (
     *(f"{circuit}_{name}" for circuit in ("qk", "ov") for name in _MEDIANS),
     "ov_negative_share",
     "leaves_out",
+    "labels",
     "error",
 )
-"""Statistics are medians over layers; ``ov_negative_share`` is the share of layers whose summed OV has beta < 0."""
+"""Statistics are medians over layers; ``ov_negative_share`` is the share of layers whose summed OV has beta < 0;
+``labels`` say how a layout was found where the model does not say it itself."""
 
 GRID = np.linspace(0, 1, 41)
 """Relative depths at which the models' curves are brought together."""
@@ -78,6 +80,7 @@ def model_rows(name: str, result: Result) -> list[dict[str, Any]]:
     if result["status"] != "ok":
         return [{**common, "error": result["error"]}]
     about = {key: result[key] for key in ("architecture", "depth", "layers", "heads", "head_dim", "leaves_out")}
+    about["labels"] = "; ".join(result.get("labels", ()))
     return [{**common, "fold": fold, **about, **_medians(result["table"], fold)} for fold in result["folds"]]
 
 

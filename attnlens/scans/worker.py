@@ -25,6 +25,8 @@ class Settings:
     fold: str = "both"
     offline: bool = False
     remote: bool = False
+    num_heads: int | None = None
+    row_order: str | None = None
 
 
 def measure(job: dict[str, Any], settings: dict[str, Any], cores: int) -> Result:
@@ -52,6 +54,7 @@ def measure(job: dict[str, Any], settings: dict[str, Any], cores: int) -> Result
         "head_dim": span([spec.q.width for spec in specs]),
         "folds": list(found.folds),
         "leaves_out": " ".join(dict.fromkeys(flag for spec in specs for flag in spec.leaves_out)),
+        "labels": list(dict.fromkeys(spec.label for spec in specs if spec.label)),
         "refused": len(found.refused),
         "seconds": round(time.perf_counter() - start, 3),
         "provenance": found.provenance,

@@ -12,13 +12,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import FileSet
-from attnlens.errors import AttnlensError, UsageError
+from attnlens.errors import AttnlensError
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
+from attnlens.training.hardware import device_named, fixed_attention
 from attnlens.training.live import Journal, Write
 from attnlens.training.loggers import check_loggers, logging_to
 from attnlens.training.metrics import ACCURACY, Metric
@@ -102,6 +103,7 @@ def train_compare(
     device: str = "auto",
     stack: int | None = None,
     compiled: bool | None = None,
+    precision: str = "auto",
     workers: int | None = None,
     time_budget: float | None = None,
     resume: bool = False,
@@ -140,7 +142,7 @@ def train_compare(
     with spread() as process, ExitStack() as claims:
         say = Notes(shown=process.leads and not quiet)
         say(f"reading {dataset}")
-        on = _device(device, process)
+        on = device_named(device, process)
         data = load_data(options, cache, say)
         if data.told:
             say(f"{data.name}: {data.told}")
@@ -149,6 +151,7 @@ def train_compare(
         say("building every arm once")
         config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
+        claims.enter_context(fixed_attention(config))
         store = _store(output, config, process, claims, resume=resume)
         if process.leads and source.params is not None:
             source.params.save(output / "params.json")
@@ -336,18 +339,6 @@ def _drawn(summary: Summary, source: Source) -> dict[str, Figure]:
     if has_structure(summary):
         figures["structure"] = draw_structure(summary, source_structure(source), source.name)
     return figures
-
-
-def _device(name: str, process: Spread) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name} is not known: choose cpu, cuda or auto")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device. Use --device cpu")
-    return torch.device(name, process.local_rank) if name == "cuda" else torch.device(name)
 
 
 def describe_device(device: torch.device) -> str:

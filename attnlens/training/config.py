@@ -16,10 +16,12 @@ from pydantic import (
 )
 
 from attnlens.errors import UsageError
-from attnlens.training.metrics import Metric
+from attnlens.training.metrics import BALANCED_ACCURACY, Metric
 from attnlens.training.networks.base import Moments, Network, Part
 from attnlens.training.networks.registry import network_of
 
+Precision = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["", "flash", "efficient", "math"]
 Augmentation = Literal["none", "shift", "flip-shift", "flip-randaugment"]
 AUGMENTATIONS: dict[str, str] = {
     "none": "none",
@@ -55,7 +57,14 @@ class TextData(Part):
     split: str
 
 
-_LATER: dict[str, Any] = {"text": None, "freeze_filters": False, "starts": {}, "left_out": {}}
+_LATER: dict[str, Any] = {
+    "text": None,
+    "freeze_filters": False,
+    "starts": {},
+    "commonest": None,
+    "attention": "",
+    "left_out": {},
+}
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
@@ -84,13 +93,17 @@ class Config(Part):
     lr_grid: list[float] = Field(description="empty: every arm trains with the recipe's lr")
     tune_seeds: int = Field(ge=1)
     device: Literal["cpu", "cuda"]
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision = Field(description="of matrix products; weights, norms and losses are float32")
     compiled: bool
     stack: int = Field(ge=1, description="models trained in one batched model")
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
     left_out: dict[str, int] = Field(default={}, description="images of the data set that are not used, by reason")
+    attention: Attention = Field(default="", description="kernels of fused attention; empty where scores are formed")
+    commonest: float | None = Field(
+        default=None, description="share of the test images in the commonest class, where classes are uneven"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -130,8 +143,8 @@ class Config(Part):
 
     @property
     def metric(self) -> Metric:
-        """What runs are compared by."""
-        return self.network.metric
+        """What runs are compared by: where classes are uneven, all of them count alike."""
+        return self.network.metric if self.commonest is None else BALANCED_ACCURACY
 
     @property
     def items(self) -> str:

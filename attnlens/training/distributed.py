@@ -19,6 +19,8 @@ class Spread:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
+    """How many of them run on this host."""
 
     @property
     def leads(self) -> bool:
@@ -51,6 +53,7 @@ def spread() -> Iterator[Spread]:
 
     distributed.init_process_group("gloo", timeout=timedelta(days=14))
     try:
-        yield Spread(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
+        yield Spread(distributed.get_rank(), distributed.get_world_size(), local_rank, local_world)
     finally:
         distributed.destroy_process_group()

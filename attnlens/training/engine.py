@@ -10,7 +10,7 @@ stack are run is the network's own affair (`networks`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnlens.training.config import Config
 from attnlens.training.networks.base import PLAIN, Wiring
@@ -20,6 +20,66 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = Mapping[str, "Tensor"]
+
+
+class Scores(NamedTuple):
+    """What an evaluation finds, a value a model."""
+
+    accuracy: list[float]
+    """Share of the targets guessed right."""
+    loss: list[float]
+    """Mean cross-entropy, in nats."""
+    balanced: list[float]
+    """Mean over the classes that occur of the share of a class guessed right."""
+
+
+class LossScale:
+    """What each model's loss is multiplied by, so that small gradients are no zeros in float16.
+
+    Torch's GradScaler has one factor for all that an optimizer trains, and leaves a step out for all: in a stack one
+    model's overflow would meet the others. Here a model has a factor of its own, 2^16 at first. Where a gradient
+    overflows, that model's step is one with gradient 0 and its factor is halved; after 2,000 steps without, doubled.
+    """
+
+    FIRST, PATIENCE = 2.0**16, 2000
+
+    def __init__(self, models: int, device: torch.device) -> None:
+        import torch
+
+        self.state = torch.zeros(2, models, device=device)
+        """Factors, and the steps since each was changed."""
+        self.reset()
+
+    @property
+    def scale(self) -> Tensor:
+        """The factors ``[model]``."""
+        return self.state[0]
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.state[0].fill_(self.FIRST)
+        self.state[1].zero_()
+
+    def unscale(self, gradient: Tensor) -> None:
+        """Divide gradients ``[model, value]`` by the factors, in place, and choose the next ones; nothing waits."""
+        import torch
+
+        gradient.div_(self.scale[:, None])
+        sound = gradient.isfinite().all(1)
+        gradient.masked_fill_(~sound[:, None], 0.0)
+        steps = torch.where(sound, self.state[1] + 1, 0)
+        grown = steps >= self.PATIENCE
+        self.state[0].mul_(torch.where(sound, torch.where(grown, 2.0, 1.0), 0.5))
+        self.state[1].copy_(torch.where(grown, 0, steps))
+
+
+def own_code(method: Any) -> Any:
+    """Return a bound method whose code is its own: torch counts compilations, and gives up at eight, by code."""
+    from types import FunctionType, MethodType
+
+    function = method.__func__
+    code = function.__code__.replace()
+    return MethodType(FunctionType(code, function.__globals__, function.__name__), method.__self__)
 
 
 class Stack:
@@ -75,7 +135,10 @@ class Stack:
             start = stop
         self.forward = config.network.forward(template, wiring, config.moments, models, device)
         self.loss_sum = torch.zeros(models, device=device)
-        self._losses: Any = torch.compile(self._losses_of, mode=mode) if config.compiled else self._losses_of
+        self.scaler = LossScale(models, device) if config.precision == "float16" else None
+        self._losses: Any = self._losses_of
+        if config.compiled:
+            self._losses = torch.compile(own_code(self._losses), mode=mode, dynamic=False)
         self.updates = 0
 
     def load(self, states: Sequence[State], lrs: Sequence[float], steps: int) -> None:
@@ -107,6 +170,8 @@ class Stack:
         )
         self.loss_sum.zero_()
         self.updates = 0
+        if self.scaler is not None:
+            self.scaler.reset()
 
     def step(self, inputs: Tensor, targets: Tensor, where: Tensor) -> None:
         """Train every model on its batch: ``inputs [set, item, ...]`` uint8, ``where [model]`` its set."""
@@ -114,8 +179,11 @@ class Stack:
 
         with self._precision():
             losses = self._losses(self.weights, inputs, targets, where)
-        gradients = torch.autograd.grad(losses.sum(), [self.weights[name] for name in self.trained])
+        total = losses.sum() if self.scaler is None else (losses * self.scaler.scale).sum()
+        gradients = torch.autograd.grad(total, [self.weights[name] for name in self.trained])
         torch.cat([part.flatten(1) for part in gradients], dim=1, out=self.gradient)
+        if self.scaler is not None:
+            self.scaler.unscale(self.gradient)
         norm = self.gradient.norm(dim=1, keepdim=True)
         self.gradient.mul_((self.config.recipe.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
@@ -132,17 +200,30 @@ class Stack:
         return flat.view(self.models, -1).mean(1)
 
     def _precision(self) -> torch.autocast:
-        """Return the context that runs matrix products in bfloat16 where the configuration says so."""
+        """Return the context that runs matrix products in the precision of the configuration."""
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        half = self.config.precision != "float32"
+        return torch.autocast(self.device.type, getattr(torch, self.config.precision) if half else None, enabled=half)
 
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
-        """Return the share of targets guessed right and the mean loss of every model on the same items."""
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Scores:
+        """Return how every model does on the same items; waits for the device."""
+        hits, counts, loss = (found.cpu() for found in self.tally(inputs, targets))
+        recalls = (hits.double() / counts)[:, counts > 0]
+        return Scores(
+            (hits.sum(1).double() / targets.numel()).tolist(),
+            (loss.double() / targets.numel()).tolist(),
+            recalls.mean(1).tolist(),
+        )
+
+    def tally(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count hits ``[model, class]`` and targets ``[class]``, and sum losses ``[model]``; nothing waits."""
         import torch
         from torch.nn.functional import cross_entropy
 
-        correct, loss = torch.zeros_like(self.loss_sum), torch.zeros_like(self.loss_sum)
+        classes = self.config.network.outputs
+        hits = torch.zeros(self.models, classes, dtype=torch.long, device=self.device)
+        counts, loss = torch.zeros_like(hits[0]), torch.zeros_like(self.loss_sum)
         where = torch.zeros(self.models, dtype=torch.long, device=self.device)
         size = max(1, 2 * self.config.recipe.batch_size)
         with torch.inference_mode(), self._precision():
@@ -150,10 +231,11 @@ class Stack:
                 answer = targets[start : start + size].flatten().long()
                 batch = inputs[None, start : start + size]
                 logits = self.forward(self.weights, batch, where, training=False).flatten(1, -2)
-                correct += (logits.argmax(-1) == answer).sum(1)
+                hits.index_add_(1, answer, (logits.argmax(-1) == answer).long())
+                counts.index_add_(0, answer, torch.ones_like(answer))
                 expected = answer.expand(self.models, -1).flatten()
                 loss += cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(self.models, -1).sum(1)
-        return (correct.double() / targets.numel()).tolist(), (loss.double() / targets.numel()).tolist()
+        return hits, counts, loss
 
     def take_losses(self, steps: int) -> list[float]:
         """Return every model's mean training loss since the last call; waits for the device."""
@@ -173,6 +255,7 @@ class Stack:
             "optimizer": self.optimizer.state_dict(),
             "loss_sum": self.loss_sum.cpu(),
             "updates": self.updates,
+            **({} if self.scaler is None else {"scale": self.scaler.state.cpu()}),
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -186,3 +269,5 @@ class Stack:
         self.optimizer.load_state_dict(snapshot["optimizer"])
         self.loss_sum.copy_(snapshot["loss_sum"])
         self.updates = snapshot["updates"]
+        if self.scaler is not None:
+            self.scaler.state.copy_(snapshot["scale"])

@@ -38,7 +38,8 @@ def draw_curves(summary: Summary) -> Figure:
         axes = style.add_axes(figure, 70, heading.height + 10, 480, 350)
         axes.axhline(scale * target, color=style.RULE, linewidth=0.8, linestyle="--", zorder=0)
         for index, (arm, curves) in enumerate(summary.curves.items()):
-            epochs, values = curve_matrix(list(curves.values()))
+            diverged = {seed for name, seed, _ in summary.diverged if name == arm}
+            epochs, values = curve_matrix([curve for seed, curve in curves.items() if seed not in diverged])
             if not len(epochs):
                 continue
             how = line_style(index)
@@ -50,13 +51,20 @@ def draw_curves(summary: Summary) -> Figure:
                 alpha=0.15,
                 linewidth=0,
             )
-            axes.plot(epochs, scale * np.nanmean(values, 0), label=f"{arm} (n = {len(curves)})", linewidth=1.3, **how)
+            axes.plot(epochs, scale * np.nanmean(values, 0), label=_counted(summary, arm), linewidth=1.3, **how)
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{metric.title}, %" if metric.share else metric.title)
         _epoch_axis(axes, summary.config.recipe.epochs)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return figure
+
+
+def _counted(summary: Summary, arm: str) -> str:
+    """Name an arm with the number of its runs that finished, and of those that are under way."""
+    finished, diverged = len(summary.finished[arm]), sum(name == arm for name, _, _ in summary.diverged)
+    going = len(summary.curves[arm]) - finished - diverged
+    return f"{arm} (n = {finished}{f', {going} not finished' * bool(going)})"
 
 
 def curve_matrix(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[Array, Array]:

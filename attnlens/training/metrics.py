@@ -67,6 +67,10 @@ class Metric:
 
 
 ACCURACY = Metric("accuracy", "test accuracy", True, False, "more accurate", "less accurate", "points")
+BALANCED_ACCURACY = Metric(
+    "balanced_accuracy", "balanced test accuracy", True, False, "more accurate", "less accurate", "points"
+)
+"""The mean, over the classes that are tested, of the share of a class that is guessed right."""
 BITS_PER_BYTE = Metric(
     "bits_per_byte",
     "test bits per byte",

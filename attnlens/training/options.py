@@ -15,10 +15,12 @@ from attnlens.training.data.images import load_dataset
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.data.reading import Say, silent
 from attnlens.training.data.text import PREFIX, load_text
+from attnlens.training.hardware import attention_on, compiles_on, precision_on
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
 from attnlens.training.source import Source
+from attnlens.training.stack_size import fastest_stack
 from attnlens.training.store import stored_config
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class Options:
     freeze_filters: bool
     stack: int | None
     compiled: bool | None
+    precision: str
 
 
 def load_data(options: Options, cache: Path | None, say: Say = silent) -> Dataset:
@@ -134,11 +137,11 @@ def resolve(
     check_config(config)
     _check_arms(config, source)
     config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0))})
+    config = config.model_copy(update={"attention": attention_on(config, device)})
     if options.stack is None and device.type == "cuda":
         stored = (stored_config(output) or {}).get("stack") if resume else None
-        from attnlens.training.stack_size import fastest_stack
-
-        config = config.model_copy(update={"stack": stored or fastest_stack(config, device)})
+        wirings = {arm: start_of(arm, source).wiring for arm in config.arms}
+        config = config.model_copy(update={"stack": stored or fastest_stack(config, wirings, data, device)})
     return config, data
 
 
@@ -186,12 +189,13 @@ def _config(
         lr_grid=sorted(set(options.tune_lr)),
         tune_seeds=options.tune_seeds,
         device="cuda" if cuda else "cpu",
-        precision="bfloat16" if cuda else "float32",
-        compiled=cuda if options.compiled is None else options.compiled,
+        precision=precision_on(device, options.precision),
+        compiled=compiles_on(device, options.compiled),
         stack=options.stack or 1,
         text=TextData(**facts) if facts else None,
         freeze_filters=options.freeze_filters,
         starts=starts,
+        commonest=data.commonest(),
         left_out=data.unused(),
     )
 

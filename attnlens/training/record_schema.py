@@ -46,6 +46,7 @@ class _Line(_Part):
     epoch: Count
     status: Literal["running", "finished", "diverged"]
     accuracy: float | None = None
+    balanced_accuracy: float | None = None
     bits_per_byte: float | None = None
     train_seconds: float
     models_in_stack: int = Field(ge=1)

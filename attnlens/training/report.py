@@ -9,7 +9,15 @@ from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
 from attnlens.training.config import AUGMENTATIONS, Config
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.results import Summary
-from attnlens.training.statistics import LEVEL, SCREENING_BELOW, Contrast, EpochsTo, GapClosed, Mean
+from attnlens.training.statistics import (
+    LEVEL,
+    SCREENING_BELOW,
+    Contrast,
+    EpochsTo,
+    GapClosed,
+    Mean,
+    smallest_sign_flip,
+)
 
 _ALPHA = 1 - LEVEL
 LrTable = Mapping[str, Mapping[float, float]]
@@ -48,18 +56,32 @@ def conclusions(summary: Summary) -> list[str]:
 
 
 def conclusion(contrast: Contrast, family: int, metric: Metric = ACCURACY, role: str = "") -> str:
-    """Say what one contrast shows: a difference, a hint, or nothing with what the interval still allows."""
+    """Say what one contrast shows: a difference, a hint, or nothing with what the interval still allows.
+
+    With few seeds it is called a direction and never a difference; without spread it has no interval to go by.
+    """
     one, n = contrast.difference, contrast.difference.n
     names = f"**{contrast.arm}** against **{contrast.other}**"
     if n < 2:
         return f"{names}: {n} pair{'s' * (n != 1)} of finished runs, too few for an interval. Nothing can be said."
     prefix = f"{names}{role}: " + (f"screening only, n = {n}. " if n < SCREENING_BELOW else "")
     shown = metric.difference
+    if math.isinf(one.low):
+        return (
+            f"{prefix}the difference was the same in every seed (n = {n}), {shown(one.mean)} {metric.unit}: without "
+            "spread there is no interval and no p-value."
+        )
     interval = f"{shown(one.mean)} {metric.unit}, {LEVEL:.0%} interval {shown(one.low)} to {shown(one.high)}"
+    word = metric.better if metric.favours(one.mean) else metric.worse
+    if n < SCREENING_BELOW:
+        alike = sum((value > 0) == (one.mean > 0) and value != 0 for value in contrast.differences)
+        return (
+            f"{prefix}{interval}; {contrast.arm} was {word} in {alike} of {n} seeds. A direction at most: no "
+            f"difference is called one under n = {SCREENING_BELOW}."
+        )
     tail = f" (n = {n}, Holm-corrected p {_equals(contrast.t_holm)}, sign-flip p {_equals(contrast.sign_flip_p)})"
     if one.low <= 0 <= one.high:
         return f"{prefix}no difference was shown: {interval}{tail}."
-    word = metric.better if metric.favours(one.mean) else metric.worse
     if contrast.t_holm < _ALPHA:
         return f"{prefix}{contrast.arm} was {word}: {interval}{tail}."
     return (
@@ -95,6 +117,11 @@ def _state(summary: Summary) -> str:
         parts.append(
             f"**{arm}, seed {seed}, diverged in epoch {epoch}: it is left out of every number below, so they describe "
             "the seeds that finished.**"
+        )
+    if config.commonest is not None:
+        parts.append(
+            f"**Uneven classes: the commonest is {config.commonest:.1%} of the test images, what a constant answer "
+            "scores in plain accuracy. Every class counts alike here, whatever its size (balanced accuracy).**"
         )
     return "\n\n".join(parts)
 
@@ -134,33 +161,45 @@ def _contrasts(summary: Summary) -> str:
     head = ["contrast", "n", metric.unit, f"{LEVEL:.0%} interval", "p", "Holm", "sign-flip p", "Holm"]
     sign = " A negative difference speaks for the first arm." if metric.lower_is_better else ""
     told = f"Paired by seed; t intervals, not corrected. Holm over the {len(rows)} contrasts.{sign}"
-    return f"{_table(head, rows)}\n\n{told}"
+    return f"{_table(head, rows)}\n\n{told} {_reachable(summary.contrasts)}".rstrip()
+
+
+def _reachable(contrasts: Sequence[Contrast]) -> str:
+    """Say how small a Holm-corrected sign-flip p-value can get at all, given how many contrasts were declared."""
+    n = max((contrast.difference.n for contrast in contrasts), default=0)
+    if n < 2:
+        return ""
+    family = len(contrasts)
+    least = smallest_sign_flip(n, family)
+    never = "" if least < _ALPHA else ": none of these contrasts can go under .05 that way"
+    return (
+        f"With n = {n} and {family} contrast{'s' * (family != 1)} the corrected sign-flip p cannot go under "
+        f"{_p(least)}{never}."
+    )
 
 
 def _gaps(gaps: Sequence[GapClosed]) -> str:
-    rows = [
-        [gap.arm, str(gap.n), *([f"not given: {gap.refused}", ""] if gap.refused else [_number(gap.share, 2), ""])]
-        for gap in gaps
-    ]
-    for row, gap in zip(rows, gaps, strict=True):
-        if not gap.refused:
-            row[3] = f"{_number(gap.low, 2)} to {_number(gap.high, 2)}"
+    rows = []
+    for gap in gaps:
+        shown = [_number(gap.share, 2), f"{_number(gap.low, 2)} to {_number(gap.high, 2)}"]
+        rows.append([gap.arm, str(gap.n), *([f"not given: {gap.refused}", ""] if gap.refused else shown)])
     return (
-        f"{_table(['arm', 'n', 'share', f'{LEVEL:.0%} bootstrap interval'], rows)}\n\n"
-        f"(arm - {BASELINE}) / ({PRETRAINED} - {BASELINE}), not clipped, seeds resampled whole. Percentile intervals "
-        "of few seeds are too narrow."
+        f"{_table(['arm', 'n', 'share', f'{LEVEL:.0%} interval'], rows)}\n\n"
+        f"(arm - {BASELINE}) / ({PRETRAINED} - {BASELINE}), not clipped, over the seeds that all three finished; "
+        "Fieller's intervals, not corrected for how many arms there are."
     )
 
 
 def _epochs(arms: Sequence[EpochsTo], every: int) -> str:
     rows = []
     for one in arms:
-        median = "not reached by half of the seeds" if one.median is None else f"{one.median:g}"
+        missed = "not reached by half of the seeds" if one.by_seed else "none"
+        median = missed if one.median is None else f"{one.median:g}"
         rows.append([one.arm, f"{one.reached} of {len(one.by_seed)}", median])
     return (
         f"{_table(['arm', 'reached', 'median epoch'], rows)}\n\n"
-        f"Fixed beforehand, read at the measured epochs (every {every}). A seed that never reached it counts as later "
-        "than every number."
+        f"Fixed beforehand, read at the measured epochs (every {every}), of the runs that finished. A seed that never "
+        "reached it counts as later than every number."
     )
 
 
@@ -254,7 +293,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _interval(mean: Mean, show: Callable[[float], str]) -> str:
-    if mean.n < 2:
+    if math.isinf(mean.low):
         return "none"
     return f"{show(mean.low)} to {show(mean.high)}"
 

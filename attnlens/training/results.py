@@ -182,8 +182,15 @@ def summarise(config: Config, records: Mapping[str, Sequence[Record]]) -> Summar
         lrs=lrs,
         means={arm: Mean.of(list(values.values())) for arm, values in finished.items()},
         contrasts=tuple(contrasts(finished, config.contrasts)),
-        gaps=tuple(gap_closed(finished, arm, baseline=BASELINE, pretrained=PRETRAINED) for arm in gaps if with_gap),
-        epochs=tuple(epochs_to(arm, config.target, curves[arm], config.metric) for arm in config.arms),
+        gaps=tuple(
+            gap_closed(finished, arm, baseline=BASELINE, pretrained=PRETRAINED, metric=config.metric)
+            for arm in gaps
+            if with_gap
+        ),
+        epochs=tuple(
+            epochs_to(arm, config.target, {seed: curves[arm][seed] for seed in finished[arm]}, config.metric)
+            for arm in config.arms
+        ),
         streams=check_pairing(runs),
         train_seconds=sum(lines[-1]["train_seconds"] / lines[-1]["models_in_stack"] for lines in runs),
         devices=tuple(dict.fromkeys(p["device"] for p in provenance)),

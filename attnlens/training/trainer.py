@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnlens.errors import AttnlensError
 from attnlens.training.arms import initial_state, start_of
@@ -171,6 +171,23 @@ def _is_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error)  # the CPU allocator raises a plain RuntimeError
 
 
+class Epochs(NamedTuple):
+    """An epoch of several data seeds: inputs and targets ``[seed, item, ...]`` in their order of use, and hashes."""
+
+    inputs: Tensor | SideBySide
+    targets: Tensor
+    streams: list[str]
+
+
+def epochs_of(data: Resident, seeds: Sequence[int], epoch: int) -> Epochs:
+    """Return an epoch of every data seed."""
+    import torch
+
+    drawn = [data.epoch(seed, epoch) for seed in seeds]
+    inputs = side_by_side([one.inputs for one in drawn])
+    return Epochs(inputs, torch.stack([one.targets for one in drawn]), [one.stream for one in drawn])
+
+
 class _Training:
     """One unit on its way: the stack, where it stands, and the records of its runs."""
 
@@ -222,7 +239,10 @@ class _Training:
     def _train_epoch(self) -> bool:
         """Train the steps of an epoch that are left; return False where `Control` said stop."""
         began = time.monotonic()
-        inputs, targets = self._epoch_data()
+        inputs, targets, streams = epochs_of(self.session.data, self.data_seeds, self.epoch)
+        for seed, stream in zip(self.data_seeds, streams, strict=True):
+            if len(self.streams[seed]) == self.epoch:
+                self.streams[seed].append(stream)
         batch, control = self.session.config.recipe.batch_size, self.session.control
         whole = True
         for step in range(self.step, self.session.steps):
@@ -239,23 +259,10 @@ class _Training:
         self.seconds += time.monotonic() - began
         return whole
 
-    def _epoch_data(self) -> tuple[Tensor | SideBySide, Tensor]:
-        """Return every data seed's epoch in its order of use: inputs ``[seed, item, ...]`` and targets."""
-        import torch
-
-        inputs, targets = [], []
-        for seed in self.data_seeds:
-            drawn = self.session.data.epoch(seed, self.epoch)
-            if len(self.streams[seed]) == self.epoch:
-                self.streams[seed].append(drawn.stream)
-            inputs.append(drawn.inputs)
-            targets.append(drawn.targets)
-        return side_by_side(inputs), torch.stack(targets)
-
     def _record(self, epoch: int, losses: Sequence[float]) -> None:
         """Measure every model that has not diverged, and note it."""
         session, config = self.session, self.session.config
-        accuracies, test_losses = self.stack.evaluate(session.data.test_inputs, session.data.test_targets)
+        scores = self.stack.evaluate(session.data.test_inputs, session.data.test_targets)
         for number, run in enumerate(self.unit):
             if self._diverged(self.records[number]):
                 continue
@@ -263,15 +270,17 @@ class _Training:
             items = epoch * session.steps * config.recipe.batch_size
             record: Record = {
                 "status": "finished" if epoch == config.recipe.epochs else "running",
-                "accuracy": accuracies[number],
-                "test_loss": _finite(test_losses[number]),
+                "accuracy": scores.accuracy[number],
+                "test_loss": _finite(scores.loss[number]),
                 "train_loss": _finite(losses[number]),
                 f"{config.items}_seen": items,
                 "effective_epochs": items / session.data.whole,
                 "structure": measure_structure(session.specs[self.wiring], tensors),
             }
+            if config.network.metric.share:
+                record["balanced_accuracy"] = scores.balanced[number]
             if config.metric.nats is not None:
-                record[config.metric.field] = _finite(test_losses[number] / config.metric.nats)
+                record[config.metric.field] = _finite(scores.loss[number] / config.metric.nats)
             if config.metric.of(record) is None:
                 record = {"status": "diverged"}
             self.records[number].append(self._line(run, number, epoch) | record)

@@ -24,6 +24,7 @@ import signal
 import struct
 import sys
 import sysconfig
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,6 +267,7 @@ class Guard:
         Path("/proc/self/clear_refs").write_text("5")
         base, mapped, began = _memory("VmRSS"), _memory("RssFile"), time.process_time()
         verdict, detail, refused = "accepted", "", None
+        tempfile.tempdir = str(output)  # archives are unpacked there
         _watch.armed = True
         try:
             reader(given / case.given, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -24,6 +25,7 @@ def handmade() -> list[Case]:
         *_links(),
         *_headers(),
         *_archives(),
+        *_packed(),
         *_configurations(),
         *_images(),
         *_claims(),
@@ -193,6 +195,35 @@ def _archives() -> Iterator[Case]:
     yield Case("decoded cache", "bomb", {"c.npz": payloads.zip_bomb("train.npy", prefix=big)}, "c.npz")
     yield Case("decoded cache", "one array", {"c.npz": b"\x93NUMPY\x01\x00\x76\x00" + big[10:]}, "c.npz")
     yield Case("decoded cache", "no arrays", {"c.npz": zip_of([("a.npy", b"x"), ("train.npy", b"x")])}, "c.npz")
+
+
+def _packed() -> Iterator[Case]:
+    """Yield archives that unpack to more than they should, lead out of their folder, or hold archives."""
+    zeros, weights = bytes(64 << 20), seeds.safetensors(seeds.transformers_state())
+    outside = "../../../FORBIDDEN/secret.pth"
+    links = {"m.pth": (tarfile.SYMTYPE, outside), "n.pth": (tarfile.LNKTYPE, outside), "o.pth": (tarfile.FIFOTYPE, "")}
+    for what, content in {
+        "gzip bomb": gzip.compress(zeros),
+        "bzip2 bomb": bz2.compress(zeros),
+        "xz bomb": lzma.compress(zeros, preset=0),
+        "xz dictionary": lzma.compress(b"a", filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]),
+        "zip bomb": payloads.zip_bomb("model.safetensors", prefix=weights),
+        "tar bomb": gzip.compress(seeds.tar({"model.pth": zeros})),
+        "tar in tar": seeds.tar({"a.tar": seeds.tar({"model.safetensors": weights})}),
+        "gzip in gzip": gzip.compress(gzip.compress(weights)),
+        "names that lead out": seeds.tar({outside: weights}),
+        "names with escapes": seeds.tar({"\x1b[2J\n.pth": b"x", "\x1b[3J.pth": b"y"}),
+        "many members": seeds.tar({f"{i}.txt": b"" for i in range(20_000)}),
+        "code": seeds.tar({"model.pth": b"\x80\x02" + payloads.running()["os.system"] + b"."}),
+    }.items():
+        yield Case("packed", what, {"m.tar.gz": content}, "m.tar.gz")
+    for name, (kind, target) in links.items():
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+        yield Case("packed", f"link {kind!r}", {"m.tar": buffer.getvalue()}, "m.tar")
 
 
 def _configurations() -> Iterator[Case]:

@@ -1,6 +1,6 @@
 """Hostile input: ``python -m benchmarks.trust.hostile --inputs N --seed S`` fills "hostile" in trust.json.
 
-Every case of `handmade`, then N mutations of valid files of fourteen formats, each read under `guard`. A violation is
+Every case of `handmade`, then N mutations of valid files of fifteen formats, each read under `guard`. A violation is
 printed with what was done to the file, and makes the exit code 1.
 """
 
@@ -35,6 +35,7 @@ SHARES = {
     "pth": 6,
     "legacy pickle": 4,
     "npz": 4,
+    "packed": 4,
     "timm folder": 2,
     "transformers folder": 4,
     "shard index": 4,

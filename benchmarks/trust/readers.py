@@ -207,6 +207,7 @@ READERS: dict[str, tuple[Reader, Bound]] = {
     "pth": (read_weights, WEIGHTS),
     "legacy pickle": (read_weights, WEIGHTS),
     "npz": (read_weights, WEIGHTS),
+    "packed": (read_weights, WEIGHTS),
     "timm folder": (read_model, WEIGHTS),
     "transformers folder": (read_model, WEIGHTS),
     "shard index": (read_model, WEIGHTS),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
 import lzma
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -311,6 +313,25 @@ def index(state, kind: str) -> dict[str, bytes]:
     return {"config.json": json.dumps(TRANSFORMERS).encode(), f"{stem}.index.json": listing, **files}
 
 
+def packed_cases(state) -> list[Case]:
+    """Return archives around a weight file, and compressed ones."""
+    inside = {"run/model.safetensors": safetensors(state), "run/notes.txt": b"some words"}
+    folder = {"m/model.safetensors": safetensors(state), "m/config.json": json.dumps(TRANSFORMERS).encode()}
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in folder.items():
+            archive.writestr(name, content)
+    found = {
+        "weights.tar": tar(inside),
+        "weights.tar.gz": gzip.compress(tar(folder)),
+        "weights.tar.xz": lzma.compress(tar(inside)),
+        "weights.zip": zipped.getvalue(),
+        "model.pth.bz2": bz2.compress(pth(state)),
+        "model.safetensors.xz": lzma.compress(safetensors(state)),
+    }
+    return [Case("packed", name, {name: content}, name) for name, content in found.items()]
+
+
 def valid() -> list[Case]:
     """Return a valid case of every kind of every format."""
     timm, hf = timm_state(), transformers_state()
@@ -330,6 +351,7 @@ def valid() -> list[Case]:
         Case("legacy pickle", "state dict", {"model.pth": pth(hf, legacy=True)}, "model.pth"),
         Case("npz", "stored", {"model.npz": npz(hf)}, "model.npz"),
         Case("npz", "compressed", {"model.npz": npz(hf, compressed=True)}, "model.npz"),
+        *packed_cases(hf),
         Case("timm folder", "safetensors", {"config.json": config, "model.safetensors": safetensors(timm)}),
         Case("timm folder", "depthwise filters", {"config.json": json.dumps(CONVNEXT).encode(), "model.safetensors": safetensors(convnext_state())}),  # noqa: E501
         Case("timm folder", "bin", {"config.json": config, "pytorch_model.bin": pth(timm)}),

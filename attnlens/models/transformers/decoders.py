@@ -1,8 +1,8 @@
-"""Decoders that are not in the manner of Llama: GPT-NeoX, GPT-J, GPT-Neo, Phi, BLOOM and OPT."""
+"""Decoders not in the manner of Llama: GPT-NeoX, GPT-J, GPT-Neo, CodeGen, GPTBigCode, Phi, BLOOM, Falcon and OPT."""
 
 from dataclasses import replace
 
-from attnlens.models.transformers.stack import Family, Stack, unscaled
+from attnlens.models.transformers.stack import Config, Family, Stack, inverse_root, unscaled
 
 _PLAIN, _H, _OPT = "layers.{layer}.", "h.{layer}.", "decoder.layers.{layer}."
 _GPT_SIZES = {"heads": "n_head", "depth": "n_layer", "width": "n_embd"}
@@ -32,6 +32,39 @@ _BLOOM = Stack(
     depth=("n_layer", "num_hidden_layers"),
     flags=("causal", "rel_pos_bias"),
 )
+# Falcon: one key head behind all queries (7B), key heads each behind its own queries (40B), or a key head each (1B).
+_FALCON_DEFAULTS = {"multi_query": True, "parallel_attn": True, "one_key_head": 1, "new_decoder_architecture": False}
+_FALCON_SHARED = replace(
+    _BLOOM,
+    heads="num_attention_heads",
+    depth="num_hidden_layers",
+    kv_heads="one_key_head",
+    head_first=False,
+    defaults=_FALCON_DEFAULTS,
+    only_if={"multi_query": True, "new_decoder_architecture": False},
+    flags=("causal",),
+    flags_set={"alibi": "rel_pos_bias", "parallel_attn": "parallel_mlp"},
+    flags_unset={"alibi": "rope"},
+)
+_FALCON_EACH = replace(
+    _FALCON_SHARED,
+    kv_heads="num_attention_heads",
+    head_first=True,
+    only_if={"multi_query": False, "new_decoder_architecture": False},
+)
+_FALCON_GROUPED = replace(
+    _FALCON_SHARED,
+    norm=_H + "ln_attn.weight",
+    kv_heads="num_kv_heads",
+    head_first=True,
+    defaults={**_FALCON_DEFAULTS, "num_ln_in_parallel_attn": 2},
+    only_if={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+)
+_FALCON_ONE_NORM = replace(
+    _FALCON_GROUPED,
+    norm=_H + "input_layernorm.weight",
+    only_if={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+)
 _GPTJ = Stack(
     path=_H + "attn",
     q=_H + "attn.q_proj.weight",
@@ -42,6 +75,37 @@ _GPTJ = Stack(
     **_GPT_SIZES,  # type: ignore[arg-type]
     flags=("rope", "causal", "parallel_mlp"),
 )
+# CodeGen: as GPT-J, packed in the four parts it was trained in, each with values in front of keys.
+_CODEGEN = replace(
+    _GPTJ,
+    q=_H + "attn.qkv_proj.weight",
+    k=_H + "attn.qkv_proj.weight",
+    v=_H + "attn.qkv_proj.weight",
+    roles="qvk",
+    parts=4,
+)
+
+
+def _bigcode_scale(config: Config, layer: int, head_dim: int) -> float:
+    return inverse_root(config, layer, head_dim) if config.get("scale_attn_weights", True) else 1.0
+
+
+# GPTBigCode: one key head for all queries behind these, or, where each has its own, rows head by head.
+_BIGCODE_SHARED = Stack(
+    path=_H + "attn",
+    q=_H + "attn.c_attn.weight",
+    k=_H + "attn.c_attn.weight",
+    v=_H + "attn.c_attn.weight",
+    o=_H + "attn.c_proj.weight",
+    norm=_H + "ln_1.weight",
+    **_GPT_SIZES,  # type: ignore[arg-type]
+    kv_heads="kv_heads",
+    defaults={"multi_query": True, "kv_heads": 1},
+    only_if={"multi_query": True},
+    scale=_bigcode_scale,
+    flags=("causal",),
+)
+_BIGCODE = replace(_BIGCODE_SHARED, head_first=True, defaults={"multi_query": True}, only_if={"multi_query": False})
 # GPT-Neo does not scale its scores.
 _GPT_NEO = Stack(
     path=_H + "attn.attention",
@@ -98,9 +162,16 @@ _OPT_POST = replace(
 FAMILIES = (
     Family(name="gpt_neox", model_types=("gpt_neox",), stacks=(_NEOX,)),
     Family(name="gptj", model_types=("gptj",), stacks=(_GPTJ,)),
+    Family(name="codegen", model_types=("codegen",), stacks=(_CODEGEN,)),
+    Family(name="gpt_bigcode", model_types=("gpt_bigcode",), stacks=(_BIGCODE_SHARED, _BIGCODE)),
     Family(name="gpt_neo", model_types=("gpt_neo",), stacks=(_GPT_NEO,)),
     Family(name="phi", model_types=("phi",), stacks=(_PHI,)),
     Family(name="phi", model_types=("phi3",), stacks=(_PHI3,)),
     Family(name="bloom", model_types=("bloom",), stacks=(_BLOOM,)),
+    Family(
+        name="falcon",
+        model_types=("falcon",),
+        stacks=(_FALCON_SHARED, _FALCON_EACH, _FALCON_GROUPED, _FALCON_ONE_NORM),
+    ),
     Family(name="opt", model_types=("opt",), stacks=(_OPT_PRE, _OPT_POST)),
 )

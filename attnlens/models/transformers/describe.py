@@ -139,6 +139,8 @@ def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> Size
     source_depth = first(stack.source_depth) if stack.source_depth else 0
     if heads % kv_heads:
         raise ModelNotFoundError(f"{heads} heads in {where} cannot share {kv_heads} key heads evenly: fix the file")
+    if heads % stack.parts or kv_heads % stack.parts:
+        raise ModelNotFoundError(f"{heads} heads in {where} do not make {stack.parts} equal parts: fix the file")
     if depth > len(stored):
         raise CheckpointError(f"{where} speaks of {depth} layers, and the weights are {len(stored)} tensors")
     head_dim = number(stack.head_dim, width // heads)
@@ -205,21 +207,32 @@ class Placed:
         stack, sizes = self.stack, self.sizes
         template = stack.projections()[role]
         heads = sizes.kv_heads if role in "kv" else sizes.heads
-        offset, stride = 0, sizes.head_dim
-        if stack.q == stack.k == stack.v and role != "o":
-            place, counts = "qkv".index(role), (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-            offset = sizes.head_dim * (place if stack.head_first else sum(counts[:place]))
-            stride = sizes.head_dim * (3 if stack.head_first else 1)
+        packed = stack.q == stack.k == stack.v and role != "o"
+        offset, stride, group, group_stride = self.place(role) if packed else (0, sizes.head_dim, None, 0)
         return Slot(
             tensor=self.name(template, layer),
             heads=heads,
             width=sizes.head_dim,
             head_stride=stride,
+            group=group,
+            group_stride=group_stride,
             offset=offset,
             axis=int((role == "o") != stack.stored_in_out),
             bias=self.name(_bias(template), layer) if self.holds(_bias(template)) else None,
             bias_offset=offset,
         )
+
+    def place(self, role: Role) -> tuple[int, int, int | None, int]:
+        """Return offset and stride of a role's heads in the packed rows; heads to a group and from group to group."""
+        dim, parts = self.sizes.head_dim, self.stack.parts
+        if self.stack.head_first:
+            queries = self.sizes.heads // self.sizes.kv_heads
+            one = dim * (queries + 2)
+            return (0, dim, queries, one) if role == "q" else (dim * (queries + "kv".index(role)), one, None, 0)
+        counts = {"q": self.sizes.heads // parts, "k": self.sizes.kv_heads // parts, "v": self.sizes.kv_heads // parts}
+        before = self.stack.roles.partition(role)[0]
+        offset = dim * sum(counts[other] for other in before)
+        return (offset, dim, counts[role], dim * sum(counts.values())) if parts > 1 else (offset, dim, None, 0)
 
     def norms(self, layer: int) -> tuple[NormSpec, ...]:
         """Describe the norms whose output a layer's projections read."""

@@ -26,10 +26,10 @@ class Stack:
 
     ``path``, the tensors ``q``, ``k``, ``v``, ``o``, ``norm`` and ``layer_scale`` are names below a prefix that the
     file itself shows, with ``{layer}`` for a layer's index and ``{before}`` for the one in front of it. Where q, k
-    and v are the same tensor its rows are ``[q | k | v][head][unit]``, or ``[head][q | k | v][unit]`` where
-    ``head_first`` says so. A projection is stored ``[out, in]``, or
-    ``[in, out]`` where ``stored_in_out`` says so. Biases (named as the weight, ``bias`` for ``weight``), LayerScale
-    and what ``flags_stored`` names are there if the file holds them for any layer.
+    and v are the same tensor its rows are ``[q | k | v][head][unit]``, in the order of ``roles`` and in ``parts``
+    equal parts one behind the other; or, where ``head_first`` says so, ``[kv head][its query heads | k | v][unit]``. A
+    projection is stored ``[out, in]``, or ``[in, out]`` where ``stored_in_out`` says so. Biases (named as the weight,
+    ``bias`` for ``weight``), LayerScale and what ``flags_stored`` names are there if the file holds them for any layer.
 
     ``norm`` is the norm whose output reaches the projections of ``norm_roles``; ``first_norm`` that of layer 0 where
     it is another one, and "" where there is none. Where keys and values read another one, as cross attention does, it
@@ -58,6 +58,8 @@ class Stack:
     layer_scale: str | None = None
     stored_in_out: bool = False
     head_first: bool = False
+    roles: str = "qkv"
+    parts: int = 1
 
     section: str | None = None
     within: str = ""

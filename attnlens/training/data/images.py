@@ -21,7 +21,7 @@ from attnlens.training.data.cache import read_decoded, write_decoded
 from attnlens.training.data.decoding import pixels_of
 from attnlens.training.data.folders import TEST_FOLDERS, split_of
 from attnlens.training.data.image_files import SUFFIXES, DatasetError, Read, folder_files, hidden, tar_files
-from attnlens.training.data.memory import free_memory, in_words
+from attnlens.training.data.memory import fits_on, free_memory, in_words
 from attnlens.training.data.on_device import Chunked, Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, epoch_order, generator
 from attnlens.training.data.reading import Say, decoded, in_memory, silent
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 DIGITS_TRAIN = 1000
+UNEVEN = 1.25
+"""Times its fair share from which on the commonest class makes plain accuracy a poor measure."""
 LARGE = 128
 """From so many pixels on, images are trained with larger patches."""
 _FORMAT = 2
@@ -118,6 +120,11 @@ class Images(Dataset):
         mean = share @ value
         return mean.tolist(), np.sqrt(np.maximum(share @ value**2 - mean**2, 1e-6)).tolist()
 
+    def commonest(self) -> float | None:
+        """See `Dataset`."""
+        share = float(np.bincount(self.test_labels).max() / len(self.test_labels))
+        return share if share * len(self.classes) > UNEVEN else None
+
     def tuning(self) -> Images:
         """Split the training images into nine tenths to train on and one tenth to choose learning rates on."""
         order = generator(0, 0, "split").permutation(len(self.train))
@@ -136,7 +143,8 @@ class Images(Dataset):
 class ResidentImages:
     """Images as uint8; an epoch is a permutation of them, augmented as a whole or a chunk at a time.
 
-    Images that lie in a file stay there, and only what is at work is in memory. The numbers are the same.
+    Images that lie in a file stay there, those that would fill half of a GPU's free memory stay in the host's, and only
+    what is at work is on the device. The numbers are the same.
     """
 
     def __init__(self, images: Images, config: Config, device: torch.device) -> None:
@@ -145,11 +153,13 @@ class ResidentImages:
         self.device, self.recipe, self.count = device, config.recipe, len(images.train)
         self.whole = float(self.count)
         self.size = images.train.shape[-1]
-        self.train = images.train if in_file(images.train) else torch.from_numpy(images.train).to(device)
+        on_device = fits_on(device, images.train.nbytes + images.test.nbytes)
+        held = [on_device and not in_file(part) for part in (images.train, images.test)]
+        self.train = torch.from_numpy(images.train).to(device) if held[0] else images.train
         self.test_inputs = (
-            Chunked(len(images.test), 1, lambda start, stop: self._moved(images.test[start:stop]))
-            if in_file(images.test)
-            else torch.from_numpy(images.test).to(device)
+            torch.from_numpy(images.test).to(device)
+            if held[1]
+            else Chunked(len(images.test), 1, lambda start, stop: self._moved(images.test[start:stop]))
         )
         labels = (images.train_labels, images.test_labels)
         self.train_labels, self.test_targets = (torch.from_numpy(array).to(device) for array in labels)
@@ -175,8 +185,7 @@ class ResidentImages:
             images = train[index[start:stop]] if kept else self._moved(train[order[start:stop]])
             return augmented(images, {name: values[..., start:stop] for name, values in draws.items()}, self.fill)
 
-        at_once = len(order) <= self.chunk or (self.device.type == "cuda" and isinstance(self.train, torch.Tensor))
-        images = made(0, len(order)) if at_once else Chunked(len(order), self.chunk, made)
+        images = made(0, len(order)) if len(order) <= self.chunk else Chunked(len(order), self.chunk, made)
         return Epoch(images, self.train_labels[index], digest(order, draws))
 
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _MEMINFO = Path("/proc/meminfo")
+_OF_DEVICE = 0.5
+"""Share of a GPU's free memory that a data set may take."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -20,6 +26,16 @@ def free_memory() -> int | None:
         kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
         found.append(limit - used + int(kept["inactive_file"]) + int(kept["active_file"]))
     return min(found, default=None)
+
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether a data set of so many bytes, which is in memory, is put on a device: a GPU needs room for training."""
+    if device.type == "cpu":
+        return True
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return size <= _OF_DEVICE * free
 
 
 def in_words(size: float) -> str:

@@ -147,6 +147,10 @@ class Dataset(ABC):
         """What was found when it was read, in a line; empty where there is nothing to say."""
         return ""
 
+    def commonest(self) -> float | None:
+        """Return the share of the commonest class in what is tested on, None where classes are about even."""
+        return None
+
     def unused(self) -> dict[str, int]:
         """Return how many items are not used, by reason."""
         return {}

@@ -88,13 +88,13 @@ def apply_draws(images: Tensor, draws: Mapping[str, NDArray[Any]], fill: Tensor)
 
     images = images.clone()
     for operation, argument in zip(draws["operation"], draws["argument"], strict=True):
-        for index, name in enumerate(OPERATIONS):
-            chosen = np.flatnonzero(operation == index)
-            for start in range(0, len(chosen), _CHUNK):
-                part = chosen[start : start + _CHUNK]
-                where = torch.from_numpy(part).to(images.device)
-                value = torch.from_numpy(argument[part]).to(images.device)
-                images[where] = apply(name, images[where], value, fill)
+        order = np.argsort(operation, kind="stable")  # images by operation, moved to the device once a layer
+        where, value = (torch.from_numpy(array).to(images.device) for array in (order, argument[order]))
+        ends = np.searchsorted(operation[order], np.arange(len(OPERATIONS) + 1))
+        for name, first, last in zip(OPERATIONS, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            for start in range(first, last, _CHUNK):
+                part = slice(start, min(start + _CHUNK, last))
+                images[where[part]] = apply(name, images[where[part]], value[part], fill)
     return images
 
 

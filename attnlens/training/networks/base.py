@@ -121,6 +121,11 @@ class Network(Part):
         """Refuse sizes that do not go together. Raises `UsageError`."""
 
     @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """How many classes it tells apart."""
+
+    @property
     def targets_per_item(self) -> int:
         """How many targets an item has."""
         return 1
@@ -189,6 +194,11 @@ class ImageNetwork(Network):
     patch_size: int = Field(ge=1)
     channels: int = Field(ge=1)
     classes: int = Field(ge=2)
+
+    @property
+    def outputs(self) -> int:
+        """See `Network`."""
+        return self.classes
 
     def check(self, dataset: str) -> None:
         """Refuse patches that do not fill the images. Raises `UsageError`."""

@@ -48,6 +48,11 @@ class Gpt(Network):
         return {size: value for size, value in PRESETS[name].items() if size != "vocab_size"}
 
     @property
+    def outputs(self) -> int:
+        """Every value of a byte."""
+        return BYTES
+
+    @property
     def targets_per_item(self) -> int:
         """Every byte of a window has one behind it."""
         return self.context
