@@ -21,8 +21,8 @@ SLOW = """
     filters_trained fitting hostile hub inference inits_fitted inits_mistakes inits_verify
     inverse layouts_census layouts_forward layouts_roundtrip
     inits_transformers live_networks packaging regression_counts report report_browser scan scan_ray signal_rewiring
-    sizes state trace tracking tracking_page training_checkpoints training_datasets training_display training_families
-    training_folders training_live training_runs
+    sizes state trace tracking tracking_page training_checkpoints training_config_file training_datasets
+    training_display training_families training_folders training_live training_recipe training_runs
 """
 """Files that `make test-fast` leaves out: together nine tenths of the time, in which networks are built and trained,
 commands run as processes, and statistics simulated."""

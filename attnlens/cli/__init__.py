@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from attnlens.cli.console import end_interrupted
 from attnlens.errors import AttnlensError, UsageError
 from attnlens.printable import one_line
 
@@ -21,8 +22,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        _complain("interrupted; nothing half-written is left")
-        sys.exit(130)
+        end_interrupted()
     except Exception as error:  # the last line of defence: a traceback is for --debug
         if debug:
             raise

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from attnlens import __version__
+from attnlens.cli.console import end_interrupted
 
 COMMANDS = {
     "inspect": "Fit every head and filter covariance: table, CSV, JSON, figures.",
@@ -96,7 +97,10 @@ def _with_debug(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*, debug: bool, **options: Any) -> None:  # noqa: ARG001  # read by main, where errors arrive
-        command(**options)
+        try:
+            command(**options)
+        except KeyboardInterrupt:
+            end_interrupted()
 
     plain = signature(command, eval_str=True)
     debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, NoReturn
 
 from attnlens.printable import printable
 
@@ -13,6 +13,12 @@ from attnlens.printable import printable
 def note(message: str) -> None:
     """Write one line of chatter to stderr."""
     sys.stderr.write(f"{printable(message)}\n")
+
+
+def end_interrupted() -> NoReturn:
+    """End after Ctrl-C, in one line and with exit code 130; typer alone would end without a word."""
+    note("attnlens: interrupted; nothing half-written is left")
+    sys.exit(130)
 
 
 def write_stdout(text: str) -> None:

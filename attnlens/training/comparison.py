@@ -23,7 +23,7 @@ from attnlens.training.hardware import device_named, fixed_attention
 from attnlens.training.live import Journal, Write
 from attnlens.training.loggers import check_loggers, logging_to
 from attnlens.training.metrics import ACCURACY, Metric
-from attnlens.training.options import Options, find_source, load_data, resolve
+from attnlens.training.options import Options, find_source, load_data, resolve, stored_options
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, results_lines, summarise
 from attnlens.training.source import Source
@@ -99,6 +99,17 @@ def train_compare(
     eval_every: int | None = None,
     tune_lr: Sequence[float] = (),
     tune_seeds: int = 2,
+    tune_epochs: int | None = None,
+    warmup: float = 0.1,
+    optimizer: str = "adamw",
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    drop_path: float = 0.0,
+    ema: float = 0.0,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
     freeze_filters: bool = False,
     device: str = "auto",
     stack: int | None = None,
@@ -139,8 +150,13 @@ def train_compare(
     output = default_folder(dataset) if output is None else Path(output)
     control = Control(time_budget)
     check_loggers(log)
-    with spread() as process, ExitStack() as claims:
-        say = Notes(shown=process.leads and not quiet)
+    with control.setting_up(), spread() as process, ExitStack() as claims:
+        notes = Notes(shown=process.leads and not quiet)
+
+        def say(text: str) -> None:
+            control.check()
+            notes(text)
+
         say(f"reading {dataset}")
         on = device_named(device, process)
         data = load_data(options, cache, say)
@@ -152,7 +168,8 @@ def train_compare(
         config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
         claims.enter_context(fixed_attention(config))
-        store = _store(output, config, process, claims, resume=resume)
+        control.check()
+        store = _store(output, config, stored_options(options, config), process, claims, resume=resume)
         if process.leads and source.params is not None:
             source.params.save(output / "params.json")
         provenance = {
@@ -161,7 +178,7 @@ def train_compare(
             "command": command,
         }
 
-        def session(data: Dataset) -> Session:
+        def session(data: Dataset, config: Config = config) -> Session:
             return Session(
                 config,
                 source,
@@ -195,7 +212,7 @@ def train_compare(
                 for arm in config.arms
                 for lr in config.lr_grid
             ]
-            done = phase.train(session(data.tuning()), tried, done, "tuning")
+            done = phase.train(session(data.tuning(), config.for_tuning()), tried, done, "tuning")
             tuning = lr_table(config, tried, done)
             lrs |= best_lrs(tuning, config.metric)
         if not control.stopping():
@@ -263,7 +280,9 @@ def _shared(store: Store, process: Spread) -> Records:
     return merged
 
 
-def _store(output: Path, config: Config, process: Spread, claims: ExitStack, *, resume: bool) -> Store:
+def _store(
+    output: Path, config: Config, told: Mapping[str, Any], process: Spread, claims: ExitStack, *, resume: bool
+) -> Store:
     """Open the folder, the leading process first; a host that does not share it gets a configuration of its own.
 
     ``claims`` keep other comparisons out of the leading process's folder.
@@ -271,13 +290,13 @@ def _store(output: Path, config: Config, process: Spread, claims: ExitStack, *, 
     failure: AttnlensError | None = None
     if process.leads:
         try:
-            claims.enter_context(Store.claim(output, config, resume=resume))
+            claims.enter_context(Store.claim(output, config, resume=resume, told=told))
         except AttnlensError as error:
             failure = error
     failure = process.gather(failure)[0]
     if failure is not None:
         raise failure
-    return Store.open(output, config, resume=stored_config(output) is not None)
+    return Store.open(output, config, resume=stored_config(output) is not None, told=told)
 
 
 def _agreed(config: Config, process: Spread) -> Config:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Record = dict[str, Any]
+OPTIONS = "options"
+"""The part of ``config.json`` that ``--config`` reads."""
 
 
 class Store:
@@ -31,7 +33,9 @@ class Store:
 
     @classmethod
     @contextmanager
-    def claim(cls, folder: Path, config: Config, *, resume: bool) -> Iterator[Store]:
+    def claim(
+        cls, folder: Path, config: Config, *, resume: bool, told: Mapping[str, Any] | None = None
+    ) -> Iterator[Store]:
         """`open` a folder and keep every other process from it, until the context or this process ends.
 
         What processes that were killed left half-written is removed. Raises `UsageError`, and `OutputError` where
@@ -42,15 +46,19 @@ class Store:
         with claimed(folder / ".lock", taken):
             for part in (".", *PARTS):
                 sweep(folder / part)
-            yield cls.open(folder, config, resume=resume)
+            yield cls.open(folder, config, resume=resume, told=told)
 
     @classmethod
-    def open(cls, folder: Path, config: Config, *, resume: bool) -> Store:
-        """Start a folder, or go on in one that holds the same configuration. Raises `UsageError`."""
+    def open(cls, folder: Path, config: Config, *, resume: bool, told: Mapping[str, Any] | None = None) -> Store:
+        """Start a folder, or go on in one that holds the same configuration. Raises `UsageError`.
+
+        ``told`` are the options that lead to the configuration; they stand beside it under `OPTIONS`.
+        """
         stored = stored_config(folder)
         _check(folder, config, stored, resume=resume)
         if stored is None:
-            text = json.dumps({"sha256": config.sha256(), **json.loads(config.model_dump_json())}, indent=1)
+            data = {"sha256": config.sha256(), **json.loads(config.model_dump_json())}
+            text = json.dumps(data if told is None else {**data, OPTIONS: dict(told)}, indent=1)
             write_text_atomic(folder / "config.json", text + "\n")
         return cls(folder, config)
 
@@ -144,6 +152,7 @@ def _check(folder: Path, config: Config, stored: dict[str, Any] | None, *, resum
     if not resume:
         raise UsageError(f"{folder} holds a comparison already: add --resume to go on, or choose another --output")
     sha256 = stored.pop("sha256", None)
+    stored.pop(OPTIONS, None)
     if sha256 != config.sha256():
         changed = config.differences(stored) or ["the file was edited"]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
