@@ -54,7 +54,7 @@ def test_a_file_by_hand_names_options_as_the_command_does(run, source, tmp_path)
         ("[1]", "holds no JSON object"),
         ("{", "cannot be read"),
         ('{"sha256": "x", "dataset": "digits"}', "is of a version that kept no options"),
-        ('{"epochs": "many"}', "many"),
+        ('{"epochs": "many"}', "Invalid value for '--epochs'"),
         ('{"config": "x.json"}', "names config, which is no option"),
     ],
 )
