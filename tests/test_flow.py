@@ -11,17 +11,20 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     *(
         "printable",
+        "words",
         "errors",
+        "vocabulary",
         "provenance",
         "threads",
         "atomic",
         "strict_json",
         "csv_text",
+        "outputs",
         "patterns",
         "state",
         "templates",
     ),
-    *("heads", "balance", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
+    *("heads", "balance", "krylov", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
     *("inspection", "composition", "fit", "inits", "reports", "scans", "gpt", "signal", "training", "cli"),
 )
 """From the ground up; the root ``attnlens`` itself names the public functions and is imported for its version alone."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from attnlens.atomic import write_atomic
+from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, ParamsError, UsageError
 from attnlens.inits.apply import build_model, init_
 from attnlens.inits.pretrained_folder import build_pretrained, save_pretrained
@@ -17,6 +17,7 @@ from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import InitReport, describe_option
 from attnlens.models.architecture import check_model_args
 from attnlens.models.open import EMBEDDED
+from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
 from attnlens.strict_json import read_json
 
@@ -82,6 +83,7 @@ def init_file(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     command: str | None = None,
+    force: bool = False,
     **options: Any,
 ) -> InitReport | None:
     """Write the weights of a new network with initialised attention as a safetensors file; None for ``default``.
@@ -91,19 +93,20 @@ def init_file(
     `create_model` has them. The file loads strictly with ``timm.create_model(..., checkpoint_path=...)``; its metadata
     name architecture and arguments, initialiser, seed, options, the parameter file's hash, versions and ``command``.
     Of a model of transformers the weights have the names its ``from_pretrained`` reads, and ``config.json`` is written
-    beside them.
+    beside them. ``force`` writes over a file that attnlens did not write.
     """
     chosen = find_initialiser(init)
+    Outputs.of(*options.values(), force=force).file(output, ".safetensors")
     built = build(model, seed, model_args or {})
     report, params = None, params_record(options.get("params"))
     if chosen.name != "default":
-        report = init_(built.module, init, seed=seed, **options)
+        report = init_(built.module, chosen.name, seed=seed, **options)
     elif options:
         raise UsageError("initialiser 'default' has no options")
     if params != params_record(options.get("params")):
         raise ParamsError(f"{options['params']} changed while it was read: run again when nothing writes it")
     record = {
-        "init": init,
+        "init": chosen.name,
         "seed": seed,
         "options": {name: describe_option(value) for name, value in options.items()},
         "params": params,
@@ -123,10 +126,7 @@ def init_file(
 
 def save_weights(module: nn.Module, output: str | os.PathLike[str], metadata: dict[str, str]) -> Path:
     """Write a network's state as safetensors, atomically; tensors that share memory are written each by themselves."""
-    from safetensors.torch import save
-
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    return write_atomic(Path(output), lambda file: file.write(save(state, metadata)))
+    return write_safetensors(output, module.state_dict(), metadata)
 
 
 def params_record(params: Any) -> dict[str, Any] | None:

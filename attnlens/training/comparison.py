@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError
+from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
@@ -20,17 +21,19 @@ from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
 from attnlens.training.hardware import device_named, fixed_attention
+from attnlens.training.ladder import ladder_of
 from attnlens.training.live import Journal, Write
 from attnlens.training.loggers import check_loggers, logging_to
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve, stored_options
 from attnlens.training.report import LrTable, render_report
-from attnlens.training.results import Summary, results_lines, summarise
+from attnlens.training.results import Summary, finite, results_lines, summarise
+from attnlens.training.seen import Seen
 from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure, structure_lines
-from attnlens.training.trainer import Listener, Session, Unit, run_units, unit_name
+from attnlens.training.trainer import Listener, Session, Unit, resident_on, run_units, unit_name
 
 if TYPE_CHECKING:
     import torch
@@ -73,10 +76,14 @@ class TrainComparison:
         )
 
 
+_RESULTS = ("params.json", "results.jsonl", "summary.csv", "report.md", "summary.json", "curves.png", "structure.png")
+
+
 def train_compare(
     *,
     dataset: str = "digits",
     data_dir: str | Path | None = None,
+    classes: str | Sequence[str] | None = None,
     model: str | None = None,
     checkpoint: str | Path | None = None,
     params: str | Path | None = None,
@@ -121,6 +128,7 @@ def train_compare(
     save_weights: bool = False,
     log: Sequence[str] = (),
     output: str | Path | None = None,
+    force: bool = False,
     quiet: bool = False,
     command: str = "",
     cache: Path | None = None,
@@ -137,8 +145,8 @@ def train_compare(
     without attention. Files but the figures are written anew after every evaluation, figures when they took less than a
     twentieth of the time. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
     ``resume`` goes on. Under torchrun the runs are spread over its processes; on a CPU ``workers`` threads train a run
-    each. Neither changes a number. ``log`` names csv, tensorboard or wandb, or several. ``command`` is noted in every
-    record; ``cache`` holds decoded images.
+    each. Neither changes a number. ``log`` names csv, tensorboard or wandb, or several; ``force`` writes over files
+    that attnlens did not write. ``command`` is noted in every record; ``cache`` holds decoded images.
 
     Raises `UsageError`, `DatasetError`, `ResumeError`, `OutOfMemoryError`, `OutputError`, `PairingError` and what
     opening the model raises.
@@ -148,6 +156,7 @@ def train_compare(
         told[name] = None if told[name] is None else Path(told[name])
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
+    Outputs.of(params, model, checkpoint, force=force).folder(output, _RESULTS)
     control = Control(time_budget)
     check_loggers(log)
     with control.setting_up(), spread() as process, ExitStack() as claims:
@@ -172,6 +181,7 @@ def train_compare(
         store = _store(output, config, stored_options(options, config), process, claims, resume=resume)
         if process.leads and source.params is not None:
             source.params.save(output / "params.json")
+        here = Seen.of(data)
         provenance = {
             "versions": run_provenance()["versions"],
             "device": describe_device(on),
@@ -182,13 +192,15 @@ def train_compare(
             return Session(
                 config,
                 source,
-                data.resident(config, on),
+                resident_on(data, config, on),
                 on,
                 store,
                 control,
                 provenance,
                 checkpoint_seconds=checkpoint_seconds,
                 save_weights=save_weights,
+                automatic=stack is None,
+                here=here,
             )
 
         done = _shared(store, process)
@@ -333,7 +345,8 @@ def _write(
     """Write every result file as one set; ``summary.json`` names the others with their sha256."""
     import json
 
-    drawn = _drawn(summary, source) if figures else {}
+    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    drawn = _drawn(summary, source, ladder) if figures else {}
     texts = {
         "results.jsonl": results_lines(config, done),
         "structure.jsonl": structure_lines(done),
@@ -347,16 +360,22 @@ def _write(
             from attnlens.figures import save_figures
 
             save_figures(drawn, output, into=files.write)
-        data = json.dumps({**summary.to_json(), "files": files.hashes()}, indent=1) + "\n"
+        found = {**summary.to_json(), "files": files.hashes()}
+        if ladder:
+            found["ladder"] = finite([asdict(step) for step in ladder])
+        data = json.dumps(found, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
 
 
-def _drawn(summary: Summary, source: Source) -> dict[str, Figure]:
+def _drawn(summary: Summary, source: Source, ladder: Sequence[Any]) -> dict[str, Figure]:
     from attnlens.training.figures import draw_curves, draw_structure, has_structure
+    from attnlens.training.waterfall import draw_waterfall
 
     figures = {"curves": draw_curves(summary)}
     if has_structure(summary):
         figures["structure"] = draw_structure(summary, source_structure(source), source.name)
+    if ladder:
+        figures["waterfall"] = draw_waterfall(summary, ladder)
     return figures
 
 
