@@ -72,9 +72,10 @@ class Several:
 
 
 def optimizer_of(name: str, models: Sequence[list[dict[str, Any]]], lr: float) -> Any:
-    """Return the optimizer of a stack: ``models`` holds the parameter groups of each model."""
+    """Return the optimizer of a stack: ``models`` holds the parameter groups of each model, each with its rate."""
     from timm.optim import create_optimizer_v2
 
     if name == DEFAULT:
         return create_optimizer_v2([group for groups in models for group in groups], name, lr=lr, fused=True)
-    return Several([create_optimizer_v2(groups, name, lr=lr) for groups in models])
+    # some compare the rate of a step with the one they were made with
+    return Several([create_optimizer_v2(groups, name, lr=groups[0]["lr"]) for groups in models])
