@@ -205,7 +205,7 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
     rows = measure(layer, layer.weights, plan, rule.fold)
     dead = bool(plan.gains) and has_dead_channels(plan)
     known = not cut and not any(math.isnan(row.expected_alpha) for row in rows)
-    twins = rows if known and not plan.gains else measure(layer, planned, plan, rule.fold)
+    twins = rows if known else measure(layer, planned, plan, rule.fold)
     checks = [
         _check(
             _Product(layer, row, twin, plan, planned),
@@ -285,7 +285,8 @@ def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, settled: 
     compared = whole and not math.isnan(row.relative_error)
     limit = max(MATRIX_TOLERANCE, 4 * eps)
     other = compared and row.relative_error > limit
-    problem = _deviation(layer, row, expected, tolerance, rule.fold, spread=closed) if other or not compared else ""
+    like = product.planned if closed else None
+    problem = _deviation(layer, row, expected, tolerance, rule.fold, like) if other or not compared else ""
     mistake = recognise(layer, row, rule.fold, eps) if problem and closed else ""
     if other:
         as_drawn = "alpha and beta are as expected: another draw, or other options"
@@ -297,7 +298,7 @@ def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, settled: 
         lacks = f"{missing} of {rank} singular directions hold nothing of what they should"
         problem, mistake = "; ".join(filter(None, (problem, lacks))), "skipped direction"
     if not problem and drawn is not None and not compared:
-        problem = gain_problem(layer, row, twin, product.planned, drawn, eps)
+        problem = gain_problem(layer, row, product.planned, drawn, eps)
     if not problem:
         problem = split_problem(layer, row, product.plan, rule.fold, limit if whole else None)
         mistake = "unbalanced split" if problem else ""
@@ -321,16 +322,24 @@ _ROW_FIELDS = (
 
 
 def _deviation(
-    layer: Layer, row: ProductReport, expected: Parameters, tolerance: Tolerance, fold: Fold, spread: bool
+    layer: Layer, row: ProductReport, expected: Parameters, tolerance: Tolerance, fold: Fold, like: HeadWeights | None
 ) -> str:
-    """Say which statistic lies outside its tolerance; empty where none does, or none is defined."""
+    """Say which statistic lies outside its tolerance; empty where none does, or none is defined.
+
+    The diagonal's spread is held to that of any draw; of balanced products, where it is evened out, to that of the draw
+    ``like``, within six standard errors.
+    """
     for name in ("alpha", "beta"):
         measured, wanted, limit = getattr(row, name), getattr(expected, name), getattr(tolerance, name)
         if abs(measured - wanted) > limit:
             return f"{name} is {measured:.4g}, expected {wanted:.4g} ± {limit:.2g}"
     width, _ = size_of(layer, row)
-    if spread and expected.alpha > 0:
+    if like is not None and expected.alpha > 0:
         low, high = spread_limits(width)
+        if fold == "balanced":
+            drawn = float(diagonal_spread(one_product(like, row.circuit, row.head, fold)))
+            error = math.sqrt(2) * (1 - low)  # of two draws
+            low, high = drawn * (1 - error), drawn * (1 + error)
         measured = float(diagonal_spread(one_product(layer.weights, row.circuit, row.head, fold)))
         if not low <= measured <= high:
             return f"sd(diagonal) sqrt(d) / alpha is {measured:.3g}, expected {low:.2f} to {high:.2f}"
