@@ -34,6 +34,7 @@ def init(
 ) -> None:
     """Write the weights of a new network whose attention or filters start from an initialiser, mimetic by default."""
     from attnlens.inits import init_file
+    from attnlens.inits.file import of_transformers
 
     if list_:
         _print_list(json_)
@@ -48,7 +49,10 @@ def init(
         write_stdout(json.dumps({"init": name, "seed": seed} if report is None else report.to_json(), indent=1))
     else:
         write_stdout(f"default, seed {seed}: timm's own draw" if report is None else str(report))
-    note(f"wrote {output}, to be loaded by: timm.create_model({_call(model, arguments, output)})")
+    if model is not None and Path(model).is_dir() and of_transformers(Path(model)):
+        note(f"wrote {output} and config.json, to be loaded by: from_pretrained({str(output.parent)!r})")
+    else:
+        note(f"wrote {output}, to be loaded by: timm.create_model({_call(model, arguments, output)})")
     note(f"to check it: attnlens verify-init --checkpoint {shlex.quote(str(output))}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,6 +161,36 @@ def parse_pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:
         except ValueError:
             values[name] = text
     return values
+
+
+def from_json(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Read options by name from a JSON object, or from the part of a ``config.json`` that holds them, as text.
+
+    Lists become words separated by commas, pairs ``a:b``. Raises `UsageError`, for names that are no option too.
+    """
+    from attnlens.strict_json import read_json
+
+    try:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} cannot be read ({error}): give a JSON file of options") from error
+    if isinstance(data, dict) and "sha256" in data:
+        if "options" not in data:
+            raise UsageError(f"--config {path} is of a version that kept no options: repeat its run's command instead")
+        data = data["options"]
+    if not isinstance(data, dict):
+        raise UsageError(f'--config {path} holds no JSON object: write {{"option": value, ...}}')
+    named = {name.replace("-", "_"): value for name, value in data.items()}
+    unknown = next((name for name in named if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"--config {path} names {unknown}, which is no option: choose from {', '.join(known)}")
+    return {name: _as_text(value) for name, value in named.items() if value is not None and value != []}
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return ",".join(":".join(map(str, part)) if isinstance(part, list) else str(part) for part in value)
+    return value
 
 
 def split_words(text: str) -> list[str]:

@@ -20,6 +20,17 @@ from attnlens.outputs import Outputs
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
 
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take what a JSON file holds for the options that the command line leaves out."""
+    if path is not None:
+        known = {parameter.name: parameter for parameter in context.command.params if parameter.name not in _NOT_READ}
+        context.default_map = options.from_json(path, known)
+    return path
+
+
+_NOT_READ = ("config", "debug", "help")
+
+
 def train_compare(
     dataset: Annotated[
         str,
@@ -28,6 +39,15 @@ def train_compare(
             "folders; on text:FILE, text:FOLDER, text:PATTERN or text:wikitext-103."
         ),
     ] = "digits",
+    config: Annotated[  # noqa: ARG001  # read by its callback
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=_from_file,
+            help="Take options from this JSON file, such as the config.json of a run; those on the command line count "
+            "more.",
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Read the data set's files from this folder. Default: the cache, or where --dataset says."),
@@ -125,6 +145,36 @@ def train_compare(
     tune_seeds: Annotated[
         int, typer.Option(min=1, max=9999, help="Tune with so many seeds, which are used for nothing else.")
     ] = 2,
+    tune_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Tune in runs of so many epochs. Default: as many as the others.")
+    ] = None,
+    warmup: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Warm up linearly over this share of the steps.")
+    ] = 0.1,
+    optimizer: Annotated[
+        str, typer.Option(help="Train with this optimizer, by timm's name, e.g. lamb, muon, sgd, lion.")
+    ] = "adamw",
+    label_smoothing: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Give this share of every label to all classes alike.")
+    ] = 0.0,
+    mixup: Annotated[float, typer.Option(min=0, help="Mix images by Mixup with this alpha; 0: not.")] = 0.0,
+    cutmix: Annotated[
+        float, typer.Option(min=0, help="Mix images by CutMix with this alpha; with --mixup too, half the batches.")
+    ] = 0.0,
+    drop_path: Annotated[
+        float,
+        typer.Option(min=0, max=0.999, help="Drop residual branches at this rate in the last layer, 0 in the first."),
+    ] = 0.0,
+    ema: Annotated[
+        float,
+        typer.Option(min=0, max=0.999999, help="Measure the weights' moving average with this decay; 0: the weights."),
+    ] = 0.0,
+    embed_dim: Annotated[
+        int | None,
+        typer.Option(min=4, help="Train a plain ViT of this width from drawn weights."),
+    ] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="The same, with so many layers.")] = None,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="The same, with so many heads.")] = None,
     freeze_filters: Annotated[
         bool, typer.Option("--freeze-filters", help="Give depthwise filters no update, in any arm.")
     ] = False,
@@ -151,6 +201,13 @@ def train_compare(
     time_budget: Annotated[float | None, typer.Option(min=0, help="Stop cleanly after so many seconds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in --output, with the same options.")] = False,
     save_weights: Annotated[bool, typer.Option("--save-weights", help="Keep every run's final weights.")] = False,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            help="Log every epoch while it trains: csv, tensorboard, wandb, or several separated by commas. Default: "
+            "the files in --output alone."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
@@ -161,6 +218,9 @@ def train_compare(
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
     command = command_line()
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads:
+        note("loading")  # the first second: torch and others are imported behind it
     outputs = Outputs.of(params, checkpoint, force=force)
     if table is not None:
         outputs.file(table, ".csv")
@@ -190,6 +250,17 @@ def train_compare(
         eval_every=eval_every,
         tune_lr=() if tune_lr is None else [_rate(text) for text in _words("--tune-lr", tune_lr)],
         tune_seeds=tune_seeds,
+        tune_epochs=tune_epochs,
+        warmup=warmup,
+        optimizer=optimizer,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        drop_path=drop_path,
+        ema=ema,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
         freeze_filters=freeze_filters,
         device=device,
         stack=stack,
@@ -199,12 +270,13 @@ def train_compare(
         time_budget=time_budget,
         workers=workers,
         save_weights=save_weights,
+        log=() if log is None else _words("--log", log),
         command=command,
         output=output,
         force=force,
         quiet=is_quiet(),
     )
-    if os.environ.get("RANK", "0") == "0":
+    if leads:
         write_stdout(json.dumps(comparison.summary.to_json(), indent=1) if json_ else comparison.report)
         if table is not None:
             outputs.check(table)

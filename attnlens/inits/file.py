@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, ParamsError, UsageError
 from attnlens.inits.apply import build_model, init_
+from attnlens.inits.pretrained_folder import build_pretrained, save_pretrained
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import InitReport, describe_option
 from attnlens.models.architecture import check_model_args
@@ -32,12 +33,17 @@ class Built(NamedTuple):
 
     module: nn.Module
     architecture: str
+    """timm's name; empty for a network of transformers."""
     model_args: dict[str, Any]
 
 
 def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
-    """Build a network with the weights timm draws under ``seed``: a timm name, a model folder, or the shipped ViT."""
+    """Build a network with its library's own draw under ``seed``: a timm name, a model folder, or the shipped ViT."""
     folder = EMBEDDED if model is None else Path(model.removeprefix("local-dir:"))
+    if folder.is_dir() and of_transformers(folder):
+        if model_args:
+            raise UsageError(f"--model-arg goes to timm, and {folder} is a model of transformers: edit its config.json")
+        return Built(build_pretrained(folder, seed), "", {})
     if folder.is_dir():
         resolved = {**_folder_args(folder / "config.json"), **model_args}
         module = build_model(f"local-dir:{folder}", seed, resolved)
@@ -46,6 +52,15 @@ def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
     assert model is not None
     module = build_model(model, seed, model_args)
     return Built(module, model.removeprefix("timm/").partition(".")[0], dict(model_args))
+
+
+def of_transformers(folder: Path) -> bool:
+    """Whether a folder's ``config.json`` is one of transformers."""
+    try:
+        data = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and isinstance(data.get("model_type"), str) and "architecture" not in data
 
 
 def _folder_args(config: Path) -> dict[str, Any]:
@@ -73,11 +88,12 @@ def init_file(
 ) -> InitReport | None:
     """Write the weights of a new network with initialised attention as a safetensors file; None for ``default``.
 
-    ``model``: a timm name, a folder with timm's ``config.json``, or None for the architecture of the shipped ViT;
-    ``model_args`` go to timm. Outside attention the weights are what timm draws under ``seed``, as `create_model` has
-    them. The file loads strictly with ``timm.create_model(..., checkpoint_path=...)``; its metadata name architecture
-    and arguments, initialiser, seed, options, the parameter file's hash, versions and ``command``. ``force``
-    writes over a file that attnlens did not write.
+    ``model``: a timm name, a folder with a ``config.json`` of timm or of transformers, or None for the architecture of
+    the shipped ViT; ``model_args`` go to timm. Outside attention the weights are what timm draws under ``seed``, as
+    `create_model` has them. The file loads strictly with ``timm.create_model(..., checkpoint_path=...)``; its metadata
+    name architecture and arguments, initialiser, seed, options, the parameter file's hash, versions and ``command``.
+    Of a model of transformers the weights have the names its ``from_pretrained`` reads, and ``config.json`` is written
+    beside them. ``force`` writes over a file that attnlens did not write.
     """
     chosen = find_initialiser(init)
     Outputs.of(*options.values(), force=force).file(output, ".safetensors")
@@ -99,12 +115,11 @@ def init_file(
         **run_provenance(),
         "command": command,
     }
-    metadata = {
-        "format": "pt",
-        "architecture": built.architecture,
-        "model_args": json.dumps(built.model_args),
-        METADATA_KEY: json.dumps(record),
-    }
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(record)}
+    if not built.architecture:
+        save_pretrained(cast("Any", built.module), output, metadata)
+        return report
+    metadata |= {"architecture": built.architecture, "model_args": json.dumps(built.model_args)}
     save_weights(built.module, output, metadata)
     return report
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError
@@ -18,12 +18,14 @@ from attnlens.provenance import run_provenance
 from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
-from attnlens.training.display import Display
+from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
 from attnlens.training.hardware import device_named, fixed_attention
 from attnlens.training.ladder import ladder_of
+from attnlens.training.live import Journal, Write
+from attnlens.training.loggers import check_loggers, logging_to
 from attnlens.training.metrics import ACCURACY, Metric
-from attnlens.training.options import Options, find_source, load_data, resolve
+from attnlens.training.options import Options, find_source, load_data, resolve, stored_options
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, finite, results_lines, summarise
 from attnlens.training.seen import Seen
@@ -31,10 +33,11 @@ from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure, structure_lines
-from attnlens.training.trainer import Session, resident_on, run_units, unit_name
+from attnlens.training.trainer import Listener, Session, Unit, resident_on, run_units, unit_name
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
 Records = dict[str, list[Record]]
 
@@ -103,6 +106,17 @@ def train_compare(
     eval_every: int | None = None,
     tune_lr: Sequence[float] = (),
     tune_seeds: int = 2,
+    tune_epochs: int | None = None,
+    warmup: float = 0.1,
+    optimizer: str = "adamw",
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    drop_path: float = 0.0,
+    ema: float = 0.0,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
     freeze_filters: bool = False,
     device: str = "auto",
     stack: int | None = None,
@@ -112,6 +126,7 @@ def train_compare(
     time_budget: float | None = None,
     resume: bool = False,
     save_weights: bool = False,
+    log: Sequence[str] = (),
     output: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
@@ -127,10 +142,11 @@ def train_compare(
     Writes ``config.json``, ``params.json``, ``runs/``, ``results.jsonl``, ``summary.json``, ``summary.csv``,
     ``report.md``, ``curves.png``, ``structure.png`` and, with ``save_weights``, ``weights/`` to ``output``, by default
     ``comparisons/<dataset>``; no ``params.json`` where nothing was fitted, and no ``structure.png`` for networks
-    without attention. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
+    without attention. Files but the figures are written anew after every evaluation, figures when they took less than a
+    twentieth of the time. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
     ``resume`` goes on. Under torchrun the runs are spread over its processes; on a CPU ``workers`` threads train a run
-    each. Neither changes a number. ``force`` writes over files that attnlens did not write.
-    ``command`` is noted in every record; ``cache`` holds decoded images.
+    each. Neither changes a number. ``log`` names csv, tensorboard or wandb, or several; ``force`` writes over files
+    that attnlens did not write. ``command`` is noted in every record; ``cache`` holds decoded images.
 
     Raises `UsageError`, `DatasetError`, `ResumeError`, `OutOfMemoryError`, `OutputError`, `PairingError` and what
     opening the model raises.
@@ -142,14 +158,27 @@ def train_compare(
     output = default_folder(dataset) if output is None else Path(output)
     Outputs.of(params, model, checkpoint, force=force).folder(output, _RESULTS)
     control = Control(time_budget)
-    with spread() as process, ExitStack() as claims:
+    check_loggers(log)
+    with control.setting_up(), spread() as process, ExitStack() as claims:
+        notes = Notes(shown=process.leads and not quiet)
+
+        def say(text: str) -> None:
+            control.check()
+            notes(text)
+
+        say(f"reading {dataset}")
         on = device_named(device, process)
-        data = load_data(options, cache)
+        data = load_data(options, cache, say)
+        if data.told:
+            say(f"{data.name}: {data.told}")
+        say("opening the model and fitting what its arms start from")
         source = find_source(options, data)
+        say("building every arm once")
         config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
         claims.enter_context(fixed_attention(config))
-        store = _store(output, config, process, claims, resume=resume)
+        control.check()
+        store = _store(output, config, stored_options(options, config), process, claims, resume=resume)
         if process.leads and source.params is not None:
             source.params.save(output / "params.json")
         here = Seen.of(data)
@@ -159,7 +188,7 @@ def train_compare(
             "command": command,
         }
 
-        def session(data: Dataset) -> Session:
+        def session(data: Dataset, config: Config = config) -> Session:
             return Session(
                 config,
                 source,
@@ -177,23 +206,30 @@ def train_compare(
         done = _shared(store, process)
         lrs = dict.fromkeys(config.arms, config.recipe.lr)
         tuning: LrTable = {}
+
+        def found(records: Mapping[str, Sequence[Record]], *, figures: bool = True) -> tuple[Summary, str]:
+            summary = summarise(config, {run.name: records[run.name] for run in runs if run.name in records})
+            report = render_report(summary, tuning)
+            if process.leads:
+                _write(output, config, summary, report, records, source, figures=figures)
+            return summary, report
+
+        runs = [Run(arm, seed, config.recipe.lr) for seed in range(config.seeds) for arm in config.arms]
+        listeners = claims.enter_context(logging_to(log if process.leads else (), output, config))
+        phase = _Phase(process, workers, quiet, listeners, lambda records, figures: found(records, figures=figures))
         if config.lr_grid:
-            runs = [
+            tried = [
                 Run(arm, seed, lr, tuning=True)
                 for seed in range(config.tune_seeds)
                 for arm in config.arms
                 for lr in config.lr_grid
             ]
-            done = _phase(session(data.tuning()), runs, process, workers, done, "tuning", quiet)
-            tuning = lr_table(config, runs, done)
+            done = phase.train(session(data.tuning(), config.for_tuning()), tried, done, "tuning")
+            tuning = lr_table(config, tried, done)
             lrs |= best_lrs(tuning, config.metric)
-        runs = [Run(arm, seed, lrs[arm]) for seed in range(config.seeds) for arm in config.arms]
         if not control.stopping():
-            done = _phase(session(data), runs, process, workers, done, config.dataset, quiet)
-        summary = summarise(config, {run.name: done[run.name] for run in runs if run.name in done})
-        report = render_report(summary, tuning)
-        if process.leads:
-            _write(output, config, summary, report, done, source)
+            done = phase.train(session(data), [run._replace(lr=lrs[run.arm]) for run in runs], done, config.dataset)
+        summary, report = found(done)
         return TrainComparison(output, summary, report, control.reason)
 
 
@@ -203,29 +239,44 @@ def default_folder(dataset: str) -> Path:
     return Path("comparisons") / (name or "comparison")
 
 
-def _phase(
-    session: Session, runs: Sequence[Run], process: Spread, workers: int | None, done: Records, title: str, quiet: bool
-) -> Records:
-    """Train what is not done of some runs, and return the records of all."""
-    import torch
+@dataclass(frozen=True)
+class _Phase:
+    """How runs are trained, watched and written: tuning runs first, then those that are compared."""
 
-    display = Display(session.config, len(runs), sum(run.name in done for run in runs), title=title)
-    for run in runs:
-        if run.name in done:
-            display.already(run.arm, run.seed, session.config.metric.of(done[run.name][-1]))
-    session.listen = display.listen
-    units = process.share(session.units(runs))
-    waiting = [unit for unit in units if not all(run.name in done for run in unit)]
-    for unit in units:
-        if unit not in waiting:
-            session.store.drop_checkpoint(unit_name(unit))  # of a process killed after its last run was written
-    threads = workers or (torch.get_num_threads() if session.device.type == "cpu" else 1)
-    with display.shown() if process.leads and not quiet else nullcontext():
-        if quiet or not process.leads:
-            session.listen = lambda _unit, _what: None
+    process: Spread
+    workers: int | None
+    quiet: bool
+    log: Listener
+    write: Write
+
+    def train(self, session: Session, runs: Sequence[Run], done: Records, title: str) -> Records:
+        """Train what is not done of some runs, and return the records of all."""
+        import torch
+
+        process = self.process
+        display = Display(session.config, len(runs), sum(run.name in done for run in runs), title=title)
+        for run in runs:
+            if run.name in done:
+                display.already(run.arm, run.seed, session.config.metric.of(done[run.name][-1]))
+        units = process.share(session.units(runs))
+        waiting = [unit for unit in units if not all(run.name in done for run in unit)]
+        for unit in units:
+            if unit not in waiting:
+                session.store.drop_checkpoint(unit_name(unit))  # of a process killed after its last run was written
+        threads = self.workers or (torch.get_num_threads() if session.device.type == "cpu" else 1)
+        journal = Journal(self.write, done, session.control)
+        shown = process.leads and not self.quiet
+        listeners = [self.log, *([display.listen] if shown else []), *([journal.listen] if process.leads else [])]
+
+        def listen(unit: Unit, what: dict[str, Any]) -> None:
+            for one in listeners:
+                one(unit, what)
+
+        session.listen = listen
         if waiting:
-            run_units(session, waiting, threads)
-    return _shared(session.store, process)
+            with display.shown() if shown else nullcontext(), journal if process.leads else nullcontext():
+                run_units(session, waiting, threads)
+        return _shared(session.store, process)
 
 
 def _shared(store: Store, process: Spread) -> Records:
@@ -241,7 +292,9 @@ def _shared(store: Store, process: Spread) -> Records:
     return merged
 
 
-def _store(output: Path, config: Config, process: Spread, claims: ExitStack, *, resume: bool) -> Store:
+def _store(
+    output: Path, config: Config, told: Mapping[str, Any], process: Spread, claims: ExitStack, *, resume: bool
+) -> Store:
     """Open the folder, the leading process first; a host that does not share it gets a configuration of its own.
 
     ``claims`` keep other comparisons out of the leading process's folder.
@@ -249,13 +302,13 @@ def _store(output: Path, config: Config, process: Spread, claims: ExitStack, *, 
     failure: AttnlensError | None = None
     if process.leads:
         try:
-            claims.enter_context(Store.claim(output, config, resume=resume))
+            claims.enter_context(Store.claim(output, config, resume=resume, told=told))
         except AttnlensError as error:
             failure = error
     failure = process.gather(failure)[0]
     if failure is not None:
         raise failure
-    return Store.open(output, config, resume=stored_config(output) is not None)
+    return Store.open(output, config, resume=stored_config(output) is not None, told=told)
 
 
 def _agreed(config: Config, process: Spread) -> Config:
@@ -286,20 +339,14 @@ def _write(
     report: str,
     done: Mapping[str, Sequence[Record]],
     source: Source,
+    *,
+    figures: bool,
 ) -> None:
     """Write every result file as one set; ``summary.json`` names the others with their sha256."""
     import json
 
-    from attnlens.figures import save_figures
-    from attnlens.training.figures import draw_curves, draw_structure, has_structure
-    from attnlens.training.waterfall import draw_waterfall
-
-    figures = {"curves": draw_curves(summary)}
-    if has_structure(summary):
-        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
     ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
-    if ladder:
-        figures["waterfall"] = draw_waterfall(summary, ladder)
+    drawn = _drawn(summary, source, ladder) if figures else {}
     texts = {
         "results.jsonl": results_lines(config, done),
         "structure.jsonl": structure_lines(done),
@@ -309,12 +356,27 @@ def _write(
     with FileSet() as files:
         for name, text in texts.items():
             files.write(output / name, methodcaller("write", text.encode()))
-        save_figures(figures, output, into=files.write)
+        if drawn:
+            from attnlens.figures import save_figures
+
+            save_figures(drawn, output, into=files.write)
         found = {**summary.to_json(), "files": files.hashes()}
         if ladder:
             found["ladder"] = finite([asdict(step) for step in ladder])
         data = json.dumps(found, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
+
+
+def _drawn(summary: Summary, source: Source, ladder: Sequence[Any]) -> dict[str, Figure]:
+    from attnlens.training.figures import draw_curves, draw_structure, has_structure
+    from attnlens.training.waterfall import draw_waterfall
+
+    figures = {"curves": draw_curves(summary)}
+    if has_structure(summary):
+        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
+    if ladder:
+        figures["waterfall"] = draw_waterfall(summary, ladder)
+    return figures
 
 
 def describe_device(device: torch.device) -> str:

@@ -19,6 +19,7 @@ from attnlens.errors import UsageError
 from attnlens.training.metrics import BALANCED_ACCURACY, Metric
 from attnlens.training.networks.base import Moments, Network, Part
 from attnlens.training.networks.registry import network_of
+from attnlens.training.optimizers import DEFAULT, check_optimizer
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["", "flash", "efficient", "math"]
@@ -35,8 +36,15 @@ TUNING_SEEDS = 10_000
 """Learning rates are chosen with seeds from here on; a comparison's own seeds lie below, so they never meet."""
 
 
+_ADDED: dict[str, Any] = {
+    "optimizer": DEFAULT,
+    **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "drop_path", "ema"), 0.0),
+}
+"""Fields of a recipe that came after the first comparisons, as `_LATER`."""
+
+
 class Recipe(Part):
-    """How every arm is trained: AdamW, linear warm-up, cosine to ``min_lr``, gradient norm clipped per model."""
+    """How every arm is trained: linear warm-up, cosine to ``min_lr``, gradient norm clipped per model."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -46,6 +54,33 @@ class Recipe(Part):
     weight_decay: float = Field(default=0.05, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     augment: Augmentation = "none"
+    optimizer: str = Field(default=DEFAULT, description="timm's name")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution; 0: none")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution; 0: none")
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="of the last layer, rising from 0 at the first")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the weights' average, which is measured; 0: none")
+
+    @property
+    def packs(self) -> bool:
+        """Whether targets are more than labels: `attnlens.training.data.mixing`."""
+        return bool(self.mixup or self.cutmix or self.drop_path)
+
+    @model_serializer(mode="wrap")
+    def _as_stored(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {name: value for name, value in data.items() if name not in _ADDED or value != _ADDED[name]}
+
+    def regularisers(self) -> str:
+        """Say in words what acts beside weight decay; empty for nothing."""
+        words = {
+            f"label smoothing {self.label_smoothing:g}": self.label_smoothing,
+            f"Mixup with alpha {self.mixup:g}": self.mixup,
+            f"CutMix with alpha {self.cutmix:g}": self.cutmix,
+            f"stochastic depth up to {self.drop_path:g}": self.drop_path,
+            f"measured: the weights' moving average with decay {self.ema:g}": self.ema,
+        }
+        return ", ".join(text for text, on in words.items() if on)
 
 
 class TextData(Part):
@@ -73,6 +108,7 @@ _LATER: dict[str, Any] = {
     "commonest": None,
     "attention": "",
     "left_out": {},
+    "tune_epochs": None,
 }
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
@@ -108,6 +144,7 @@ class Config(Part):
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
+    tune_epochs: int | None = Field(default=None, ge=1, description="of a run that tunes; None: as many as the others")
     source_data: SourceData | None = Field(default=None, description="None: nothing suggests that they meet")
     classes: list[str] | None = Field(default=None, description="what --classes kept of the data set; None: all")
     left_out: dict[str, int] = Field(default={}, description="images of the data set that are not used, by reason")
@@ -131,6 +168,12 @@ class Config(Part):
     def sha256(self) -> str:
         """Return the hash of the whole configuration."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def for_tuning(self) -> Config:
+        """Return what runs that choose learning rates are trained by."""
+        if self.tune_epochs is None:
+            return self
+        return self.model_copy(update={"recipe": self.recipe.model_copy(update={"epochs": self.tune_epochs})})
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
         """Say in words which fields differ from those of a stored configuration."""
@@ -194,6 +237,14 @@ def check_config(config: Config) -> None:
     """Refuse what does not go together. Raises `UsageError`."""
     config.network.check(config.dataset)
     recipe = config.recipe
+    check_optimizer(recipe.optimizer)
+    for name in ("mixup", "cutmix", "drop_path"):
+        if getattr(recipe, name) and config.text is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is about images, and {config.dataset} is text: leave it out")
+    if recipe.drop_path and not config.network.drop_rates(recipe.drop_path):
+        raise UsageError(f"--drop-path is for the plain ViT, and this is {config.network.describe()}: leave it out")
+    if config.tune_epochs is not None and not config.lr_grid:
+        raise UsageError(f"--tune-epochs {config.tune_epochs} is about --tune-lr: name rates to try, or leave it out")
     if config.metric.share and config.target >= 1:
         raise UsageError(f"--target {config.target:g} is no accuracy: pass a share between 0 and 1")
     if recipe.batch_size > config.train_items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -17,8 +18,25 @@ from attnlens.training.trainer import Unit
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_EVERY = 5.0
+"""Seconds between two lines about the same."""
 _RECENT = 20
 """Epochs the rate of items is averaged over."""
+
+
+class Notes:
+    """Lines on stderr about what comes before training: at once where something new begins, else every `_EVERY` s."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self.shown, self._kind, self._last = shown, "", 0.0
+
+    def __call__(self, text: str) -> None:
+        """Say how far it got."""
+        kind, now = re.sub(r"[\d,.]+", "", text), time.monotonic()
+        if self.shown and (kind != self._kind or now - self._last >= _EVERY):
+            self._kind, self._last = kind, now
+            sys.stderr.write(f"{printable(text)}\n")
+            sys.stderr.flush()
 
 
 class Display:
@@ -45,6 +63,8 @@ class Display:
 
     def listen(self, unit: Unit, what: dict[str, Any]) -> None:
         """Take note of a unit's epoch or end."""
+        if "measured" in what:  # what an epoch says holds the scores too
+            return
         with self._lock:
             if "ended" in what:
                 self._end(unit, what["records"])

@@ -9,12 +9,17 @@ stack are run is the network's own affair (`networks`).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attnlens.training.average import Average
 from attnlens.training.config import Config
+from attnlens.training.data.mixing import unpacked
 from attnlens.training.networks.base import PLAIN, Wiring
+from attnlens.training.optimizers import DEFAULT, optimizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -140,26 +145,26 @@ class Stack:
         self._losses: Any = self._losses_of
         if config.compiled:
             self._losses = torch.compile(own_code(self._losses), mode=mode, dynamic=False)
+        self.average = Average(self.weights, config.recipe.ema) if config.recipe.ema else None
         self.updates = 0
 
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """What is evaluated and saved: the weights, or their moving average."""
+        return self.weights if self.average is None else self.average.weights
+
     def load(self, states: Sequence[State], lrs: Sequence[float], steps: int) -> None:
-        """Put the weights of every model in place and start AdamW and its schedule of ``steps`` steps anew."""
+        """Put the weights of every model in place and start the optimizer and its schedule of ``steps`` steps anew."""
         import torch
-        from timm.optim import create_optimizer_v2
         from timm.scheduler import CosineLRScheduler
 
         assert len(states) == len(lrs) == self.models
         with torch.no_grad():
             for name, stacked in self.weights.items():
                 stacked.copy_(torch.stack([state[name].view(stacked.shape[1:]) for state in states]))
-        recipe, split = self.config.recipe, self.decayed
-        groups = []
-        for row, gradient, lr in zip(self.buffer.detach(), self.gradient, lrs, strict=True):
-            for part, decay in ((slice(0, split), recipe.weight_decay), (slice(split, None), 0.0)):
-                values = row[part].requires_grad_()
-                values.grad = gradient[part]
-                groups.append({"params": [values], "lr": lr, "weight_decay": decay})
-        self.optimizer = create_optimizer_v2(groups, "adamw", lr=recipe.lr, fused=True)
+        recipe = self.config.recipe
+        groups = [self._groups(model, lr) for model, lr in enumerate(lrs)]
+        self.optimizer = optimizer_of(recipe.optimizer, groups, recipe.lr)
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=steps,
@@ -173,6 +178,26 @@ class Stack:
         self.updates = 0
         if self.scaler is not None:
             self.scaler.reset()
+        if self.average is not None:
+            self.average.update(self.weights, 0)
+
+    def _groups(self, model: int, lr: float) -> list[dict[str, Any]]:
+        """Return one model's parameter groups: what decays and what does not, as vectors for AdamW, else by tensor."""
+        recipe, split = self.config.recipe, self.decayed
+        cuts = [(0, split), (split, self.buffer.shape[1])]
+        shapes: list[tuple[int, ...]] = [(stop - start,) for start, stop in cuts]
+        if recipe.optimizer != DEFAULT:
+            shapes = [tuple(self.weights[name].shape[1:]) for name in self.trained]
+            ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+            cuts = list(zip([0, *ends], ends, strict=False))
+        groups: list[dict[str, Any]] = [
+            {"params": [], "lr": lr, "weight_decay": decay} for decay in (recipe.weight_decay, 0.0)
+        ]
+        for (start, stop), shape in zip(cuts, shapes, strict=True):
+            values = self.buffer.detach()[model, start:stop].view(shape).requires_grad_()
+            values.grad = self.gradient[model, start:stop].view(shape)
+            groups[start >= split]["params"].append(values)
+        return [group for group in groups if group["params"]]
 
     def step(self, inputs: Tensor, targets: Tensor, where: Tensor) -> None:
         """Train every model on its batch: ``inputs [set, item, ...]`` uint8, ``where [model]`` its set."""
@@ -190,14 +215,21 @@ class Stack:
         self.optimizer.step()
         self.updates += 1
         self.schedule.step_update(self.updates)
+        if self.average is not None:
+            self.average.update(self.weights, self.updates)
         self.loss_sum += losses.detach()
 
     def _losses_of(self, weights: State, inputs: Tensor, targets: Tensor, where: Tensor) -> Tensor:
-        """Return the mean cross-entropy of every model, ``[model]``."""
+        """Return the mean cross-entropy of every model, ``[model]``: with smoothed and with mixed labels as told."""
         from torch.nn.functional import cross_entropy
 
-        logits = self.forward(weights, inputs, where, training=True)
-        flat = cross_entropy(logits.flatten(0, -2), targets[where].flatten().long(), reduction="none")
+        recipe = self.config.recipe
+        labels, share, keep = unpacked(targets[where], recipe)
+        logits = self.forward(weights, inputs, where, training=True, keep=keep).flatten(0, -2)
+        how: dict[str, Any] = {"reduction": "none", "label_smoothing": recipe.label_smoothing}
+        flat = cross_entropy(logits, labels.flatten().long(), **how)
+        if share is not None:  # the other part of a mixed item's label is that of the item at its mirrored place
+            flat = flat.lerp(cross_entropy(logits, labels.flip(1).flatten(), **how), 1 - share.flatten().to(flat.dtype))
         return flat.view(self.models, -1).mean(1)
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -235,7 +267,7 @@ class Stack:
             for start in range(0, len(targets), size):
                 answer = targets[start : start + size].flatten().long()
                 batch = inputs[None, start : start + size]
-                logits = self.forward(self.weights, batch, where, training=False).flatten(1, -2)
+                logits = self.forward(self.measured, batch, where, training=False).flatten(1, -2)
                 hits.index_add_(1, answer, (logits.argmax(-1) == answer).long())
                 expected = answer.expand(self.models, -1).flatten()
                 loss += cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(self.models, -1).sum(1)
@@ -252,6 +284,8 @@ class Stack:
 
         What is trained comes over in one piece.
         """
+        if self.average is not None:
+            return {name: value[model].cpu().clone() for name, value in self.average.weights.items()}
         row, start = self.buffer.detach()[model].cpu(), 0
         state = {name: value[model].cpu().clone() for name, value in self.fixed.items()}
         for name in self.trained:
@@ -269,6 +303,7 @@ class Stack:
             "loss_sum": self.loss_sum.cpu(),
             "updates": self.updates,
             **({} if self.scaler is None else {"scale": self.scaler.state.cpu()}),
+            **({} if self.average is None else {"average": self.average.snapshot()}),
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -284,3 +319,5 @@ class Stack:
         self.updates = snapshot["updates"]
         if self.scaler is not None:
             self.scaler.state.copy_(snapshot["scale"])
+        if self.average is not None:
+            self.average.restore(snapshot["average"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,12 @@ Of a text ``train_images`` are the windows an epoch draws, and ``target`` is in 
 """
 
 
+RECIPE = (*("weight_decay", "warmup", "optimizer", "label_smoothing"), *("mixup", "cutmix", "drop_path", "ema"))
+"""Options that are the recipe's fields of the same names."""
+SIZES = ("embed_dim", "depth", "num_heads")
+"""Options that are sizes of a network that starts from drawn weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What decides the numbers of a comparison, as `attnlens.train_compare` is told it.
@@ -105,11 +112,36 @@ class Options:
     eval_every: int | None
     tune_lr: Sequence[float]
     tune_seeds: int
+    tune_epochs: int | None
+    warmup: float
+    optimizer: str
+    label_smoothing: float
+    mixup: float
+    cutmix: float
+    drop_path: float
+    ema: float
+    embed_dim: int | None
+    depth: int | None
+    num_heads: int | None
     device: str
     freeze_filters: bool
     stack: int | None
     compiled: bool | None
     precision: str
+
+
+def stored_options(options: Options, config: Config) -> dict[str, Any]:
+    """Return what ``--config`` reads: the options as given, and in the place of those left out what was chosen."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    network = json.loads(config.network.model_dump_json())
+    chosen = {
+        **{name: getattr(config.recipe, name) for name in ("epochs", "batch_size", "lr")},
+        **({"augment": config.recipe.augment} if config.text is None else {}),
+        **{name: network[name] for name in ("patch_size", "context") if name in network},
+        **{name: getattr(config, name) for name in ("arms", "contrasts", "target", "eval_every")},
+    }
+    told = {name: value for name, value in {**given, **chosen}.items() if value is not None}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
 
 
 def load_data(options: Options, cache: Path | None, say: Say = silent) -> Dataset:
@@ -127,12 +159,25 @@ def find_source(options: Options, data: Dataset) -> Source:
     name = options.model
     if name is None and options.checkpoint is None:
         name = data.default_model
+    sizes = {size: value for size in SIZES if (value := getattr(options, size)) is not None}
+    if sizes and data.kind == ViT.reads:
+        given = next((f"--{what} {value}" for what, value in _sized(options).items() if value is not None), None)
+        if given is not None:
+            raise UsageError(f"--{_dashed(next(iter(sizes)))} and {given}: sizes are those of the model. Leave one out")
+        return Source.drawn(sizes, options.params)
     network = network_named(name)
     if network is None and data.kind != ViT.reads:
         raise UsageError(
             f"--dataset {options.dataset} {data.holds}: name a language model, as in --model {data.default_model}"
         )
     source = Source.of(name, options.checkpoint, options.params)
+    if sizes and options.checkpoint is not None:
+        raise UsageError(
+            f"--{_dashed(next(iter(sizes)))} and --checkpoint: sizes are those of the weights. Leave one out"
+        )
+    if foreign := next((size for size in sizes if size not in source.sizes), None):
+        raise UsageError(f"--{_dashed(foreign)}: the sizes of {name} have no such name. Leave it out")
+    source = replace(source, sizes={**source.sizes, **sizes})
     if source.opened is None and LADDER in (options.arms or ()):
         raise UsageError(
             f"--arms ladder starts from a pre-trained source, and {source.name} has no weights: give --checkpoint FILE "
@@ -141,6 +186,15 @@ def find_source(options: Options, data: Dataset) -> Source:
     if source.network.reads != data.kind:
         raise UsageError(f"--model {name} reads {source.network.needs}")
     return source
+
+
+def _sized(options: Options) -> dict[str, Any]:
+    """Return the options that name a model, which has sizes of its own."""
+    return {"model": options.model, "checkpoint": options.checkpoint}
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def resolve(
@@ -181,7 +235,7 @@ def _config(
     augment = chosen.get("augment", "none")
     if augment not in AUGMENTATIONS:
         raise UsageError(f"--augment {augment} is not known: choose from {', '.join(AUGMENTATIONS)}")
-    arms = named_arms(options.arms, type(network))
+    arms = named_arms(options.arms, type(network)) if options.arms is not None else source.default_arms()
     told = RUNGS if not network.prefix or source.opened is None else [rung.arm for rung in network.ladder[1:]]
     keeps = {rung.arm: f"keeps of {source.name}: {rung.keeps}" for rung in network.ladder if rung.arm in told}
     starts = {arm: keeps.get(arm) or start_of(arm, source).describe() for arm in arms}
@@ -203,8 +257,8 @@ def _config(
             epochs=chosen["epochs"],
             batch_size=chosen["batch_size"],
             lr=chosen["lr"],
-            weight_decay=options.weight_decay,
             augment=augment,
+            **{name: getattr(options, name) for name in RECIPE},
         ),
         arms=arms,
         contrasts=list(options.contrasts if options.contrasts is not None else default_contrasts(arms, source)),
@@ -215,6 +269,7 @@ def _config(
         eval_every=options.eval_every or eval_every(chosen["epochs"], *counts),
         lr_grid=sorted(set(options.tune_lr)),
         tune_seeds=options.tune_seeds,
+        tune_epochs=options.tune_epochs,
         device="cuda" if cuda else "cpu",
         precision=precision_on(device, options.precision),
         compiled=compiles_on(device, options.compiled),
@@ -251,6 +306,8 @@ def _check_arms(config: Config, source: Source) -> None:
 
         if not filter_parameters(config.network.build(0)):
             raise UsageError("--freeze-filters: the network has no depthwise filters. Name another --model")
+    if config.recipe.drop_path and set(WIRINGS) & set(config.arms):
+        raise UsageError("--drop-path drops residual branches, and an arm's network is rewired: leave one of them out")
     risky = (*OF_SOURCE, *WIRINGS)
     for arm in config.arms:
         if arm in risky or source.opened is None:

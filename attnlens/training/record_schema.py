@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from attnlens.errors import AttnlensError
 from attnlens.state import check_folder, read_state, unsealed
 from attnlens.strict_json import parse_json, within
+from attnlens.training.optimizers import Several
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -182,12 +183,23 @@ def _same_form(stored: Any, like: Any) -> bool:
     return numbers or type(stored) is type(like)
 
 
-def check_gathered(state: Mapping[str, Any], optimizer: Optimizer, where: str) -> None:
+def _whole(part: Any) -> bool:
+    """Whether this is what an optimizer of torch can load."""
+    names = {"state": dict, "param_groups": list}
+    return isinstance(part, dict) and all(isinstance(part.get(name), kind) for name, kind in names.items())
+
+
+def check_gathered(state: Mapping[str, Any], optimizer: Optimizer | Several, where: str) -> None:
     """Check that what a stored optimizer has gathered belongs to the parameters this one has."""
     import torch
 
-    shapes = [value.shape for group in optimizer.param_groups for value in group["params"]]
     gathered = state["optimizer"]["state"]
+    if isinstance(optimizer, Several):  # what each of timm's optimizers gathers is its own affair
+        parts = gathered if isinstance(gathered, list) else []
+        if len(parts) != len(optimizer.members) or not all(_whole(part) for part in parts):
+            raise ResumeError(f"{where} holds an optimizer of another form: delete it to train that run again")
+        return
+    shapes = [value.shape for group in optimizer.param_groups for value in group["params"]]
     plain = isinstance(gathered, dict) and all(isinstance(values, dict) for values in gathered.values())
     if not plain or any(
         not (isinstance(index, int) and 0 <= index < len(shapes))

@@ -9,6 +9,7 @@ from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
 from attnlens.training.config import AUGMENTATIONS, Config
 from attnlens.training.ladder import Step, ladder_of
 from attnlens.training.metrics import ACCURACY, Metric
+from attnlens.training.optimizers import DEFAULT
 from attnlens.training.results import Summary
 from attnlens.training.statistics import (
     LEVEL,
@@ -262,18 +263,22 @@ def _tuning(tuning: LrTable, chosen: Mapping[str, float], config: Config) -> str
 def _conditions(summary: Summary) -> str:
     config, recipe = summary.config, summary.config.recipe
     source = ", ".join(f"{key} {value}" for key, value in config.source.items() if value is not None)
-    if config.network.prefix and config.source.get("sha256") is None:
+    if (config.network.prefix and config.source.get("sha256") is None) or config.source.get("drawn"):
         source = f"none ({source}): every arm starts from drawn weights"
     decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
-    lr = "chosen per arm" if config.lr_grid else f"{recipe.lr:g}"
+    optimizer = "AdamW" if recipe.optimizer == DEFAULT else f"timm's {recipe.optimizer}"
+    regularisers = recipe.regularisers()
+    tuned = f" in runs of {config.tune_epochs} epochs" if config.tune_epochs else ""
+    lr = f"chosen per arm{tuned}" if config.lr_grid else f"{recipe.lr:g}"
     warmup = f"linear warm-up over {recipe.warmup:.0%} of the steps, cosine to {recipe.min_lr:g}"
     rows = [
         ["data", _data(config)],
         ["data sha256", config.data_sha256],
         ["network", f"{config.network.describe()}{_frozen(config)}"],
         ["pre-trained source", source],
-        ["training", f"AdamW, lr {lr}, {decay}, {warmup}, batch {recipe.batch_size}"],
+        ["training", f"{optimizer}, lr {lr}, {decay}, {warmup}, batch {recipe.batch_size}"],
         ["augmentation", AUGMENTATIONS[recipe.augment]],
+        *([["regularisation", regularisers]] if regularisers else []),
         ["epochs", f"{recipe.epochs}, of which {config.passes:.2f} effective; the last one counts"],
         ["pairing", _pairing(summary)],
         ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],

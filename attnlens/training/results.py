@@ -222,7 +222,12 @@ def check_pairing(runs: Sequence[Sequence[Record]]) -> dict[int, int]:
 
 def results_lines(config: Config, records: Mapping[str, Sequence[Record]]) -> str:
     """Return the content of ``results.jsonl``: a line an evaluation, each with everything it depends on."""
-    common = {"config_sha256": config.sha256(), "dataset": config.dataset, "data_sha256": config.data_sha256}
+    common = {
+        "config_sha256": config.sha256(),
+        "dataset": config.dataset,
+        "data_sha256": config.data_sha256,
+        "recipe": json.loads(config.recipe.model_dump_json()),
+    }
     lines = [
         json.dumps({**common, "run": name, **record}) for name, lines in sorted(records.items()) for record in lines
     ]

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from attnlens.models.opened import OpenedModel
 
 
+TINY: Mapping[str, Any] = {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0}
+"""Sizes of a ViT-Ti."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What a run starts from: the network, its sizes, what was fitted, and weights where the model is pre-trained."""
@@ -103,8 +107,30 @@ class Source:
             sha256=stored.provenance().get("sha256"),
         )
 
+    @classmethod
+    def drawn(cls, sizes: Mapping[str, Any], params: Path | None = None) -> Source:
+        """Return a plain ViT of some sizes, else ViT-Ti's, that is trained from drawn weights alone.
+
+        Raises `ParamsError`.
+        """
+        from attnlens.fit.params import InitParams
+
+        loaded = None if params is None else InitParams.load(params)
+        sha256 = "" if params is None else hashlib.sha256(params.read_bytes()).hexdigest()
+        return cls("a plain ViT, drawn", ViT, {**TINY, **sizes}, loaded, sha256)
+
+    def default_arms(self) -> list[str]:
+        """Return the arms that are trained where none are named: of a drawn ViT those that need no source."""
+        arms = list(self.network.default_arms)
+        if self.network is not ViT or self.opened is not None:
+            return arms
+        fits = ("fitted", "norm-matched")
+        return [arm for arm in arms if arm != "pretrained" and (arm not in fits or self.params is not None)]
+
     def record(self) -> dict[str, Any]:
         """Return what a configuration says about it."""
+        if self.opened is None and self.network is ViT:
+            return {"model": self.name, "sha256": None, "drawn": True}
         return {"model": self.name, "sha256": self.sha256}
 
     def params_sha256(self, model: nn.Module, arms: Sequence[str] = ()) -> str:

@@ -19,6 +19,7 @@ class Control:
         self.deadline = None if time_budget is None else time.monotonic() + time_budget
         self.reason: Reason = ""
         self._event = threading.Event()
+        self._interrupted = False
 
     def stop(self, reason: Reason) -> None:
         """Ask everything to stop; the first reason stays."""
@@ -31,6 +32,30 @@ class Control:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             self.stop("time budget")
         return self._event.is_set()
+
+    @contextmanager
+    def setting_up(self) -> Iterator[None]:
+        """Let Ctrl-C raise `KeyboardInterrupt`, and `check` raise it again where an import swallowed it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: Any) -> None:
+            self._interrupted = True
+            signal.default_int_handler(number, frame)
+
+        before = signal.getsignal(signal.SIGINT)
+        if before is signal.default_int_handler:  # not ignored, nor somebody else's
+            signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` where Ctrl-C was pressed in `setting_up`."""
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Record = dict[str, Any]
+OPTIONS = "options"
+"""The part of ``config.json`` that ``--config`` reads."""
 STACK_LIMIT = "stack_limit"
 """What ``config.json`` says beside the configuration once memory ran out: stacks are no larger than this."""
 
@@ -44,7 +46,9 @@ class Store:
 
     @classmethod
     @contextmanager
-    def claim(cls, folder: Path, config: Config, *, resume: bool) -> Iterator[Store]:
+    def claim(
+        cls, folder: Path, config: Config, *, resume: bool, told: Mapping[str, Any] | None = None
+    ) -> Iterator[Store]:
         """`open` a folder and keep every other process from it, until the context or this process ends.
 
         What processes that were killed left half-written is removed. Raises `UsageError`, and `OutputError` where
@@ -55,26 +59,32 @@ class Store:
         with claimed(folder / ".lock", taken):
             for part in (".", *PARTS):
                 sweep(folder / part)
-            store = cls.open(folder, config, resume=resume)
+            store = cls.open(folder, config, resume=resume, told=told)
             store.restore_runs()
             yield store
 
     @classmethod
-    def open(cls, folder: Path, config: Config, *, resume: bool) -> Store:
-        """Start a folder, or go on in one that holds the same configuration. Raises `UsageError`."""
+    def open(cls, folder: Path, config: Config, *, resume: bool, told: Mapping[str, Any] | None = None) -> Store:
+        """Start a folder, or go on in one that holds the same configuration. Raises `UsageError`.
+
+        ``told`` are the options that lead to the configuration; they stand beside it under `OPTIONS`.
+        """
         stored = stored_config(folder)
         limit = None if stored is None else stored.get(STACK_LIMIT)
         _check(folder, config, stored, resume=resume)
         store = cls(folder, config)
         if stored is None:
-            store._write_config()
+            store._write_config(told)
         else:
             store.stack_limit = limit
         return store
 
-    def _write_config(self) -> None:
+    def _write_config(self, told: Mapping[str, Any] | None = None) -> None:
         limit = {} if self.stack_limit is None else {STACK_LIMIT: self.stack_limit}
         text = {"sha256": self.config.sha256(), **limit, **json.loads(self.config.model_dump_json())}
+        if told is None:  # written again: what stands there stays
+            told = (stored_config(self.folder) or {}).get(OPTIONS)
+        text |= {} if told is None else {OPTIONS: dict(told)}
         write_text_atomic(self.folder / "config.json", json.dumps(text, indent=1) + "\n")
 
     def limit_stack(self, models: int) -> None:
@@ -180,6 +190,7 @@ def _check(folder: Path, config: Config, stored: dict[str, Any] | None, *, resum
         return
     if not resume:
         raise UsageError(f"{folder} holds a comparison already: add --resume to go on, or choose another --output")
+    stored.pop(OPTIONS, None)
     sha256, limit = stored.pop("sha256", None), stored.pop(STACK_LIMIT, None)
     if not (limit is None or (type(limit) is int and limit >= 1)):
         raise UsageError(f"{folder / 'config.json'}: {STACK_LIMIT} is {limit!r}, no number of models: remove it")

@@ -315,6 +315,7 @@ class _Training:
             if config.metric.of(record) is None:
                 record = {"status": "diverged"}
             self.records[number].append(self._line(run, number, epoch) | record)
+        session.listen(self.unit, {"measured": [list(records) for records in self.records]})
 
     def _note_divergence(self, losses: Sequence[float]) -> None:
         for number, run in enumerate(self.unit):

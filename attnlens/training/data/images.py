@@ -22,6 +22,7 @@ from attnlens.training.data.decoding import pixels_of
 from attnlens.training.data.folders import TEST_FOLDERS, split_of
 from attnlens.training.data.image_files import SUFFIXES, DatasetError, Read, folder_files, hidden, tar_files
 from attnlens.training.data.memory import fits_on, free_memory, in_words
+from attnlens.training.data.mixing import draw_kept, draw_mixing, mixed, packed
 from attnlens.training.data.on_device import Chunked, Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, epoch_order, generator
 from attnlens.training.data.reading import Say, decoded, in_memory, silent
@@ -75,6 +76,12 @@ class Images(Dataset):
         """Return the hash of the decoded training and test images and their labels."""
         arrays = (self.train, self.train_labels, self.test, self.test_labels)
         return hash_of(*arrays, start=repr(self.classes))
+
+    @property
+    def told(self) -> str:
+        """See `Dataset`."""
+        where = ", read from disk as they are needed" if in_file(self.train) else ""
+        return f"{self.note}{where}" if self.note else ""
 
     def class_names(self) -> list[str]:
         """See `Dataset`."""
@@ -199,7 +206,9 @@ class ResidentImages:
         labels = (images.train_labels, images.test_labels)
         self.train_labels, self.test_targets = (torch.from_numpy(array).to(device) for array in labels)
         self.fill = torch.from_numpy(fill_value(config.mean)).to(device)
-        self.chunk = max(1, BLOCK // max(1, images.train[:1].nbytes))
+        batch = config.recipe.batch_size
+        self.chunk = batch * max(1, BLOCK // max(1, batch * images.train[:1].nbytes))  # what is mixed lies in one batch
+        self.drop_rates = config.network.drop_rates(config.recipe.drop_path) if config.recipe.drop_path else []
 
     def _moved(self, pixels: Pixels) -> Tensor:
         import torch
@@ -212,16 +221,21 @@ class ResidentImages:
 
         order = epoch_order(seed, epoch, self.count, self.recipe.batch_size)
         draws = draw_epoch(self.recipe.augment, seed, epoch, len(order), self.size)
+        batch = self.recipe.batch_size
+        mixing = draw_mixing(self.recipe, seed, epoch, len(order) // batch, self.size)
+        more = mixing | draw_kept(self.drop_rates, seed, epoch, len(order))
         index = torch.from_numpy(order).to(self.device)
 
         def made(start: int, stop: int) -> Tensor:
             train: Any = self.train
             kept = isinstance(train, torch.Tensor)
             images = train[index[start:stop]] if kept else self._moved(train[order[start:stop]])
-            return augmented(images, {name: values[..., start:stop] for name, values in draws.items()}, self.fill)
+            images = augmented(images, {name: values[..., start:stop] for name, values in draws.items()}, self.fill)
+            steps = slice(start // batch, stop // batch)
+            return mixed(images, {name: values[..., steps] for name, values in mixing.items()}, batch)
 
         images = made(0, len(order)) if len(order) <= self.chunk else Chunked(len(order), self.chunk, made)
-        return Epoch(images, self.train_labels[index], digest(order, draws))
+        return Epoch(images, packed(self.train_labels[index], more, batch), digest(order, draws | more))
 
 
 def load_dataset(

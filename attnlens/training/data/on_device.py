@@ -151,6 +151,11 @@ class Dataset(ABC):
         """Return mean and standard deviation by channel, empty where nothing is normalised."""
         return [], []
 
+    @property
+    def told(self) -> str:
+        """What was found when it was read, in a line; empty where there is nothing to say."""
+        return ""
+
     def class_names(self) -> list[str]:
         """Return the names of the classes, empty where there are none."""
         return []

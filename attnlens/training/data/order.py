@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-PURPOSES = ("order", "augment", "split", "subset")
+PURPOSES = ("order", "augment", "split", "subset", "mix", "drop")
 """What is drawn; a new purpose goes to the end, or every seed changes its meaning."""
 
 

@@ -69,8 +69,10 @@ class Forward(Protocol):
     statistics) are updated in ``weights``, each model's from its own batches.
     """
 
-    def __call__(self, weights: Weights, inputs: Tensor, where: Tensor, *, training: bool) -> Tensor:
-        """Return the logits."""
+    def __call__(
+        self, weights: Weights, inputs: Tensor, where: Tensor, *, training: bool, keep: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits. ``keep [model, item, branch]`` multiplies what residual branches add; None: 1."""
         ...
 
 
@@ -139,6 +141,10 @@ class Network(Part):
     @abstractmethod
     def outputs(self) -> int:
         """How many classes it tells apart."""
+
+    def drop_rates(self, last: float) -> list[float]:  # noqa: ARG002  # for kinds that have such branches
+        """Return each layer's rate of dropped residual branches, rising to ``last``; empty where there is none."""
+        return []
 
     @property
     def targets_per_item(self) -> int:
@@ -307,8 +313,11 @@ class ModuleForward:
                 part.fused_attn = models == 1 and device.type != "cpu"
         return cls(training, copy.deepcopy(training).eval(), models, read)
 
-    def __call__(self, weights: Weights, inputs: Tensor, where: Tensor, *, training: bool) -> Tensor:
+    def __call__(
+        self, weights: Weights, inputs: Tensor, where: Tensor, *, training: bool, keep: Tensor | None = None
+    ) -> Tensor:
         """See `Forward`."""
+        assert keep is None, "refused before: only the plain ViT drops branches by draws of its data seed"
         from torch import vmap
         from torch.func import functional_call
 

@@ -84,6 +84,10 @@ class ViT(ImageNetwork):
                 "and heads must divide it. Name another --model"
             )
 
+    def drop_rates(self, last: float) -> list[float]:
+        """See `Network`: evenly spaced, as timm has them."""
+        return [last * layer / max(1, self.depth - 1) for layer in range(self.depth)]
+
     def model_args(self) -> dict[str, Any]:
         """Return the arguments timm builds the network with."""
         return {
@@ -147,17 +151,28 @@ class BatchedForward:
     std: Tensor
     fused: bool
 
-    def __call__(self, weights: Weights, inputs: Tensor, where: Tensor, *, training: bool) -> Tensor:  # noqa: ARG002
+    def __call__(
+        self,
+        weights: Weights,
+        inputs: Tensor,
+        where: Tensor,
+        *,
+        training: bool,  # noqa: ARG002  # what differs is told by ``keep``
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """See `attnlens.training.networks.base.Forward`; training and evaluation are the same."""
         patches = patches_of(inputs, self.mean, self.std, self.sizes.patch_size)[where]
         flat = {**weights, POSITIONS: weights[POSITIONS][:, 0]}
-        return forward(flat, patches, self.sizes, fused=self.fused)
+        return forward(flat, patches, self.sizes, fused=self.fused, keep=keep)
 
 
-def forward(weights: Mapping[str, Tensor], patches: Tensor, sizes: ViT, *, fused: bool) -> Tensor:
+def forward(
+    weights: Mapping[str, Tensor], patches: Tensor, sizes: ViT, *, fused: bool, keep: Tensor | None = None
+) -> Tensor:
     """Return logits ``[model, image, class]`` of every model on its own patches ``[model, image * token, value]``.
 
     ``fused`` takes torch's fused attention on ``[model * image, head, token, head_dim]``; otherwise scores are formed.
+    ``keep [model, image, branch]`` multiplies what each residual branch adds, attention before MLP in every layer.
     """
     import torch
     from torch.nn.functional import gelu, scaled_dot_product_attention
@@ -170,6 +185,12 @@ def forward(weights: Mapping[str, Tensor], patches: Tensor, sizes: ViT, *, fused
         weight = weights[f"{name}.weight"].flatten(2)
         return torch.baddbmm(weights[f"{name}.bias"][:, None], x, weight.mT)
 
+    def scaled(added: Tensor, branch: int) -> Tensor:
+        if keep is None:
+            return added
+        factor = keep[..., branch].repeat_interleave(tokens, 1).to(added.dtype)
+        return added * factor[..., None]
+
     x = linear(patches, "patch_embed.proj").view(models, images, tokens, -1)
     x = (x + weights[POSITIONS][:, None]).flatten(1, 2)
     for layer in range(sizes.depth):
@@ -178,9 +199,10 @@ def forward(weights: Mapping[str, Tensor], patches: Tensor, sizes: ViT, *, fused
         # timm's order of the fused projection, as its own forward pass takes it apart
         q, k, v = qkv.view(models * images, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(q, k, v) if fused else (q * head_dim**-0.5 @ k.mT).softmax(-1) @ v
-        x = x + linear(mixed.transpose(1, 2).reshape(models, images * tokens, -1), f"{block}attn.proj")
+        added = linear(mixed.transpose(1, 2).reshape(models, images * tokens, -1), f"{block}attn.proj")
+        x = x + scaled(added, 2 * layer)
         hidden = gelu(linear(_normed(x, weights, f"{block}norm2"), f"{block}mlp.fc1"))
-        x = x + linear(hidden, f"{block}mlp.fc2")
+        x = x + scaled(linear(hidden, f"{block}mlp.fc2"), 2 * layer + 1)
     pooled = x.view(models, images, tokens, -1).mean(2)
     return linear(_normed(pooled, weights, "fc_norm"), "head")
 
