@@ -103,7 +103,7 @@ def _busy_cores() -> int:
     The load is that of the last minute: it counts what ended a few seconds ago, such as the command before this one,
     and misses what began just now.
     """
-    running = []
+    running: list[int] = []
     with suppress(OSError, ValueError, IndexError):
         while len(running) < _LOOKS and 0 not in running:
             if running:
