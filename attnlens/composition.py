@@ -209,6 +209,7 @@ def compose(
         )
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
+    provenance = opened.provenance_beside()
     specs = opened.choose(layers, chosen[0])
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
@@ -244,7 +245,7 @@ def compose(
         deviations={pair: deviations[pair] for pair in ordered},
         leaves_out={layer: spec.leaves_out for layer, spec in specs},
         labels={layer: spec.label for layer, spec in specs},
-        provenance={**opened.provenance(), **run_provenance()},
+        provenance={**provenance(), **run_provenance()},
     )
 
 

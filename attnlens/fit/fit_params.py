@@ -81,6 +81,7 @@ def fit_params(
         opened = open_model(
             model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
         )
+        provenance = opened.provenance_beside()
         fitted, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += fitted
         of_filters, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
@@ -90,7 +91,7 @@ def fit_params(
         sources.append(
             Source(
                 model=opened.name,
-                provenance=opened.provenance(),
+                provenance=provenance(),
                 num_layers=len(opened.architecture.order),
                 num_heads=heads,
                 num_filter_layers=len(opened.architecture.filters),
