@@ -174,10 +174,10 @@ def watched(folder, *words):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_command_reads_each_layer_once_for_each_thing_it_measures(tmp_path, words, reads, modules):
+def test_a_command_reads_each_layer_no_more_than_once_for_each_thing_it_measures(tmp_path, words, reads, modules):
     open_model(None, None)  # describes the shipped ViT, where no description is shipped
     found = watched(tmp_path, *words)
-    assert (found["reads"], found["layers"], found["hashes"]) == ([reads], 6, 1)
+    assert (max(found["reads"]), found["layers"], found["hashes"]) == (reads, 6, 1)
     roots = {name.partition(".")[0] for name in found["modules"]}
     assert roots & HEAVY == modules
     assert SLOW_PARTS.isdisjoint(found["modules"])
