@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import IO, NamedTuple
 
 from attnlens.errors import OutputError
+from attnlens.words import counted
 
 try:
     import fcntl
@@ -42,6 +44,20 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode()))
 
 
+_WRITTEN: Counter[Path] = Counter()
+"""Files that this process has given their names, by folder: what Ctrl-C leaves behind."""
+
+
+def what_was_written() -> str:
+    """Say what files this process has written so far, each of them whole."""
+    folders = [str(folder) for folder in _WRITTEN if folder.is_dir()]
+    number = _WRITTEN.total()
+    if not folders:
+        return "no file was written"
+    where = ", ".join(folders[:3]) + (f" and {counted(len(folders) - 3, 'more folder')}" if len(folders) > 3 else "")
+    return f"{counted(number, 'file')} {'is' if number == 1 else 'are'} written whole, in {where}; none is half-written"
+
+
 class _Staged(NamedTuple):
     given: Path
     path: Path
@@ -54,14 +70,17 @@ class _Staged(NamedTuple):
 class FileSet:
     """Files that belong together: a context in which `write` prepares each, and whose end gives all their names.
 
+    ``check`` is asked beforehand whether a path may be written, as `outputs.Outputs.check`.
+
     Every file is whole and on disk before the first one takes its place, so whatever fails in between (a full disk, an
     error, Ctrl-C) leaves all the old ones. The names are given in the order of writing under a lock on the folders: of
     two processes that write the same set, one gives all its names first. Only a kill between two of these renames can
     leave a mixture, of whole files.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[Path], object] | None = None) -> None:
         self._staged: list[_Staged] = []
+        self._check = check
 
     def __enter__(self) -> FileSet:
         return self
@@ -81,6 +100,8 @@ class FileSet:
     def write(self, path: str | Path, write: Write) -> Path:
         """Prepare ``path``: call ``write(file)`` on a temporary file beside it and flush that to disk."""
         path = Path(path)
+        if self._check is not None:
+            self._check(path)
         with _explained(path):
             target = _target(path)
             _make_folder(target.parent)
@@ -115,6 +136,7 @@ class FileSet:
                 with _explained(path):
                     temporary.chmod(0o666 & ~_umask())
                     temporary.replace(path)
+                _WRITTEN[path.parent] += 1
         for folder in folders:
             with _explained(folder):
                 _sync_folder(folder)

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.balance import Gains, balance
-from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.errors import UnsupportedAttentionError
 from attnlens.heads import Array, HeadWeights, expand_groups
 from attnlens.krylov import largest_singular_value
+from attnlens.vocabulary import FOLD, FOLD_CHOICE
 
 if TYPE_CHECKING:  # checked at every call while tests run
     from jaxtyping import Complex, Float
@@ -365,6 +366,7 @@ def _triangular_factor(factor: Array, gram: Array) -> Array:
 
 def fold_qk(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> FactoredProduct:
     """Fold into a raw QK product what stands in front of the layer, as `qk_circuit` says."""
+    fold = FOLD(fold)
     if fold == "raw":
         return product
     product = product.scaled(weights.gain("q"), weights.gain("k"))
@@ -375,6 +377,7 @@ def fold_qk(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> Facto
 
 def fold_ov(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> FactoredProduct:
     """Fold into a raw OV product, of a head or summed, what stands around the layer, as `ov_circuit` says."""
+    fold = FOLD(fold)
     if fold == "raw":
         return product
     product = product.scaled(weights.gain("v"), weights.gain("o"))
@@ -445,9 +448,6 @@ def side_by_side(factors: Array) -> Array:
 
 def parse_folds(fold: str) -> tuple[Fold, ...]:
     """Return the folds that one's name, ``both`` (raw and effective) or ``all`` asks for."""
-    if fold in ("both", "all"):
-        return FOLDS if fold == "all" else FOLDS[:2]
-    chosen = tuple(name for name in FOLDS if name == fold)
-    if not chosen:
-        raise UsageError(f"fold {fold!r} is not known: use {', '.join(FOLDS)}, both or all")
-    return chosen
+    chosen = FOLD_CHOICE(fold)
+    several: dict[str, tuple[Fold, ...]] = {"both": FOLDS[:2], "all": FOLDS}
+    return several.get(chosen, (chosen,))

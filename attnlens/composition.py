@@ -9,14 +9,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import FileSet
 from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array
@@ -28,6 +30,7 @@ from attnlens.provenance import run_provenance
 from attnlens.statistics.table import Row, StatsTable
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
+from attnlens.vocabulary import COMPOSED, layer_choice, layer_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,13 +129,14 @@ class Composition:
 
     def baseline(self, layer: int) -> float:
         """Return the root of the mean squared score of unrelated directions, 1 / sqrt(d)."""
-        return self.widths[layer] ** -0.5
+        return self.widths[layer_index(layer, self.widths)] ** -0.5
 
     def array(self, kind: Composed) -> Array:
         """Return the scores as ``[earlier layer, head, later layer, head]``, layers in the order of ``heads``.
 
         NaN where there is no composition: no earlier layer, another stream, another width, a head that is not there.
         """
+        kind = COMPOSED(kind)
         places = {layer: place for place, layer in enumerate(self.heads)}
         most = max(self.heads.values())
         found = np.full((len(places), most, len(places), most), np.nan)
@@ -177,6 +181,7 @@ class Composition:
 
     def logs(self, kind: Composed) -> dict[tuple[int, int], Array]:
         """Return log2(score / baseline), ``[earlier head, later head]`` by earlier and later layer."""
+        kind = COMPOSED(kind)
         with np.errstate(divide="ignore"):
             return {
                 (first, second): np.log2(scores / self.baseline(second))
@@ -193,7 +198,7 @@ def compose(
     model_args: dict[str, Any] | None = None,
     input_size: int | tuple[int, ...] | None = None,
     fold: str = "effective",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | str | None = None,
     weights: str | None = None,
     row_order: str | None = None,
     offline: bool = False,
@@ -215,6 +220,7 @@ def compose(
     Raises `UsageError` for a fold that is not one of the three or a layer that cannot be read,
     `UnsupportedAttentionError` where no two layers compose, and what `inspect` raises.
     """
+    wanted = layer_choice(layers)
     chosen = parse_folds(fold)
     if len(chosen) != 1:
         raise UsageError(f"fold {fold!r} is more than one: compose takes raw, effective or centred")
@@ -226,7 +232,7 @@ def compose(
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
     provenance = opened.provenance_beside()
-    specs = opened.choose(layers, chosen[0])
+    specs = opened.choose(wanted, chosen[0])
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
     work = _Work(opened, chosen[0])
@@ -265,12 +271,20 @@ def compose(
     )
 
 
-def save_composition(found: Composition, folder: str | os.PathLike[str], command: str) -> None:
-    """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``, each atomically."""
+def save_composition(
+    found: Composition, folder: str | os.PathLike[str], command: str, files: FileSet | None = None
+) -> None:
+    """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``.
+
+    They join ``files``, such as the figures of the same run, or make a set of their own.
+    """
     data = found.to_json()
     data["provenance"] = {**data["provenance"], "command": command}
-    found.stats.to_csv(Path(folder) / "composition.csv")
-    write_text_atomic(Path(folder) / "composition.json", json.dumps(data) + "\n")
+    texts = {"composition.csv": found.stats.to_csv(), "composition.json": json.dumps(data) + "\n"}
+    with ExitStack() as stack:
+        files = files or stack.enter_context(FileSet())
+        for name, text in texts.items():
+            files.write(Path(folder) / name, methodcaller("write", text.encode()))
 
 
 class _Work:

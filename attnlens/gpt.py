@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnlens.errors import ModelNotFoundError, UsageError
+from attnlens.vocabulary import one_of
 
 PRESETS: Mapping[str, Mapping[str, int]] = {
     "gpt-tiny": {"vocab_size": 256, "context": 128, "embed_dim": 96, "depth": 6, "num_heads": 3},
@@ -73,8 +74,7 @@ class GPT(nn.Module):
             raise UsageError("a GPT of size 0 cannot be built: give whole numbers of at least 1")
         if embed_dim % num_heads:
             raise UsageError(f"embed_dim = {embed_dim} is no multiple of num_heads = {num_heads}")
-        if positions not in POSITIONS:
-            raise UsageError(f"positions = {positions!r} is not accepted: pass {' or '.join(map(repr, POSITIONS))}")
+        positions = one_of("positions", positions, POSITIONS)
         if positions == "sincos" and embed_dim % 2:
             raise UsageError(f"positions = 'sincos' needs an even embed_dim, not {embed_dim}")
         self.vocab_size, self.context, self.embed_dim, self.positions = vocab_size, context, embed_dim, positions

@@ -43,6 +43,7 @@ from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.statistics.gains import describe_gains, gain_profiles
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
 from attnlens.threads import Progress, over_threads
+from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, ON_REQUEST, head_index, layer_choice, layer_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,25 +115,22 @@ class Inspection:
 
     def heads(self, layer: int) -> HeadWeights:
         """Read one layer's weights again."""
-        if layer not in self.layers:
-            raise UsageError(f"layer {layer} was not read: choose from {list(self.layers)}")
-        return self.opened.heads(layer)
+        return self.opened.heads(layer_index(layer, self.layers))
 
     def circuits(
         self, layer: int, head: int | str | None = None, *, circuit: Kind = "qk", fold: Fold = "raw"
     ) -> FactoredProduct:
         """Return a layer's QK or OV product(s): of one head, of ``"all"`` heads summed (OV), or stacked (None)."""
+        circuit, fold = CIRCUIT(circuit), FOLD(fold)
         weights = self.heads(layer)
-        if head == ALL_HEADS:
+        if HEADS.find(head) == ALL_HEADS:
             if circuit != "ov":
                 raise UsageError("only OV products are summed over heads: QK scores of different heads never add")
             return layer_ov(weights, fold)
         product = CIRCUITS[circuit](weights, fold)
         if head is None:
             return product
-        if not isinstance(head, int) or not 0 <= head < product.shape[0]:
-            raise UsageError(f"head {head!r} of layer {layer} does not exist: choose 0 to {product.shape[0] - 1}")
-        return product.head(head)
+        return product.head(head_index(head, product.shape[0], weights.layer))
 
     def figures(self, fold: Fold | None = None, size: int = 64, corners: Corners | None = None) -> dict[str, Figure]:
         """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
@@ -146,7 +144,7 @@ class Inspection:
         """
         from attnlens.figures import gains, heatmaps, profiles, spectra, style
 
-        fold = fold or ("effective" if "effective" in self.folds else self.folds[0])
+        fold = ("effective" if "effective" in self.folds else self.folds[0]) if fold is None else FOLD(fold)
         if fold not in self.folds:
             raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(self.folds)}")
         if size < 1:
@@ -170,6 +168,7 @@ class Inspection:
 
     def corners(self, fold: Fold, size: int) -> Corners:
         """Read the layers again and return the corners of their products."""
+        fold = FOLD(fold)
         found = Corners(fold, size)
         for layer in self.layers:
             circuits = [circuit for circuit in CIRCUITS if (layer, circuit, fold) in self.spectra]
@@ -236,7 +235,7 @@ def inspect(
     input_size: int | tuple[int, ...] | None = None,
     num_heads: int | None = None,
     fold: str = "both",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | str | None = None,
     layer_spectra: bool = False,
     include: Sequence[str] = (),
     weights: str | None = None,
@@ -265,23 +264,24 @@ def inspect(
     local cache, only the tensors that are read. ``progress`` wraps the iteration over layers; ``observe`` is called
     with the products of every layer as they are measured, by several threads at once: see `Observe`. Layers of
     depthwise convolutions are counted by themselves; what is said of each: `attnlens.filters.statistics.FilterFit`.
-    ``layers`` chooses of both kinds.
+    ``layers`` chooses of both kinds: indices, one index, or text such as ``"0-3,11"``.
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
+    names, wanted = parse_folds(fold), layer_choice(layers)
+    asked = tuple(map(ON_REQUEST, [include] if isinstance(include, str) else include))
     architecture, held = named_and_weights(source, checkpoint, model)
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     opened = open_model(
         architecture, held, num_heads, access, filters=True, model_args=model_args, input_size=input_size
     )
     provenance = opened.provenance_beside()
-    names = parse_folds(fold)
-    unwanted = opened.not_asked_for(include)
+    unwanted = opened.not_asked_for(asked)
     if len(unwanted) == len(opened.architecture.specs) and unwanted and not opened.architecture.filters:
         first = next(iter(unwanted.values()))
         raise UnsupportedAttentionError(f"{first.path} {first.reason}")
-    specs = opened.choose(layers, include=include, or_filters=True)
-    filters = inspect_filters(opened.architecture, opened.filters, layers, progress)
+    specs = opened.choose(wanted, include=asked, or_filters=True)
+    filters = inspect_filters(opened.architecture, opened.filters, wanted, progress)
 
     def measure(
         indexed: tuple[int, AttentionSpec],

@@ -11,12 +11,15 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     *(
         "printable",
+        "words",
         "errors",
+        "vocabulary",
         "provenance",
         "threads",
         "atomic",
         "strict_json",
         "csv_text",
+        "outputs",
         "patterns",
         "state",
         "templates",

@@ -86,19 +86,25 @@ def load_command(name: str) -> Any:
     attribute = name.replace("-", "_")
     function = getattr(import_module(f"attnlens.cli.{attribute}"), attribute)
     alone = typer.Typer(add_completion=False, **_SETTINGS)
-    alone.command(name, short_help=COMMANDS[name])(_with_debug(function))
+    alone.command(name, short_help=COMMANDS[name])(_with_common(function))
     return typer.main.get_command(alone)
 
 
-def _with_debug(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with ``--debug`` among its options; `main` does what it says."""
-    from attnlens.cli.options import Debug
+def _with_common(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with ``--quiet`` and ``--debug`` among its options; `main` does what the latter says."""
+    from attnlens.cli.console import Interrupted, quietly
+    from attnlens.cli.options import Debug, Quiet
 
     @wraps(command)
-    def run(*, debug: bool, **options: Any) -> None:  # noqa: ARG001  # read by main, where errors arrive
-        command(**options)
+    def run(*, quiet: bool, debug: bool, **options: Any) -> None:  # noqa: ARG001  # read by main, where errors arrive
+        try:
+            with quietly(quiet):
+                command(**options)
+        except KeyboardInterrupt as stopped:  # typer would make an exit without a word of it
+            raise Interrupted from stopped
 
     plain = signature(command, eval_str=True)
-    debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
-    vars(run)["__signature__"] = plain.replace(parameters=[*plain.parameters.values(), debug])
+    common = {"quiet": Quiet, "debug": Debug}
+    added = [Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=kind) for n, kind in common.items()]
+    vars(run)["__signature__"] = plain.replace(parameters=[*plain.parameters.values(), *added])
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +13,11 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_distance_table
-from attnlens.cli.tables import escape, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from attnlens.fit.comparison import Comparison
 
 
@@ -36,9 +37,16 @@ def compare(
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    table: options.TableFile = None,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
+    outputs = Outputs.of(models, checkpoints, force=force)
+    if figures is not None:
+        outputs.folder(figures)
+    if table is not None:
+        outputs.file(table, ".csv")
     comparison = attnlens.compare(
         *models,
         fold=fold,
@@ -55,38 +63,32 @@ def compare(
         for why, layers in said.items():
             note(f"{model}: {why}: layers {format_layers(layers)}")
     if json_:
-        distances = {"distances": comparison.distances, "filter_distances": comparison.filter_distances}
-        about = {"fold": fold, "models": comparison.models, "left_out": comparison.left_out}
-        write_stdout(json.dumps({**about, **distances}, indent=1))
+        write_stdout(json.dumps(comparison.to_json(), indent=1))
     if comparison.distances and not json_:
-        print_wide(distance_table(comparison))
+        print_sheet(distance_table(comparison))
     if comparison.filter_distances and not json_:
-        print_wide(filter_distance_table(comparison))
+        print_sheet(filter_distance_table(comparison))
+    from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 
-    folder = options.figure_folder(figures, *comparison.models)
+    folder = options.figure_folder(figures, comparison.models, *models, *(checkpoints or ()), weights, model_args)
     drawn = comparison.figures()
-    save_figures(drawn, folder, format_, dpi)
+    with FileSet(outputs.check) as files:
+        save_figures(drawn, folder, format_, dpi, into=files.write)
+        if table is not None:
+            files.write(table, methodcaller("write", comparison.to_csv().encode()))
     note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")
 
 
-def distance_table(comparison: Comparison) -> Table:
+def distance_table(comparison: Comparison) -> Sheet:
     """Build the table of distances between each pair of models."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=f"Distance between {comparison.fold} structures",
+    table = Sheet(
+        title=f"[bold]Distance between {comparison.fold} structures[/bold]",
         caption="identity: rms over depth of the difference in identity cosine / bound, 0 to 2\n"
         "noise: the same of log10 alpha",
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
     )
-    for name in ("first", "second", "circuit", "identity", "noise"):
-        table.add_column(name, justify="right" if name in ("identity", "noise") else "left")
+    table.label("first", "second", "circuit", key=True)
+    table.number("identity", "noise")
     for row in comparison.distances:
         noise = "" if row["log_alpha"] is None else f"{row['log_alpha']:.3f}"
         table.add_row(

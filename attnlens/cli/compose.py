@@ -10,11 +10,12 @@ import typer
 import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
-from attnlens.cli.tables import escape, plain_table, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.table import Table
 
     from attnlens.composition import Composed, Composition
 
@@ -37,6 +38,7 @@ def compose(
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
@@ -44,6 +46,9 @@ def compose(
     from attnlens.inspection import UNSAID
     from attnlens.layouts.flags import FLAGS, layers_by_reason
 
+    outputs = Outputs.of(model, checkpoint, force=force)
+    if output is not None:
+        outputs.folder(output, ("composition.csv", "composition.json"))
     composition = attnlens.compose(
         model,
         checkpoint,
@@ -64,31 +69,34 @@ def compose(
         note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
     for label, labelled in layers_by_reason((layer, [label]) for layer, label in composition.labels.items()).items():
         note(f"{label}: layers {format_layers(labelled)}")
-    folder = options.figure_folder(output, composition.model)
-    save_composition(composition, folder, command_line())
+    from attnlens.atomic import FileSet
+    from attnlens.figures import save_figures
+
+    folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
+    with FileSet(outputs.check) as files:
+        save_composition(composition, folder, command_line(), files)
+        save_figures(composition.figures(), folder, format_, dpi, into=files.write)
     if json_:
         write_stdout(json.dumps(composition.to_json()))
     else:
-        print_wide(strongest_table(composition, top))
-    from attnlens.figures import save_figures
-
-    save_figures(composition.figures(), folder, format_, dpi)
+        print_sheet(strongest_table(composition, top))
     note(f"wrote composition.csv, composition.json and figures ({composition.fold}, {format_}) to {folder}")
 
 
-def strongest_table(composition: Composition, top: int) -> Table:
+def strongest_table(composition: Composition, top: int) -> Sheet:
     """Build the table: for each kind the pairs of the largest score over baseline, and the median over all pairs."""
     import numpy as np
 
     from attnlens.composition import KINDS
 
-    table = plain_table(
+    table = Sheet(
         title=f"[bold]{escape(composition.model)}[/bold]: composition of heads, {composition.fold}",
         caption="score over the baseline 1/√d of unrelated directions; heads are layer.head\n"
         "deviation: squared score less 1/d, in standard deviations of random rotations",
     )
-    for name in ("kind", "writes", "reads", "score", "÷ baseline", "deviation"):
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    table.label("kind", key=True)
+    table.number("writes", "reads", key=True)
+    table.number("score", "÷ baseline", "deviation")
     for kind in KINDS:
         ratios, pairs, deviations = _pairs(composition, kind)
         for rank in np.argsort(-ratios, kind="stable")[:top]:

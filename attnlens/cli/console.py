@@ -5,14 +5,40 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 from attnlens.printable import printable
 
+_QUIET = ContextVar("quiet", default=False)
+
+
+class Interrupted(Exception):  # noqa: N818  # Ctrl-C is no error
+    """Ctrl-C inside a command."""
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Say nothing on stderr but errors, inside the context, where ``quiet`` is true."""
+    token = _QUIET.set(quiet)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether results and errors alone are wanted."""
+    return _QUIET.get()
+
 
 def note(message: str) -> None:
-    """Write one line of chatter to stderr."""
-    sys.stderr.write(f"{printable(message)}\n")
+    """Write one line of chatter to stderr, if anybody wants it and stderr takes it."""
+    if not is_quiet():
+        with suppress(OSError):
+            sys.stderr.write(f"{printable(message, keep=chr(10))}\n")
+            sys.stderr.flush()
 
 
 def write_stdout(text: str) -> None:
@@ -26,7 +52,7 @@ def tracked(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
     """Return a wrapper that shows a progress bar on stderr while a person is watching."""
 
     def wrap(items: Iterable[Any]) -> Iterator[Any]:
-        if not sys.stderr.isatty():
+        if is_quiet() or not sys.stderr.isatty():
             yield from items
             return
         from rich.console import Console
@@ -40,7 +66,7 @@ def tracked(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
 
 def command_line() -> str:
     """Return the command as it was given, for provenance."""
-    return shlex.join(["attnlens", *sys.argv[1:]])
+    return printable(shlex.join(["attnlens", *sys.argv[1:]]))
 
 
 def format_layers(layers: list[int]) -> str:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from attnlens import __version__
 from attnlens.cli import options
 from attnlens.cli.console import write_stdout
-from attnlens.cli.tables import print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -98,7 +99,7 @@ def _version(name: str) -> str | None:
 
 def _devices() -> Iterator[Finding]:
     """Ask the driver which GPUs there are, and only then, torch whether it can use them."""
-    yield Finding("device", "cpu", f"{_cores()} cores", ok=True)
+    yield Finding("device", "cpu", f"{_cores()} cores{_half_products()}", ok=True)
     gpus = _gpus()
     if not gpus:
         remedy = "inspect, fit-params, init and report do not need one; train-compare runs on the CPU"
@@ -110,6 +111,16 @@ def _devices() -> Iterator[Finding]:
     said = f"{'; '.join(gpus)}; torch {torch.__version__} {'uses it' if usable else 'cannot use it'}"
     remedy = "" if usable else "install a torch built for the driver's CUDA version"
     yield Finding("device", "cuda", said, ok=usable, needed=False, remedy=remedy)
+
+
+def _half_products() -> str:
+    """Say which instructions of this processor multiply in bfloat16, where the system lists them."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return ""
+    found = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags]
+    return f", bfloat16 products by {' and '.join(found)} (train-compare --precision bfloat16)" if found else ""
 
 
 def _cores() -> int | None:
@@ -181,17 +192,13 @@ def _held(folder: Path) -> str:
 
 
 def _print(findings: list[Finding]) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "part", "name", "found", "what to do"):
-        table.add_column(name, overflow="fold")
+    table = Sheet("")
+    table.label("", "part", "name", key=True)
+    table.label("found", "what to do", least=16)
     for finding in findings:
         mark = "[green]✓[/green]" if finding.ok else "[red]✗[/red]" if finding.needed else "[dim]–[/dim]"
         table.add_row(mark, finding.part, *map(escape, (finding.name, finding.found, finding.remedy)))
-    print_wide(table)
+    print_sheet(table)
     missing = [finding for finding in findings if finding.needed and not finding.ok]
     write_stdout(
         f"{len(missing)} needed {'part is' if len(missing) == 1 else 'parts are'} missing: see “what to do”"

@@ -11,12 +11,12 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import fit_filter_table
-from attnlens.cli.tables import escape, number, plain_table, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, number, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from rich.table import Table
 
     from attnlens.circuits import Kind
     from attnlens.fit.entries import Entry, Source
@@ -60,11 +60,16 @@ def fit_params(
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Fit alpha and beta with intervals and verdicts, and write the parameter file that drives an initialiser."""
     from attnlens.atomic import FileSet
 
+    outputs = Outputs.of(models, checkpoint, force=force)
+    outputs.file(output, ".json")
+    if figures is not None:
+        outputs.folder(figures)
     params = attnlens.fit_params(
         *(models or []),
         checkpoint=checkpoint,
@@ -87,19 +92,20 @@ def fit_params(
             note(f"{source.model}: {message}")
     from attnlens.figures import save_figures
 
-    folder = options.figure_folder(figures, *(source.model for source in params.sources))
-    with FileSet() as files:
+    names = [source.model for source in params.sources]
+    folder = options.figure_folder(figures, names, *(models or ()), checkpoint, weights, model_args)
+    with FileSet(outputs.check) as files:
         save_figures(params.figures(), folder, format_, dpi, into=files.write)
         files.write(output, lambda file: file.write(params.to_json().encode()))
     if json_:
         write_stdout(params.to_json())
     else:
         for table in fit_tables(params):
-            print_wide(table)
+            print_sheet(table)
     note(f"wrote {output}, and figures to {folder}")
 
 
-def fit_tables(params: InitParams) -> Iterator[Table]:
+def fit_tables(params: InitParams) -> Iterator[Sheet]:
     """Yield the tables of a parameter file: by source what was fitted of attention and of filters, then all pooled."""
     for source in range(len(params.sources)):
         if any(entry.source == source for entry in params.entries):
@@ -121,21 +127,20 @@ def caveats(source: Source) -> list[str]:
     return unread + [f"{why}: layers {format_layers(layers)}" for why, layers in left_out]
 
 
-def fit_table(params: InitParams, source: int) -> Table:
+def fit_table(params: InitParams, source: int) -> Sheet:
     """Build the table of one model: per layer QK and OV with verdicts, realised beside requested."""
     entries = [entry for entry in params.entries if entry.source == source and entry.fold == params.fold]
     percent = f"{params.level:.0%}"
-    table = plain_table(
+    table = Sheet(
         title=f"[bold]{escape(params.sources[source].model)}[/bold]: {params.fold} products, M ~ α Z + β I",
         caption=f"QK: mean over heads; OV: sum over heads with its {percent} interval; request: (α, β) to draw with\n"
         f"a mark a head: {_LEGEND}",
     )
-    for name in ("layer", "QK α", "QK β", "request"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("QK", overflow="fold", min_width=6)
-    for name in ("OV α", "OV β", f"β {percent}"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("OV verdict", no_wrap=True)
+    table.number("layer", key=True)
+    table.number("QK α", "QK β", "request")
+    table.label("QK", least=6)
+    table.number("OV α", "OV β", f"β {percent}", group=1)
+    table.label("OV verdict", group=1)
     for layer in dict.fromkeys(entry.layer for entry in entries):
         qk = _entries(entries, layer, "qk", "each")
         total = _entries(entries, layer, "ov", "all")
@@ -152,19 +157,15 @@ def fit_table(params: InitParams, source: int) -> Table:
     return table
 
 
-def pooled_table(params: InitParams) -> Table:
+def pooled_table(params: InitParams) -> Sheet:
     """Build the table of what is pooled over layers, heads and models, in requests."""
     from collections import Counter
 
-    from rich import box
-    from rich.table import Table
-
     names = {("qk", "each"): "QK, per head", ("ov", "each"): "OV, per head", ("ov", "all"): "OV, layer sum"}
-    table = Table(
-        title="Pooled requests", title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False
-    )
-    for name in ("circuit", "n", "α ± sd", "β ± sd", "between models α, β", "verdicts"):
-        table.add_column(name, no_wrap=name != "verdicts")
+    table = Sheet("[bold]Pooled requests[/bold]")
+    table.label("circuit", key=True)
+    table.number("n", "α ± sd", "β ± sd", "between models α, β")
+    table.label("verdicts", least=20)
     for pooled in params.pooled:
         alpha, beta = pooled.alpha, pooled.beta
         spread = "one model"

@@ -10,7 +10,8 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
-from attnlens.cli.tables import layer_table, print_wide
+from attnlens.cli.tables import in_words, layer_table, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
     from attnlens.circuits import Fold
@@ -42,6 +43,7 @@ def inspect(
     crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Fit every head's QK and OV circuit to alpha * noise + beta * identity: table, CSV, JSON and figures.
@@ -55,6 +57,9 @@ def inspect(
     from attnlens.circuits import parse_folds
     from attnlens.inspection import Corners, save_inspection
 
+    outputs = Outputs.of(model, checkpoint, force=force)
+    if output is not None:
+        outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
     Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
     folds = parse_folds(fold)
     corners = Corners("effective" if "effective" in folds else folds[0], crop)
@@ -78,11 +83,11 @@ def inspect(
         note(fetched(inspection.provenance))
     for message in caveats(inspection):
         note(message)
-    folder = options.figure_folder(output, inspection.model)
+    folder = options.figure_folder(output, [inspection.model], model, checkpoint, weights, model_args)
     shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
     from attnlens.figures import save_figures
 
-    with FileSet() as files:
+    with FileSet(outputs.check) as files:
         save_figures(inspection.figures(shown, crop, corners), folder, format_, dpi, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()
@@ -90,16 +95,27 @@ def inspect(
         write_stdout(text)
     else:
         print_tables(inspection, shown)
+    if not model and not checkpoint:
+        note(NEXT)
     drawn = f"{shown}, {format_}" if inspection.specs else format_
     note(f"wrote {', '.join(written)} and figures ({drawn}) to {folder}")
+
+
+NEXT = """This is the small ViT that attnlens ships. To go on:
+  attnlens fit-params                what of this is more than chance: intervals, p-values, a verdict each
+  attnlens inspect --fold balanced   the same without the gain of each channel
+  attnlens report                    every head on one HTML page
+  attnlens list-models vit_tiny      names to type in place of this model"""
+"""What a first run points to"""
 
 
 def print_tables(inspection: Inspection, fold: Fold) -> None:
     """Print the table of attention, where any was read, and that of depthwise filters."""
     if inspection.specs:
-        print_wide(layer_table(inspection, fold))
+        print_sheet(layer_table(inspection, fold))
+        write_stdout(in_words(inspection, fold))
     if inspection.filters.specs:
-        print_wide(filter_table(inspection.filters, inspection.model))
+        print_sheet(filter_table(inspection.filters, inspection.model))
 
 
 def fetched(provenance: dict[str, Any]) -> str:

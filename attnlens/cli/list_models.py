@@ -10,6 +10,9 @@ import typer
 
 from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import print_sheet
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from attnlens.models.catalogue import Catalogue, Entry
@@ -81,7 +84,7 @@ def row(entry: Entry) -> tuple[str, ...]:
         " ".join(entry.families),
         str(entry.filters),
         " ".join(entry.kernels),
-        str(len(entry.tags)),
+        " ".join(filter(None, entry.tags)),
     )
 
 
@@ -93,17 +96,18 @@ def _span(values: tuple[int, ...]) -> str:
 
 
 def _print_table(catalogue: Catalogue, entries: list[Entry]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     where = "shipped" if catalogue.origin == "shipped" else "built here"
-    title = f"{len(entries)} with attention or depthwise filters in timm {catalogue.timm} (catalogue: {where})"
-    table = Table(title=title, title_justify="left")
-    for name in ("name", "read", "labelled", "heads", "width", "families", "filters", "tags"):
-        table.add_column(name, justify="left" if name in ("name", "labelled", "families") else "right", no_wrap=True)
+    title = (
+        f"{counted(len(entries), 'architecture')} with attention or depthwise filters in timm {catalogue.timm} "
+        f"(catalogue: {where})\nto type: NAME, or NAME.TAG for pretrained weights of a certain kind"
+    )
+    table = Sheet(title)
+    table.label("name", key=True, least=40)
+    table.number("read", "heads", "width", "filters")
+    table.label("families", "labelled", "tags", least=16)
     for entry in entries:
         cells = dict(zip(COLUMNS, row(entry), strict=True))
         read = f"{cells.pop('read')}/{cells.pop('layers')}"
-        cells.pop("kernels")  # terminals are narrow
-        table.add_row(cells.pop("name"), read, *cells.values())
-    Console().print(table)
+        shown = (cells[name] for name in ("heads", "width", "filters", "families", "labelled", "tags"))
+        table.add_row(cells["name"], read, *shown)
+    print_sheet(table)

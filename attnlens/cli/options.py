@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from attnlens.errors import UsageError
+from attnlens.outputs import model_identity, named_folder
+from attnlens.vocabulary import layer_choice
 
 Folds = Annotated[
     Literal["raw", "effective", "centred", "balanced", "both", "all"],
@@ -77,6 +79,13 @@ Remote = Annotated[
     bool, typer.Option("--remote", help="Fetch only the attention tensors of a safetensors file on the hub.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
+TableFile = Annotated[
+    Path | None, typer.Option("--table", metavar="FILE", help="Write the table to this CSV file, too.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace files that attnlens did not write. Inputs are never replaced.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 
 ModelFolder = Annotated[
@@ -89,42 +98,50 @@ Figures = Annotated[
 FigureFormat = Annotated[Literal["png", "pdf", "svg"], typer.Option("--format", help="Write figures in this format.")]
 Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Draw figures with so many dots per inch.")]
 
+INITIALISERS = (
+    *("mimetic", "qk-only", "ov-only", "ov-positive", "fitted", "conv-covariance", "norm-matched", "identity"),
+    *("conditioned", "impulse", "transfer-attention", "weight-selection", "default"),
+)
+"""Names for the help, which imports no initialiser; a test holds them to the registry."""
 InitName = Annotated[
     str | None,
     typer.Option(
         "--init",
-        help="Use this initialiser; docs/inits.md lists them. Default: fitted with --params, else the one that a file "
-        "to verify names, else mimetic.",
+        metavar="NAME",
+        help=f"Use this initialiser: {', '.join(INITIALISERS)}; `attnlens init --list` says what each does. Default: "
+        "fitted with --params, else the one that a file to verify names, else mimetic.",
     ),
 ]
 ParamsFile = Annotated[
     Path | None, typer.Option("--params", "-p", help="Take fitted parameters from this file, written by fit-params.")
 ]
+Gains = Annotated[
+    Literal["none", "quantiles", "channels"] | None,
+    typer.Option(
+        help="Draw balanced products and multiply rows and columns by the gains in --params: by gains of the same "
+        "quantiles, for any width, or by those of each channel, for a network of the source's sizes. Default: none.",
+    ),
+]
 InitOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
-        help="Pass name=value to the initialiser, as often as needed; docs/inits.md lists the options.",
+        help="Pass name=value to the initialiser, as often as needed; `attnlens init --list` names the options.",
     ),
 ]
 
 
-def figure_folder(given: Path | None, *models: str) -> Path:
-    """Return the folder given, or figures/<models> with every character that is awkward in a path replaced."""
-    return given or Path("figures") / re.sub(r"[^\w.+-]+", "_", "+".join(models))
+def figure_folder(given: Path | None, models: Sequence[str], *identity: Any) -> Path:
+    """Return the folder given, or figures/<models>, which is never that of others of the same names.
+
+    ``identity`` is what was typed of the models: names, files, arguments.
+    """
+    return given or named_folder(Path("figures"), models, model_identity(*identity))
 
 
 def parse_layers(text: str | None) -> list[int] | None:
     """Parse ``0-3,11`` into layer indices; None stays None."""
-    if text is None:
-        return None
-    layers: list[int] = []
-    for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise UsageError(f"--layers {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return layers
+    return layer_choice(text, "--layers")
 
 
 def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:

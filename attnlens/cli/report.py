@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from attnlens.atomic import write_text_atomic
 from attnlens.cli import options
-from attnlens.cli.console import command_line, note, tracked
+from attnlens.cli.console import command_line, note, tracked, write_stdout
+from attnlens.outputs import Outputs
 
 
 def report(
@@ -30,14 +33,20 @@ def report(
     offline: options.Offline = False,
     remote: options.Remote = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this HTML file.")] = Path("report.html"),
+    table: options.TableFile = None,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Write one self-contained HTML page about a model: every head's fit, verdict, heatmaps and spectra, by depth."""
     from attnlens.reports import report as write_report
 
+    if table is not None:
+        Outputs.of(model, checkpoint, force=force).file(table, ".csv")
     page = write_report(
         model,
         checkpoint,
         output=output,
+        force=force,
         compare=compare or [],
         train=train,
         fold=fold,
@@ -50,4 +59,8 @@ def report(
         command=command_line(),
         progress=tracked("layers"),
     )
+    if table is not None:
+        write_text_atomic(table, page.to_csv())
+    if json_:
+        write_stdout(json.dumps(page.to_json(), indent=1))
     note(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB: one file, open it in a browser")

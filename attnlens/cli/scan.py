@@ -10,12 +10,13 @@ import typer
 import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked, write_stdout
-from attnlens.cli.tables import escape, number, plain_table, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.errors import AttnlensError
+from attnlens.outputs import Outputs
+from attnlens.words import counted
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from attnlens.circuits import Fold
     from attnlens.scans.run import Scan
 
@@ -58,6 +59,7 @@ def scan(
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
@@ -81,11 +83,14 @@ def scan(
             row_order=row_order,
             offline=offline,
             remote=remote,
+            force=force,
             command=command_line(),
             progress=tracked("models"),
         )
     except KeyboardInterrupt:
-        note(f"stopped: what is measured is kept in {output}; the same command goes on from there")
+        kept = len(list((output / "models").glob("*.json")))
+        if kept:
+            note(f"stopped: {counted(kept, 'result')} in {output / 'models'}; the same command goes on from there")
         raise
     for message in scanned.notes:
         note(message)
@@ -93,10 +98,12 @@ def scan(
     if json_:
         write_stdout((output / "scan.json").read_text())
     else:
-        print_wide(model_table(scanned, shown))
+        print_sheet(model_table(scanned, shown))
+    from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 
-    save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi)
+    with FileSet(Outputs(force=force).check) as files:
+        save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi, into=files.write)
     for name, result in scanned.results.items():
         for label in result.get("labels", ()):
             note(f"{name}: {label}")
@@ -105,26 +112,24 @@ def scan(
     read = len(scanned.results) - len(scanned.failed)
     earlier = len(scanned.results) - scanned.measured
     note(
-        f"{len(scanned.results)} models: {read} read, {len(scanned.failed)} failed, {earlier} of them done before"
-        + (f"; {scanned.lost} times a worker was lost and its model begun again" if scanned.lost else "")
+        f"{counted(len(scanned.results), 'model')}: {read} read, {len(scanned.failed)} failed, {earlier} of them done "
+        "before" + (f"; {scanned.lost} times a worker was lost and its model begun again" if scanned.lost else "")
     )
     note(f"wrote scan.csv, layers.csv, scan.json, landscape.{format_} and models/ to {output}")
     if not read:
-        raise AttnlensError(
-            f"none of {len(scanned.results)} models could be read: the errors are above and in scan.csv"
-        )
+        none = "the model could not" if len(scanned.results) == 1 else f"none of {len(scanned.results)} models could"
+        raise AttnlensError(f"{none} be read: the errors are above and in scan.csv")
 
 
-def model_table(scanned: Scan, fold: Fold) -> Table:
+def model_table(scanned: Scan, fold: Fold) -> Sheet:
     """Build the table of one fold: a row a model, medians over its layers."""
-    table = plain_table(
-        title=f"[bold]{len(scanned.results)} models[/bold]: {fold} products, M ~ α Z + β I",
+    table = Sheet(
+        title=f"[bold]{counted(len(scanned.results), 'model')}[/bold]: {fold} products, M ~ α Z + β I",
         caption="medians over layers; QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\n"
         "OV β < 0: share of layers",
     )
-    table.add_column("model", overflow="fold")
-    for name in ("layers", "heads", *_HEADINGS):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.label("model", key=True, least=16)
+    table.number("layers", "heads", *_HEADINGS)
     for row in scanned.rows():
         if row["status"] == "ok" and row["fold"] == fold:
             layers = f"{row['layers']}" if row["layers"] == row["depth"] else f"{row['layers']}/{row['depth']}"

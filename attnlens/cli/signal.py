@@ -10,11 +10,11 @@ import typer
 
 from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked, write_stdout
-from attnlens.cli.tables import escape, plain_table, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, print_sheet
+from attnlens.outputs import Outputs
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from attnlens.heads import Array
     from attnlens.signal.propagation import Propagation
 
@@ -60,6 +60,7 @@ def signal(
     output: options.ModelFolder = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = 150,
+    force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Measure how alike random tokens become by depth before training, beside theory: table, CSV, JSON and a figure."""
@@ -72,6 +73,9 @@ def signal(
     from attnlens.signal.figure import draw_signal
     from attnlens.signal.propagation import propagate
 
+    outputs = Outputs.of(model, force=force)
+    if output is not None:
+        outputs.folder(output, ("signal.csv", "signal.json"))
     propagation = propagate(
         model,
         ARMS if arms is None else options.split_words(arms),
@@ -86,33 +90,38 @@ def signal(
         options=options.parse_pairs("--option", pairs),
         progress=tracked("networks"),
     )
-    folder = options.figure_folder(output, propagation.model)
-    record = {**propagation.to_json(), "provenance": {**run_provenance(), "command": command_line()}}
+    folder = options.figure_folder(output, [propagation.model], model)
+    record = {
+        "schema": "attnlens.signal",
+        "schema_version": 1,
+        **propagation.to_json(),
+        "provenance": {**run_provenance(), "command": command_line()},
+    }
     text = json.dumps(record, indent=1)
-    with FileSet() as files:
+    with FileSet(outputs.check) as files:
         save_figures({"signal": draw_signal(propagation)}, folder, format_, dpi, into=files.write)
         files.write(folder / "signal.csv", methodcaller("write", propagation.table.to_csv().encode()))
         files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))
     if json_:
         write_stdout(text)
     else:
-        print_wide(signal_table(propagation))
+        print_sheet(signal_table(propagation))
     note(f"wrote signal.csv, signal.json and signal.{format_} to {folder}")
 
 
-def signal_table(propagation: Propagation) -> Table:
+def signal_table(propagation: Propagation) -> Sheet:
     """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
     from attnlens.signal.figure import describe
 
-    table = plain_table(
+    table = Sheet(
         title=f"[bold]{escape(propagation.model)}[/bold]: mean cosine of two tokens behind a block",
         caption=f"{describe(propagation)[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to "
-        "theory; by chance: expected of\nrandom coordinates; entries: mean square of the tokens behind the last block",
+        "theory; by chance: expected of random coordinates; entries: mean square of the tokens behind the last block",
     )
     layers = sorted({0, round(propagation.depth / 4), round(propagation.depth / 2), propagation.depth})
-    names = ["arm", *(f"block {layer}" if layer else "input" for layer in layers)]
-    for name in (*names, "theory", "error", "by chance", "entries"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    table.label("arm", key=True)
+    table.number(*(f"block {layer}" if layer else "input" for layer in layers))
+    table.number("theory", "error", "by chance", "entries", group=1)
     for arm in propagation.arms:
         cosine, error = propagation.curve(arm, "cosine"), propagation.curve(arm, "kernel_error")[:, -1].mean()
         theory, chance = (propagation.curve(arm, name)[0, -1] for name in ("theory_cosine", "theory_error"))

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from attnlens.cli.sheet import Sheet
 from attnlens.printable import printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from rich.text import Text
 
     from attnlens.circuits import Fold
@@ -32,39 +32,22 @@ def escape(text: str) -> str:
     return escape_markup(printable(text))
 
 
-def plain_table(title: str, caption: str) -> Table:
-    """Return an empty table as every command shows it; the title may hold rich's markup, so `escape` what is a name."""
-    from rich import box
-    from rich.table import Table
-
-    return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_style="",
-    )
-
-
-def print_wide(table: Table) -> None:
+def print_sheet(sheet: Sheet) -> None:
     """Print a table on stdout; where stdout is no terminal the table is as wide as it needs to be."""
     from rich.console import Console
-    from rich.measure import Measurement
 
-    console = Console()
+    console = Console(highlight=False)
     if not console.is_terminal:
-        wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-        console = Console(file=console.file, width=max(console.width, wide))
-    console.print(table)
+        wide = max(console.width, sheet.natural_width(console.encoding))
+        console = Console(file=console.file, width=wide, highlight=False)
+    console.print(sheet)
+    console.file.flush()
 
 
-def layer_table(inspection: Inspection, fold: Fold) -> Table:
+def layer_table(inspection: Inspection, fold: Fold) -> Sheet:
     """Build the table: per layer the heads' mean QK fit and strip, the summed OV fit and the OV heads' strip."""
     both = fold != "raw" and "raw" in inspection.folds
-    table = plain_table(
+    table = Sheet(
         title=f"[bold]{escape(inspection.model)}[/bold]: {fold} products, M ~ α Z + β I",
         caption="QK: mean over heads, OV: sum over heads; prom = mean(diag) / sd(off-diag)\n"
         f"heads by prom: {LEGEND}{BALANCED if fold == 'balanced' else ''}",
@@ -72,15 +55,32 @@ def layer_table(inspection: Inspection, fold: Fold) -> Table:
     balanced = fold == "balanced"
     last = ("QK agree", "kurt", "OV agree", "kurt") if balanced else ("raw β", "prom") if both else ()
     groups = ("QK α", "QK β"), ("OV α", "OV β", "prom"), last
-    table.add_column("layer", justify="right", no_wrap=True)
-    for names in groups:
-        for name in names:
-            table.add_column(name, justify="right", no_wrap=True)
+    table.number("layer", key=True)
+    for group, names in enumerate(groups):
+        table.number(*names, group=group)
         if names is not groups[-1]:
-            table.add_column("heads", overflow="fold", min_width=6)
+            table.label("heads", group=group, least=6)
     for layer in inspection.layers:
         table.add_row(*_cells(inspection.stats.select(layer=layer), layer, fold, both))
     return table
+
+
+def in_words(inspection: Inspection, fold: Fold) -> str:
+    """Say in a sentence what the table shows: where diagonals stand out of the rest of their product, and their sign.
+
+    Out stands a mean of the diagonal that is more than one standard deviation of the off-diagonal away from 0.
+    """
+    from attnlens.statistics.table import ALL_HEADS
+
+    stats = inspection.stats.select(fold=fold)
+    sums = stats.select(circuit="ov", head=ALL_HEADS).column("diagonal_prominence")
+    heads = stats.select(circuit="qk").column("diagonal_prominence")
+    told = [
+        f"{what}: {int((values < -1).sum())} negative, {int((values > 1).sum())} positive, of {len(values)}"
+        for what, values in (("summed OV", sums), ("QK heads", heads))
+        if len(values)
+    ]
+    return f"diagonals that stand out (|prom| > 1): {'; '.join(told)}"
 
 
 def _cells(stats: StatsTable, layer: int, fold: Fold, both: bool) -> Iterator[str | Text]:

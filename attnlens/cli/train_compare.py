@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Annotated, Literal
 import typer
 
 import attnlens
+from attnlens.atomic import write_text_atomic
 from attnlens.cli import options
-from attnlens.cli.console import command_line, note, write_stdout
+from attnlens.cli.console import command_line, is_quiet, note, write_stdout
 from attnlens.errors import UsageError
+from attnlens.outputs import Outputs
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
@@ -29,11 +32,18 @@ def train_compare(
         Path | None,
         typer.Option(help="Read the data set's files from this folder. Default: the cache, or where --dataset says."),
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep these classes of the images, separated by commas, or even or odd: every second of the sorted "
+            "names. Default: all classes."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Start from this pre-trained model, as for inspect; or, from drawn weights, convmixer-tiny, timm's "
-            "convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
+            help="Start from this pre-trained model, as for inspect; or, from drawn weights or those of --checkpoint, "
+            "convmixer-tiny, timm's convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
         ),
     ] = None,
     checkpoint: options.Checkpoint = None,
@@ -42,8 +52,9 @@ def train_compare(
         str | None,
         typer.Option(
             help="Train these arms, separated by commas. Default: default,mimetic,fitted,pretrained,norm-matched,"
-            "norm-matched-mimetic, or the model's. Also pretrained-attention, mimetic-positive, value-skipinit, "
-            "no-skips-no-norms, e-spa-no-norms, e-spa-no-skips-no-norms, and every initialiser that needs no option."
+            "norm-matched-mimetic, or the model's. ladder stands for every rung from default to pretrained; its rungs, "
+            "mimetic-positive, value-skipinit, no-skips-no-norms, e-spa-no-norms, e-spa-no-skips-no-norms and every "
+            "initialiser that needs no option are arms too."
         ),
     ] = None,
     contrasts: Annotated[
@@ -144,12 +155,19 @@ def train_compare(
         Path | None,
         typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
     ] = None,
+    table: options.TableFile = None,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Train one network from several initialisations under the same conditions, and say what the runs allow to say."""
     command = command_line()
+    outputs = Outputs.of(params, checkpoint, force=force)
+    if table is not None:
+        outputs.file(table, ".csv")
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
+        classes=_classes(classes),
         model=model,
         checkpoint=checkpoint,
         params=params,
@@ -183,9 +201,14 @@ def train_compare(
         save_weights=save_weights,
         command=command,
         output=output,
+        force=force,
+        quiet=is_quiet(),
     )
     if os.environ.get("RANK", "0") == "0":
-        write_stdout(comparison.report)
+        write_stdout(json.dumps(comparison.summary.to_json(), indent=1) if json_ else comparison.report)
+        if table is not None:
+            outputs.check(table)
+            write_text_atomic(table, comparison.summary.to_csv())
         note(f"wrote {comparison.folder}")
         if comparison.stopped:
             again = command if resume else f"{command} --resume"
@@ -198,6 +221,11 @@ def _words(option: str, text: str) -> list[str]:
     if not words:
         raise UsageError(f"{option} is empty: separate what you name with commas")
     return words
+
+
+def _classes(text: str | None) -> str | list[str] | None:
+    words = [] if text is None else _words("--classes", text)
+    return words[0] if len(words) == 1 else words or None
 
 
 def _pair(text: str) -> tuple[str, str]:

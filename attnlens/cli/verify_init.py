@@ -12,11 +12,11 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import format_layers, note, write_stdout
 from attnlens.cli.init import choose_initialiser
-from attnlens.cli.tables import escape, number, plain_table, print_wide
+from attnlens.cli.sheet import Sheet
+from attnlens.cli.tables import escape, number, print_sheet
+from attnlens.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from attnlens.inits import Check, VerifyReport
 
 
@@ -26,6 +26,7 @@ def verify_init(
     model_args: options.ModelArgs = None,
     init: options.InitName = None,
     params: options.ParamsFile = None,
+    gains: options.Gains = None,
     pairs: options.InitOptions = None,
     seed: Annotated[
         int | None,
@@ -37,13 +38,18 @@ def verify_init(
 
     A file written by `attnlens init` says itself what to compare it with.
     """
-    name, given = choose_initialiser(init, params, pairs)
+    if model is None and checkpoint is None:
+        raise UsageError(
+            "verify-init needs a network to look at: give --checkpoint FILE for a file that attnlens init wrote, MODEL "
+            "--checkpoint FILE --init NAME for another"
+        )
+    name, given = choose_initialiser(init, params, pairs, gains)
     arguments = options.parse_model_args(model_args)
     report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, model_args=arguments, **given)
     if json_:
         write_stdout(json.dumps(report.to_json(), indent=1))
     else:
-        print_wide(verify_table(report))
+        print_sheet(verify_table(report))
         for line in findings(report):
             write_stdout(line)
     for item in report.skipped:
@@ -52,20 +58,22 @@ def verify_init(
         raise typer.Exit(1)
 
 
-def verify_table(report: VerifyReport) -> Table:
+def verify_table(report: VerifyReport) -> Sheet:
     """Build the table: a row for each layer and circuit, means over its heads and the worst deviation."""
     seed = "no seed" if report.seed is None else f"seed {report.seed}"
     how = "whole matrices" if report.whole else "statistics"
     products = any(check.circuit in ("qk", "ov") for check in report.checks)
     what = f"{report.fold} products" if products else "depthwise filters"
-    table = plain_table(
+    table = Sheet(
         title=f"[bold]{escape(report.model)}[/bold] against {report.init}, {seed}: {what}, {how}",
-        caption="means over heads; worst: largest deviation, of the matrix relative to its\n"
-        "norm, else of α and β in units of their tolerance; of filters without a seed,\n"
+        caption="means over heads; worst: largest deviation, of the matrix relative to its "
+        "norm, else of α and β in units of their tolerance; of filters without a seed, "
         "of their covariance relative to its norm",
     )
-    for name in ("layer", "circuit", "n", "requested α, β", "expected α, β", "found α, β", "worst", "passed"):
-        table.add_column(name, justify="left" if name == "circuit" else "right", no_wrap=True)
+    table.number("layer", key=True)
+    table.label("circuit", key=True)
+    table.number("n", "requested α, β", "expected α, β", "found α, β")
+    table.number("worst", "passed", group=1)
     groups = dict.fromkeys((check.layer, check.circuit, isinstance(check.head, str)) for check in report.checks)
     for layer, circuit, summed in groups:
         rows = [c for c in report.checks if (c.layer, c.circuit, isinstance(c.head, str)) == (layer, circuit, summed)]

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from attnlens.atomic import Writer, write_atomic
 from attnlens.errors import UsageError
@@ -50,15 +51,19 @@ def _write_png(figure: Figure, dpi: float, file: IO[bytes]) -> None:
         pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     finally:
         figure.set_dpi(usual)
-    pixels.save(file, format="png", dpi=(dpi, dpi), compress_level=2)
+    drawn_by = PngInfo()
+    drawn_by.add_text("Software", "attnlens")
+    pixels.save(file, format="png", dpi=(dpi, dpi), compress_level=2, pnginfo=drawn_by)
 
 
 def _write_pdf(figure: Figure, dpi: float, file: IO[bytes]) -> None:
-    figure.savefig(file, format="pdf", dpi=dpi, metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    figure.savefig(
+        file, format="pdf", dpi=dpi, metadata={"CreationDate": None, "Creator": "attnlens", "Producer": None}
+    )
 
 
 def _write_svg(figure: Figure, dpi: float, file: IO[bytes]) -> None:
-    figure.savefig(file, format="svg", dpi=dpi, metadata={"Date": None, "Creator": None})
+    figure.savefig(file, format="svg", dpi=dpi, metadata={"Date": None, "Creator": "attnlens"})
 
 
 WRITERS: dict[str, Callable[[Figure, float, IO[bytes]], None]] = {

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnlens.circuits import Fold, Kind
+from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.comparison import FilterProfile, filter_distances, filter_profiles
 from attnlens.inspection import Inspection, inspect
 from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_depth
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.threads import Progress
+from attnlens.vocabulary import CIRCUIT, FOLD, Vocabulary
+from attnlens.words import told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATISTICS = ("alpha", "beta", "identity_share")
+STATISTIC = Vocabulary("statistic", STATISTICS)
 PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 """What is compared: QK as the mean over a layer's heads, OV as the layer's sum."""
+
+
+_COLUMNS = ("first", "second", "circuit", "identity_share", "log_alpha", "shares", "effective_rank")
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,23 @@ class Comparison:
 
     def select(self, circuit: Kind, statistic: str) -> list[Profile]:
         """Return one statistic's profile of every model."""
+        circuit, statistic = CIRCUIT(circuit), STATISTIC(statistic)
         return [p for p in self.profiles if (p.circuit, p.statistic) == (circuit, statistic)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return models and distances as JSON-ready data."""
+        about = {"schema": "attnlens.comparison", "schema_version": 1, "fold": self.fold, "models": list(self.models)}
+        return {
+            **about,
+            "left_out": self.left_out,
+            "distances": self.distances,
+            "filter_distances": self.filter_distances,
+        }
+
+    def to_csv(self) -> str:
+        """Return the distances as CSV: a row a pair and circuit; of depthwise filters the circuit is ``filters``."""
+        rows = [*self.distances, *({"circuit": "filters", **row} for row in self.filter_distances)]
+        return csv_text(_COLUMNS, ([row.get(name) for name in _COLUMNS] for row in rows))
 
     def figures(self) -> dict[str, Figure]:
         """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side."""
@@ -76,6 +101,7 @@ def compare(
     every model; ``offline`` and ``remote`` are those of `inspect`. Raises what `inspect` raises, and
     `UnsupportedAttentionError` where no two models hold layers of one kind.
     """
+    fold = FOLD(fold)
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
     if checkpoints and len(checkpoints) != len(models):
@@ -92,12 +118,18 @@ def compare(
         "progress": progress,
     }
     inspections = [inspect(model, file, **how) for model, file in zip(models, files, strict=True)]
-    return compare_inspections(inspections, fold)
+    paths = [_path_of(model, file) for model, file in zip(models, files, strict=True)]
+    return compare_inspections(inspections, fold, paths)
 
 
-def compare_inspections(inspections: Sequence[Inspection], fold: Fold) -> Comparison:
-    """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each."""
-    names = _distinct([inspection.model for inspection in inspections])
+def compare_inspections(
+    inspections: Sequence[Inspection], fold: Fold, paths: Sequence[str | None] | None = None
+) -> Comparison:
+    """Measure how inspected models differ, as `compare` does; ``fold`` must have been measured in each.
+
+    ``paths`` tell models of one name apart.
+    """
+    names = told_apart([inspection.model for inspection in inspections], paths or [None] * len(inspections))
     named = list(zip(names, inspections, strict=True))
     kinds = (
         [bool(inspection.specs) for inspection in inspections],
@@ -162,6 +194,7 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
     return distances
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Number names that occur more than once."""
-    return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+def _path_of(model: Any, file: Any) -> str | None:
+    """Return the path a model was read from, its suffix left out; None for what is none."""
+    given = model if file is None else file
+    return os.fspath(Path(given).with_suffix("")) if isinstance(given, str | os.PathLike) else None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,16 +12,17 @@ from attnlens.circuits import FactoredProduct, Fold, Kind, fold_ov, fold_qk, lay
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
 from attnlens.filters.fit import filter_medians, fit_filter_entries
-from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, Summary, select
+from attnlens.fit.entries import Entry, Heads, LayerSummary, Source, pool, sd, select
+from attnlens.fit.gains import LEVELS, CircuitGains
 from attnlens.fit.params import InitParams, Per
-from attnlens.heads import Array, HeadWeights
+from attnlens.heads import HeadWeights
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.flags import FLAGS, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
 from attnlens.models.open import open_model
 from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
-from attnlens.statistics.depth import Trend, relative_depth
+from attnlens.statistics.depth import relative_depth
 from attnlens.statistics.diagonal import AlphaBeta, fit_alpha_beta
 from attnlens.statistics.inference import Inference, infer
 from attnlens.statistics.inverse import Requests, requests
@@ -30,11 +30,11 @@ from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
+from attnlens.vocabulary import FOLD, PER, SHRINKAGE, coverage
 
 if TYPE_CHECKING:
     import os
 
-_NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
 _NEAREST_SHARE_OF_BOUND = 0.99
 
@@ -60,7 +60,8 @@ def fit_params(
     """Return the fit of every circuit and every layer of filters of models: what to request of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
-    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
+    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective`` or
+    ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with their gains.
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
@@ -69,12 +70,12 @@ def fit_params(
 
     Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
     """
-    if shrinkage not in get_args(Estimator):
-        raise UsageError(f"shrinkage = {shrinkage!r} is not known: choose {', '.join(get_args(Estimator))}")
+    per, fold, level, shrinkage = PER(per), FOLD(fold), coverage(level), SHRINKAGE(shrinkage)
     if checkpoint is not None and len(models) > 1:
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     everything: list[Entry] = []
+    gains: list[CircuitGains] = []
     filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
@@ -82,8 +83,9 @@ def fit_params(
             model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
         )
         provenance = opened.provenance_beside()
-        fitted, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
+        fitted, of_model, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += fitted
+        gains += of_model
         of_filters, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
         if not fitted and not of_filters:
             raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {unread[0]}")
@@ -102,7 +104,7 @@ def fit_params(
     groups = [(circuit, heads) for circuit, heads in _GROUPS if select(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
-        schema_version=3,
+        schema_version=4,
         fold=fold,
         per=per,
         level=level,
@@ -110,7 +112,9 @@ def fit_params(
         sources=sources,
         entries=everything,
         layers=list(_layer_summaries(entries)),
-        pooled=[_pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
+        pooled=[pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
+        gain_levels=LEVELS.tolist(),
+        gains=gains,
         filters=filters,
         filter_medians=filter_medians(filters),
     )
@@ -137,39 +141,47 @@ _GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov"
 
 def _fit_model(
     opened: OpenedModel, source: int, fold: Fold, level: float, seed: int, progress: Progress
-) -> tuple[list[Entry], list[int]]:
-    """Fit every circuit of one model, raw and under ``fold``; p-values are corrected over each kind of circuit.
+) -> tuple[list[Entry], list[CircuitGains], list[int]]:
+    """Fit every circuit of one model, raw, under ``fold`` and balanced; return its gains and heads by layer too.
 
-    A model without one has no entries where it has filters, and is refused where it has none.
+    p-values are corrected over all circuits of a fold. A model without any has no entries where it has filters, and is
+    refused where it has none.
     """
     specs = [(layer, spec) for layer, spec in opened.architecture.indexed() if not _unread(spec, fold)]
     if not specs and opened.architecture.filters:
-        return [], []
+        return [], [], []
     if not specs:
         _, spec = opened.architecture.indexed()[0]
         raise UnsupportedAttentionError(
             f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold, opened.untraced)}"
         )
-    folds: tuple[Fold, ...] = tuple(dict.fromkeys(("raw", fold)))
+    folds: tuple[Fold, ...] = tuple(dict.fromkeys(("raw", fold, *(() if fold == "raw" else ("balanced",)))))
 
-    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[int, list[_Stack]]:
+    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[int, list[_Stack], list[CircuitGains]]:
         weights = opened.heads(indexed[0])
         depth = relative_depth(indexed[0], len(opened.architecture.order))
         place = {"source": source, "layer": indexed[0], "depth": depth}
-        return weights.num_heads, [
-            _measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed)
-            for name, circuit, names, product in _circuits(weights, folds)
-            if product.is_square
-        ]
+        stacks: list[_Stack] = []
+        gains: list[CircuitGains] = []
+        for name, circuit, names, product in _circuits(weights, folds):
+            if not product.is_square:
+                continue
+            stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+            if product.gains is not None:
+                head: Heads = "all" if names == [ALL_HEADS] else "each"
+                gains.append(CircuitGains.of(product, {**place, "circuit": circuit}, head))
+        return weights.num_heads, stacks, gains
 
     measured = over_threads(measure, specs, progress, largest=max(opened.bytes_of(spec) for _, spec in specs))
-    heads = [count for count, _ in measured]
-    stacks = [stack for _, found in measured for stack in found]
+    heads = [count for count, _, _ in measured]
+    stacks = [stack for _, found, _ in measured for stack in found]
+    gains = [each for _, _, found in measured for each in found]
     if not stacks and opened.architecture.filters:
-        return [], heads
+        return [], [], heads
     if not stacks:
         raise UnsupportedAttentionError(f"no product of {opened.name} is square: there is no diagonal to fit")
-    return [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])], heads
+    entries = [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])]
+    return entries, gains, heads
 
 
 def _unread(spec: AttentionSpec, fold: Fold, untraced: str = "") -> str:
@@ -288,39 +300,11 @@ def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
                 circuit=circuit,
                 head=heads,
                 alpha_mean=float(alpha.mean()),
-                alpha_sd=_sd(alpha),
+                alpha_sd=sd(alpha),
                 beta_mean=float(beta.mean()),
-                beta_sd=_sd(beta),
+                beta_sd=sd(beta),
                 n=len(measured),
             )
-
-
-def _pool(circuit: Kind, heads: Heads, entries: Sequence[Entry]) -> Pooled:
-    noisy = [entry for entry in entries if entry.request_alpha > 0]
-    return Pooled(
-        circuit=circuit,
-        head=heads,
-        alpha=_summary(entries, "request_alpha"),
-        beta=_summary(entries, "request_beta"),
-        log_alpha_trend=_trend(noisy, "request_alpha", np.log) if noisy else _NO_NOISE,
-        beta_trend=_trend(entries, "request_beta"),
-    )
-
-
-def _summary(entries: Sequence[Entry], name: str) -> Summary:
-    values = np.array([getattr(entry, name) for entry in entries])
-    sources = sorted({entry.source for entry in entries})
-    means = np.array([np.mean([getattr(e, name) for e in entries if e.source == source]) for source in sources])
-    between = _sd(means) if len(means) > 1 else None
-    return Summary(mean=float(values.mean()), sd=_sd(values), between_model_sd=between, n=len(values))
-
-
-def _trend(entries: Sequence[Entry], name: str, of: Callable[[Array], Array] = np.asarray) -> Trend:
-    return Trend.fit([entry.depth for entry in entries], of(np.array([getattr(entry, name) for entry in entries])))
-
-
-def _sd(values: Array) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def _created(command: str | None) -> dict[str, Any]:

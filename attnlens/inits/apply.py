@@ -66,7 +66,7 @@ def init_(
             f"fold = {rule.fold!r} needs the norms before the layers of {architecture.name}, and no forward pass "
             f"could be followed ({architecture.untraced}): give input_size=, or pass fold='raw'"
         )
-    layers = planned_layers(rule, network, init)
+    layers = planned_layers(rule, network, chosen.name)
     jobs: list[Callable[[], _Result]] = [partial(_initialise, rule, network, *layer) for layer in layers.attention]
     jobs += [partial(_initialise_filters, rule, network, *layer) for layer in layers.filters]
     results = run_each(jobs, tensors, layers.specs())
@@ -82,7 +82,7 @@ def init_(
     resolved = {**{k: v for k, v in chosen.options.items() if k in options or _plain(v)}, **options}
     products = tuple(row for result in results for row in result.products)
     filters = tuple(row for result in results for row in result.filters)
-    return InitReport(init, seed, resolved, rule.fold, products, tuple(skipped), notes, filters)
+    return InitReport(chosen.name, seed, resolved, rule.fold, products, tuple(skipped), notes, filters)
 
 
 def create_model(

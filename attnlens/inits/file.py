@@ -16,6 +16,7 @@ from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import InitReport, describe_option
 from attnlens.models.architecture import check_model_args
 from attnlens.models.open import EMBEDDED
+from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
 from attnlens.strict_json import read_json
 
@@ -67,6 +68,7 @@ def init_file(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     command: str | None = None,
+    force: bool = False,
     **options: Any,
 ) -> InitReport | None:
     """Write the weights of a new network with initialised attention as a safetensors file; None for ``default``.
@@ -74,19 +76,21 @@ def init_file(
     ``model``: a timm name, a folder with timm's ``config.json``, or None for the architecture of the shipped ViT;
     ``model_args`` go to timm. Outside attention the weights are what timm draws under ``seed``, as `create_model` has
     them. The file loads strictly with ``timm.create_model(..., checkpoint_path=...)``; its metadata name architecture
-    and arguments, initialiser, seed, options, the parameter file's hash, versions and ``command``.
+    and arguments, initialiser, seed, options, the parameter file's hash, versions and ``command``. ``force``
+    writes over a file that attnlens did not write.
     """
     chosen = find_initialiser(init)
+    Outputs.of(*options.values(), force=force).file(output, ".safetensors")
     built = build(model, seed, model_args or {})
     report, params = None, params_record(options.get("params"))
     if chosen.name != "default":
-        report = init_(built.module, init, seed=seed, **options)
+        report = init_(built.module, chosen.name, seed=seed, **options)
     elif options:
         raise UsageError("initialiser 'default' has no options")
     if params != params_record(options.get("params")):
         raise ParamsError(f"{options['params']} changed while it was read: run again when nothing writes it")
     record = {
-        "init": init,
+        "init": chosen.name,
         "seed": seed,
         "options": {name: describe_option(value) for name, value in options.items()},
         "params": params,

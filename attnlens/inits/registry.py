@@ -11,9 +11,23 @@ from typing import Any
 
 from attnlens.errors import UsageError
 from attnlens.inits.plan import Network, Rule
+from attnlens.vocabulary import Vocabulary, one_of
 
 Make = Callable[..., Rule]
-_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teacher", "filters", "default")
+choose = one_of
+"""What rules check a word with."""
+_MODULES = (
+    "mimetic",
+    "fitted",
+    "controls",
+    "identity",
+    "conditioned",
+    "impulse",
+    "teacher",
+    "filters",
+    "filter_teacher",
+    "default",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,10 @@ class Initialiser:
     def passes_on(self) -> bool:
         """Whether further options are those of another initialiser that this one is built on."""
         return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.make).parameters.values())
+
+    def takes(self, option: str) -> bool:
+        """Whether an option is accepted, or passed on to another initialiser."""
+        return option in self.options or self.passes_on
 
     @property
     def summary(self) -> str:
@@ -79,18 +97,12 @@ def initialisers() -> dict[str, Initialiser]:
 def find_initialiser(name: str) -> Initialiser:
     """Return an initialiser; raises `UsageError` with the nearest names where there is none of that name."""
     known = initialisers()
+    name = Vocabulary("initialiser", tuple(known)).find(name) or name
     if name not in known:
         close = get_close_matches(str(name).replace("_", "-"), known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
         raise UsageError(f"no initialiser is named {name!r}: {hint}")
     return known[name]
-
-
-def choose(option: str, value: Any, accepted: tuple[str, ...]) -> Any:
-    """Return the value of an option that is one of a few words; raises `UsageError` otherwise."""
-    if value not in accepted:
-        raise UsageError(f"{option} = {value!r} is not accepted: pass {' or '.join(map(repr, accepted))}")
-    return value
 
 
 def number(option: str, value: Any, least: float | None = None) -> float:

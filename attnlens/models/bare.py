@@ -14,7 +14,7 @@ from attnlens.models.by_tensor_names import describe_names, in_order
 from attnlens.models.named import HeadsOf, describe_lens, describe_named, lens_layers
 from attnlens.models.opened import Access, OpenedModel, Weights
 from attnlens.models.row_order import CONFIGURED
-from attnlens.models.weights import is_weight_name, parse_object, weights_in, weights_of
+from attnlens.models.weights import is_weight_name, parse_object, title_of, weights_in, weights_of
 from attnlens.strict_json import within
 
 
@@ -34,7 +34,8 @@ def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Ac
     model_type, quantised = _config_of(weights, path if path.is_dir() else path.parent)
     known = CONFIGURED.get(model_type)
     order = (known, f"as model_type {model_type} has them") if known else None
-    opened = _by_names(weights, num_heads, path.stem, {"model": path.name}, str(path), _asked(access) or order)
+    title = path.name if path.is_dir() else title_of(path)
+    opened = _by_names(weights, num_heads, title, {"model": path.name}, str(path), _asked(access) or order)
     codes = [name for spec in opened.architecture.specs for name in spec.tensors() if _is_one_byte(opened, name)]
     if quantised and codes:
         raise CheckpointError(

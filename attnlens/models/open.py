@@ -27,7 +27,7 @@ from attnlens.models.row_order import ReorderedRows
 from attnlens.models.sizes import in_words, shown_arguments
 from attnlens.models.transformers import describe_transformers, told_model_type
 from attnlens.models.undress import LiveWeights
-from attnlens.models.weights import is_weight_name, parse_object, weights_in, weights_of
+from attnlens.models.weights import alone_in, is_weight_name, parse_object, title_of, weights_in, weights_of
 from attnlens.strict_json import within
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _as_configured(model: Any, checkpoint: Any, num_heads: int, access: Access) 
     by_names = partial(open_bare, model, checkpoint, num_heads, access)
     given = checkpoint if model is None else model
     both = model is not None and checkpoint is not None
-    if both or access.row_order is not None or not isinstance(given, str | os.PathLike):
+    if both or access.row_order is not None or not isinstance(given, str | os.PathLike) or not Path(given).exists():
         return by_names()
     path = Path(given)
     folder = path if path.is_dir() else path.parent
@@ -286,6 +286,9 @@ def _open_folder(
             raise ModelNotFoundError(
                 f"{folder} is a pipeline of diffusers: give one of its parts, as {folder / 'unet'}"
             )
+        alone = alone_in(folder) if checkpoint is None and folder.is_dir() else None
+        if alone is not None and "architecture" in open_checkpoint(alone, access.network).metadata:
+            return _open_file(alone, "MODEL", given, access)
         raise ModelNotFoundError(
             f"{folder} has no config.json: give a timm or transformers model folder, or MODEL with --checkpoint FILE"
         )
@@ -321,18 +324,18 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
     if named:
         model_args = {**parse_object(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
-        return OpenedModel(path.stem, architecture, checkpoint, {"model": path.name}, timm_args=model_args)
+        return OpenedModel(title_of(path), architecture, checkpoint, {"model": path.name}, timm_args=model_args)
     packed_with = checkpoint.metadata.get("config.json")
     if packed_with is not None:
         where = f"the config.json in {path}"
         return _described_by(
-            parse_object(packed_with.encode(), where), where, path.stem, checkpoint, {"model": path.name}, given
+            parse_object(packed_with.encode(), where), where, title_of(path), checkpoint, {"model": path.name}, given
         )
     config = path.parent / "config.json"
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
-        return _configured(config, path.stem, checkpoint, {"model": path.name}, given)
-    lens = of_lens(checkpoint, path.stem, {"model": path.name})
+        return _configured(config, title_of(path), checkpoint, {"model": path.name}, given)
+    lens = of_lens(checkpoint, title_of(path), {"model": path.name})
     if lens is not None:
         return lens
     stated = checkpoint.metadata.get("named_architecture")
@@ -341,11 +344,11 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
             built_with = parse_object(checkpoint.metadata.get("named_arguments", "{}").encode(), path)
             architecture, arguments = _of_timm(stated, {**built_with, **given}, checkpoint)
             source = {"model": path.name, "named_by": "the arguments that the file's training script stored"}
-            return OpenedModel(path.stem, architecture, checkpoint, source, timm_args=arguments)
+            return OpenedModel(title_of(path), architecture, checkpoint, source, timm_args=arguments)
     filters = describe_filters(checkpoint)
     if filters is not None:
         source = {"model": path.name, "layout": "depthwise filters guessed from tensor shapes"}
-        return OpenedModel(path.stem, filters, checkpoint, source)
+        return OpenedModel(title_of(path), filters, checkpoint, source)
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
         f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file; it holds "
@@ -380,6 +383,7 @@ def _described_by(
         model_args = {**check_model_args(data.get("model_args", {}), where), **given}
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
+    weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights  # a configuration describes all parts
     if isinstance(data.get("_class_name"), str):
         return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, where), weights, source)
 
@@ -388,7 +392,6 @@ def _described_by(
         data = {**data, "model_type": told}
         source = {**source, "layout": f"model_type {told}, told by the tensors' names"} if told else source
     if isinstance(data["model_type"], str):
-        weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights
         return OpenedModel(title, describe_transformers(data, weights, where), weights, source)
     raise ModelNotFoundError(
         f"{where} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "

@@ -16,7 +16,9 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.depthwise.read_write import read_filters
 from attnlens.models.architecture import Architecture
+from attnlens.printable import utf8_text
 from attnlens.threads import beside
+from attnlens.vocabulary import layer_index
 
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
 StrPath = str | os.PathLike[str]
@@ -55,6 +57,9 @@ class OpenedModel:
     _reading: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
     """A checkpoint serves one reader at a time."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", utf8_text(self.name))
+
     @property
     def untraced(self) -> str:
         """Why norms are not known, in brackets, where a live network's forward pass could not be followed."""
@@ -63,7 +68,8 @@ class OpenedModel:
 
     def provenance(self) -> dict[str, Any]:
         """Return the architecture and where its weights are from: the name given and, for a file, size and hash."""
-        return {"architecture": self.architecture.name, **self.source, **self.checkpoint.provenance()}
+        found = {"architecture": self.architecture.name, **self.source, **self.checkpoint.provenance()}
+        return {name: utf8_text(value) if isinstance(value, str) else value for name, value in found.items()}
 
     def provenance_beside(self) -> Callable[[], dict[str, Any]]:
         """Begin to hash a local file beside the reading of it; the function returned gives `provenance` at the end.
@@ -116,9 +122,8 @@ class OpenedModel:
         if specs and not known:
             raise UsageError(unknown_norms(self))
         readable = {layer for layer, _ in known} | set(range(len(self.architecture.filters)) if or_filters else ())
-        wrong = [layer for layer in layers or () if layer not in readable]
-        if wrong:
-            raise UsageError(f"layer {wrong[0]} of {self.name} cannot be read: choose from {sorted(readable)}")
+        for layer in layers or ():
+            layer_index(layer, readable, f"of {self.name} cannot be read")
         return tuple(pair for pair in known if layers is None or pair[0] in layers)
 
 

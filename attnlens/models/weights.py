@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
 from attnlens.models.opened import Access, Weights
 from attnlens.strict_json import parse_json, within
+
+_WHOLE = {Path(name).stem for name in (*TRANSFORMERS_FILES, *DIFFUSERS_FILES)} | {"model", "weights"}
+_COMMON = re.compile(
+    rf"{'|'.join(map(re.escape, sorted(_WHOLE)))}|(open_clip_|flax_)?(pytorch_)?model([._-](best|final|last|ema))?"
+    r"|(checkpoint|ckpt|epoch|step|iter|best|last|latest|final|state_dict|ema)([._=-]?(best|last|final|\d+))*"
+)
+"""Stems that say nothing of which model a file is of"""
 
 
 def weights_of(given: Weights, access: Access) -> Checkpoint:
@@ -49,6 +57,21 @@ def weights_in(folder: Path) -> Path:
     if found is None:
         raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
     return within(folder, found, CheckpointError)
+
+
+def alone_in(folder: Path) -> Path | None:
+    """Return the weight file, or index of shards, of a folder that holds one; None where it holds none or several."""
+    indices = [path for path in folder.iterdir() if path.name.endswith(INDEX_SUFFIX)]
+    files = indices or [path for path in folder.iterdir() if path.is_file() and is_weight_name(path)]
+    return within(folder, files[0], CheckpointError) if len(files) == 1 else None
+
+
+def title_of(path: Path) -> str:
+    """Return what a weight file's model is called: its folder's name where every model's file is called the same."""
+    stem, folder = path.stem, path.absolute().parent.name
+    if not folder or not _COMMON.fullmatch(stem.lower()):
+        return stem
+    return folder if stem.lower() in _WHOLE else f"{folder}-{stem}"
 
 
 def parse_object(text: bytes, where: Path | str) -> dict[str, Any]:

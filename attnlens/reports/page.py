@@ -13,12 +13,14 @@ from markupsafe import Markup
 
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
+from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections
 from attnlens.fit.entries import Entry
 from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
 from attnlens.inspection import Inspection, inspect
+from attnlens.outputs import Outputs
 from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
 from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, Drawings, corner_size
@@ -33,6 +35,42 @@ if TYPE_CHECKING:
     from torch import nn
 _JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low", "beta_high")
 _ABOUT = ("num_heads", "name", "leaves_out")
+
+
+class Page(str):
+    """An HTML page about a model, and the numbers it shows."""
+
+    __slots__ = ("entries", "inspection")
+
+    def __new__(cls, text: str, inspection: Inspection, entries: Sequence[Entry]) -> Page:
+        """Make a page of its text, what was measured, and what was judged."""
+        page = super().__new__(cls, text)
+        page.inspection, page.entries = inspection, tuple(entries)
+        return page
+
+    inspection: Inspection
+    entries: tuple[Entry, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row a product: its statistics, with interval, corrected p-value and verdict where it was judged."""
+        judged = {_key(vars(entry)): entry for entry in self.entries}
+        return [
+            record | {name: getattr(judged.get(_key(record)), name, None) for name in _JUDGED}
+            for record in self.inspection.stats.json_rows()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `rows` and what the page says of depthwise filters as JSON-ready data."""
+        about = {"schema": "attnlens.report", "schema_version": 1, "model": self.inspection.model}
+        rest = {"folds": list(self.inspection.folds), "provenance": self.inspection.provenance}
+        return {**about, **rest, "rows": self.rows(), "filters": self.inspection.filters.to_json()}
+
+    def to_csv(self) -> str:
+        """Return `rows` as CSV; of a model without attention, those of its filters."""
+        if not self.inspection.specs:
+            return self.inspection.filters.stats.to_csv()
+        columns = (*self.inspection.stats.columns, *_JUDGED)
+        return csv_text(columns, ([row[name] for name in columns] for row in self.rows()))
 
 
 def report(
@@ -50,14 +88,16 @@ def report(
     row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
+    force: bool = False,
     command: str | None = None,
     progress: Progress = iter,
-) -> str:
+) -> Page:
     """Return the HTML page about a model: every head's fit, verdict, heatmaps, histograms and spectra.
 
     Of depthwise filters every layer's statistics and verdict, covariances, spectra and profiles.
 
-    With ``output`` the page is also written to this file, whole or not at all.
+    With ``output`` the page is also written to this file, whole or not at all; with ``force`` over a file that attnlens
+    did not write.
     ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline``
     and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it,
     ``train`` an output folder of `attnlens train-compare` whose curves are shown.
@@ -70,6 +110,8 @@ def report(
     Raises what `attnlens.inspect` raises, `ResultsError` for a ``train`` folder that cannot be read, and `OutputError`
     for an ``output`` that cannot be written.
     """
+    if output is not None:
+        Outputs.of(model, checkpoint, *compare, force=force).file(output, ".html")
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
     form: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
@@ -117,7 +159,7 @@ def report(
     )
     if output is not None:
         write_text_atomic(Path(output), page)
-    return page
+    return Page(page, inspection, entries)
 
 
 def _judgements(model: Any, folds: Sequence[Fold], **how: Any) -> tuple[list[Entry], str]:

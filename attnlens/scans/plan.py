@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_
 from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.models.catalogue import Entry, load_catalogue
 from attnlens.patterns import matching_paths
+from attnlens.printable import utf8_text
 
 _WEIGHTS = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES)
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -34,7 +36,7 @@ class Job:
         """Return the name of its result file: readable, different for different models, the same from any folder."""
         what = f"{self.model}={self.checkpoint}" if self.checkpoint else self.model
         readable = re.sub(r"[^A-Za-z0-9.+-]+", "_", what)[-80:].strip("._")
-        return f"{readable}-{hashlib.sha256(what.encode()).hexdigest()[:10]}"
+        return f"{readable}-{hashlib.sha256(os.fsencode(what)).hexdigest()[:10]}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def _expand(pattern: str, notes: list[str]) -> list[Job]:
         files = [match for match in matching_paths(weights) if match.name.endswith(_WEIGHTS)]
         if not files:
             raise ModelNotFoundError(f"no weight file matches {weights!r}: one of {', '.join(_WEIGHTS)} is expected")
-        return [Job(f"{architecture}={file}", architecture, str(file.absolute()), stamp(file)) for file in files]
+        return [
+            Job(utf8_text(f"{architecture}={file}"), architecture, str(file.absolute()), stamp(file)) for file in files
+        ]
     return _of_names(pattern, notes)
 
 
@@ -112,12 +116,13 @@ def _of_paths(pattern: str, paths: Sequence[Path], notes: list[str]) -> list[Job
     others = [path for path in paths if path not in folders and path not in files and path.parent not in folders]
     if others:
         notes.append(f"{pattern}: {len(others)} of {len(paths)} paths are no models, e.g. {others[0]}")
-    return [Job(str(path), str(path.absolute()), None, stamp(path)) for path in models]
+    return [Job(utf8_text(str(path)), str(path.absolute()), None, stamp(path)) for path in models]
 
 
 def _holds_model(folder: Path) -> bool:
     names = [path.name for path in folder.iterdir()]
-    return "config.json" in names or any(name.endswith(_WEIGHTS) for name in names)
+    weights = [name for name in names if name.endswith(_WEIGHTS)]
+    return "config.json" in names or len(weights) == 1 or any(name.endswith(INDEX_SUFFIX) for name in names)
 
 
 def _of_names(pattern: str, notes: list[str]) -> list[Job]:
@@ -165,5 +170,5 @@ def stamp(path: Path) -> str:
             file = folder / name
             if file.is_file():
                 status = file.stat()
-                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]

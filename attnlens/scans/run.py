@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.circuits import FOLDS, Fold, parse_folds
+from attnlens.circuits import FOLDS, Fold
 from attnlens.errors import UsageError
+from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
 from attnlens.scans.executors import Executor, WorkerLostError
 from attnlens.scans.local import LocalExecutor
@@ -20,6 +21,7 @@ from attnlens.scans.plan import Job, plan_scan
 from attnlens.scans.store import Store
 from attnlens.scans.tables import Result, model_rows
 from attnlens.scans.worker import Settings, failed
+from attnlens.vocabulary import FOLD, FOLD_CHOICE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +61,10 @@ class Scan:
         """Draw the landscape: every model's beta / alpha by relative depth, QK and OV."""
         from attnlens.scans.landscape import draw_landscape
 
-        chosen: Fold = fold or ("effective" if "effective" in self.folds else (self.folds or FOLDS)[0])
+        usual: Fold = "effective" if "effective" in self.folds else (self.folds or FOLDS)[0]
+        chosen: Fold = usual if fold is None else FOLD(fold)
+        if self.folds and chosen not in self.folds:
+            raise UsageError(f"fold {chosen!r} was not measured: choose from {', '.join(self.folds)}")
         return draw_landscape(self.results, chosen)
 
 
@@ -75,6 +80,7 @@ def scan(
     row_order: str | None = None,
     offline: bool = False,
     remote: bool = False,
+    force: bool = False,
     command: str | None = None,
     progress: Progress = iter,
 ) -> Scan:
@@ -87,16 +93,19 @@ def scan(
     time; this process alone writes. ``num_heads`` and ``row_order`` read files of unknown architectures by their
     tensors' names, as `inspect` does. Where a worker or node is lost its job is begun again, up to three times.
 
+    ``force`` writes over files that attnlens did not write.
+
     Writes ``models/<key>.json`` and ``.csv``, and at the end ``scan.csv``, ``layers.csv`` and ``scan.json``. Stopped in
     whatever way, the same call goes on where it was. Raises `UsageError` or `ModelNotFoundError` for patterns that
     match nothing, before anything is measured.
     """
-    parse_folds(fold)
+    fold = FOLD_CHOICE(fold)
     if offline and remote:
         raise UsageError("--offline and --remote exclude each other: choose one")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is not a number of workers: give 1 or more")
     plan = plan_scan([patterns] if isinstance(patterns, str) else patterns)
+    Outputs(force=force).folder(output, ("scan.csv", "layers.csv", "scan.json"))
     settings = Settings(fold, offline, remote, num_heads, row_order)
     store = Store(Path(output), settings)
     results = {job.name: store.load(job) for job in plan.jobs}

@@ -14,6 +14,7 @@ from typing import Any
 from attnlens.atomic import FileSet
 from attnlens.csv_text import csv_text
 from attnlens.errors import AttnlensError
+from attnlens.printable import utf8_text
 from attnlens.scans.plan import Job
 from attnlens.scans.result_schema import check_result
 from attnlens.scans.tables import LAYER_COLUMNS, MODEL_COLUMNS, Result, model_rows
@@ -68,7 +69,7 @@ class Store:
 
     def _identity(self, job: Job) -> dict[str, Any]:
         """Return what a result must be of to be believed; the name is only what this scan calls the model."""
-        same = {name: value for name, value in asdict(job).items() if name != "name"}
+        same = {name: value and utf8_text(value) for name, value in asdict(job).items() if name != "name"}
         asked = {name: getattr(self._settings, name) for name in ("num_heads", "row_order")}
         return {**SCHEMA, **same, "fold": self._settings.fold, **{k: v for k, v in asked.items() if v is not None}}
 

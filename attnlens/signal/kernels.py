@@ -16,6 +16,7 @@ from scipy.linalg import solve_triangular
 
 from attnlens.errors import UsageError
 from attnlens.heads import Array
+from attnlens.vocabulary import one_of
 
 NEGATIVE = 1e-12
 """An entry below minus this share of the largest is negative, and no rounding error."""
@@ -42,8 +43,7 @@ class Tokens:
 
         On the grid, prefix token p stands over its centre, one step away on an axis of its own.
         """
-        if how not in DISTANCES:
-            raise UsageError(f"distance = {how!r} is not accepted: pass {' or '.join(map(repr, DISTANCES))}")
+        how = one_of("distance", how, DISTANCES)
         if how == "sequence":
             places = np.arange(self.count, dtype=np.float64)[:, None]
         elif self.grid is None:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.errors import UnsupportedAttentionError
 from attnlens.signal.activation import TailoredLeakyReLU, scaled_orthogonal, similarity, tailored_slope
 from attnlens.signal.kernels import Tokens
 from attnlens.signal.variants import Mixes, make_mixes, predicted_kernels
+from attnlens.vocabulary import one_of
 
 if TYPE_CHECKING:
     from timm.layers import Attention
@@ -132,8 +133,7 @@ def rewire_with_theory_(
 
     streams = Streams(seed)  # checks it
     chosen = ("keep" if skips else "tailored") if mlp is None else mlp
-    if chosen not in MLPS:
-        raise UsageError(f"mlp = {mlp!r} is not accepted: pass {' or '.join(map(repr, MLPS))}")
+    chosen = one_of("mlp", chosen, MLPS)
     tokens = tokens_of(module)
     blocks: Any = module.blocks
     depth = len(blocks)

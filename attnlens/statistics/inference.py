@@ -10,7 +10,6 @@ from scipy.linalg import eigh
 from scipy.special import ndtr, stdtrit
 
 from attnlens.circuits import FactoredProduct
-from attnlens.errors import UsageError
 from attnlens.heads import Array
 from attnlens.statistics.nulls import (
     own_diagonal,
@@ -23,6 +22,7 @@ from attnlens.statistics.nulls import (
 )
 from attnlens.statistics.pairs import pair_moments
 from attnlens.statistics.trace import null_variance, sampling_variance, trace_p_value
+from attnlens.vocabulary import coverage
 
 TOP_CHANNELS = 0.01
 """Share of the diagonal's entries that counts as few channels."""
@@ -117,8 +117,7 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
     O(d k^2) time a product beside 2^16 sampled entries, float64. Raises `UsageError` for a level outside (0, 1).
     Source: derived in docs/verdicts.md; pairs that share a member as in Aronow, Samii & Assenova (arXiv 1312.3398).
     """
-    if not 0 < level < 1:
-        raise UsageError(f"level {level!r} is not a coverage probability: use a number between 0 and 1, e.g. 0.95")
+    level = coverage(level)
     d = product.shape[-1]
     if not product.is_square or d < 3:
         return Inference(*(np.full(product.shape[:-2], np.nan) for _ in fields(Inference)))

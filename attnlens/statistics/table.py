@@ -12,10 +12,13 @@ import numpy as np
 
 from attnlens.atomic import write_text_atomic
 from attnlens.csv_text import csv_text
+from attnlens.errors import UsageError
 from attnlens.heads import Array
 from attnlens.statistics.diagonal import DiagonalFit
 from attnlens.statistics.gains import GainStatistics
 from attnlens.strict_json import finite_or_none
+from attnlens.vocabulary import CIRCUIT, COMPOSED, FOLD, HEADS, Vocabulary, index
+from attnlens.vocabulary import column as column_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +30,7 @@ ALL_HEADS = "all"
 RATIOS = {"identity_share": ("identity_cosine", "identity_cosine_bound")}
 """Statistics that are one column over another, and no column of their own."""
 
+_WORDS: dict[str, Vocabulary] = {"circuit": CIRCUIT, "fold": FOLD, "kind": COMPOSED}
 Value = int | float | str
 Row = tuple[Value, ...]
 
@@ -59,18 +63,27 @@ class StatsTable:
         return (dict(zip(self.columns, row, strict=True)) for row in self.rows)
 
     def select(self, **keys: Value) -> StatsTable:
-        """Keep the rows whose columns equal the values given, e.g. ``select(circuit="ov", head="all")``."""
-        places = {self.columns.index(name): value for name, value in keys.items()}
+        """Keep the rows whose columns equal the values given, e.g. ``select(circuit="ov", head="all")``.
+
+        Raises `UsageError` for a column that is not there, and for a circuit, fold or head that is none.
+        """
+        named = {column_name(name, self.columns): value for name, value in keys.items()}
+        places = {self.columns.index(name): _word(name, value) for name, value in named.items()}
         return StatsTable(tuple(r for r in self.rows if all(r[p] == v for p, v in places.items())), self.columns)
 
     def column(self, name: str) -> Array:
-        """Return a numeric column, or one of `RATIOS`, as float64."""
+        """Return a numeric column, or one of `RATIOS`, as float64. Raises `UsageError` for another."""
+        ratios = [ratio for ratio, parts in RATIOS.items() if set(parts) <= set(self.columns)]
+        name = column_name(name, (*self.columns, *ratios))
         if name in RATIOS:
             over, under = (self.column(part) for part in RATIOS[name])
             with np.errstate(divide="ignore", invalid="ignore"):
                 return over / under
         place = self.columns.index(name)
-        return np.array([row[place] for row in self.rows], dtype=np.float64)
+        values = [row[place] for row in self.rows]
+        if any(isinstance(value, str) for value in values):
+            raise UsageError(f"column {name!r} holds words, no numbers: select() chooses rows by it")
+        return np.array(values, dtype=np.float64)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the table as CSV; also write it to ``path`` when given."""
@@ -89,6 +102,17 @@ class StatsTable:
     def json_rows(self) -> list[dict[str, Any]]:
         """Return the rows as JSON-ready objects, undefined statistics as None."""
         return [_json_row(record) for record in self.records()]
+
+
+def _word(name: str, value: Any) -> Any:
+    """Return what a row holds for a value that a person gives of a column with words or indices of its own."""
+    if name in _WORDS:
+        return _WORDS[name](value)
+    if name == "head" and isinstance(value, str):
+        if HEADS.find(value) != ALL_HEADS:
+            raise UsageError(f"head {value!r} is neither an index nor 'all', the layer's sum")
+        return ALL_HEADS
+    return index(name, value) if name in ("layer", "head", "from_layer", "from_head") else value
 
 
 def _json_row(record: dict[str, Value]) -> dict[str, Any]:

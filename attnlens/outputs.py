@@ -1,0 +1,189 @@
+"""Where results go: never over what the same command reads, nor over a file that attnlens did not write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnlens.errors import OutputError, UsageError
+from attnlens.strict_json import read_json
+
+HEAD = 1 << 16
+"""Bytes of a file that are looked at for who wrote it."""
+FOLDER_MANIFEST = ".attnlens.json"
+"""File of a default folder that says which models it is of."""
+
+_SCHEMA = re.compile(rb'"schema"\s*:\s*"attnlens\.')
+_CONFIG = re.compile(rb'^\{\s*"sha256": "[0-9a-f]{64}",\s*"dataset":')
+_MARKS: Mapping[str, re.Pattern[bytes]] = {
+    ".json": re.compile(rb"^\s*\{"),
+    ".html": re.compile(rb'<meta name="generator" content="attnlens|<title>[^<]* \xc2\xb7 attnlens</title>'),
+    ".png": re.compile(rb"^\x89PNG[\s\S]{0,200}tEXtSoftware\x00attnlens"),
+    ".svg": re.compile(rb"<dc:title>attnlens</dc:title>"),
+    ".pdf": re.compile(rb"/Creator \(attnlens\)"),
+    ".safetensors": re.compile(rb'^[\s\S]{8}\{"__metadata__":\{[^}]*"(?:attnlens|network)":'),
+    ".jsonl": re.compile(rb'^\{"config_sha256": "'),
+    ".csv": re.compile(
+        rb"^(?:layer,head,circuit,fold,alpha|layer,name,filters,channels|kind,from_layer,from_head|model,status,fold"
+        rb"|model,layer,relative_depth|arm,seed,layer,cosine|arm,n,|first,second,circuit|model,circuit,layer)"
+    ),
+    ".md": re.compile(rb"\n## What the intervals allow to say\n"),
+}
+"""What a file of ours holds near its beginning, by how its name ends."""
+_MANIFESTS = ("stats.json", "summary.json")
+_INPUT = re.compile(r"\.(safetensors|pth|pt|bin|npz|npy|ckpt|h5)$|^config\.json$|\.index\.json$")
+"""Files of a model's folder that are read"""
+_FILE_SUFFIXES = (*_MARKS, ".pth", ".pt", ".bin", ".npz", ".txt")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one command may write: ``inputs`` are the files that it reads; ``force`` replaces what others wrote."""
+
+    inputs: tuple[Path, ...] = ()
+    force: bool = False
+
+    @classmethod
+    def of(cls, *given: Any, force: bool = False) -> Outputs:
+        """Take for inputs what of the values given is there: files, and the files in folders."""
+        return cls(tuple(path for value in given for path in _files(value)), force)
+
+    def file(self, path: str | os.PathLike[str], suffix: str) -> Path:
+        """Return where a file of one kind goes. Raises `UsageError` and `OutputError` where it may not go there."""
+        path = Path(path)
+        if path.is_dir() or str(path).endswith(os.sep):
+            raise UsageError(f"{path} is a folder: give a file to write, as {path / f'NAME{suffix}'}")
+        if path.suffix != suffix and path.suffix in _FILE_SUFFIXES:
+            raise UsageError(f"{path} is named as another kind of file: give a name that ends in {suffix}")
+        return self.check(path)
+
+    def folder(self, path: str | os.PathLike[str], names: Iterable[str] = ()) -> Path:
+        """Return the folder that several files go to; ``names`` are those of them that are known beforehand."""
+        path = Path(path)
+        if path.is_file():
+            raise UsageError(f"{path} is a file: give a folder, which several files are written into")
+        if path.suffix in _FILE_SUFFIXES and not path.is_dir():
+            raise UsageError(f"{path} is named as a file: give a folder, which several files are written into")
+        for name in names:
+            self.check(path / name)
+        return path
+
+    def check(self, path: Path) -> Path:
+        """Return a path that may be written. Raises `UsageError` for an input, `OutputError` for a file of others."""
+        if not path.is_file():
+            return path
+        if any(_same(path, given) for given in self.inputs):
+            raise UsageError(f"{path} is what this command reads: write to another file")
+        if not self.force and not is_ours(path):
+            raise OutputError(
+                f"{path} was not written by attnlens, or was changed since: choose another name, or add --force "
+                "(force=True) to replace it"
+            )
+        return path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether attnlens wrote a file: by its schema or metadata, or by a manifest beside it. An empty file is nobody's.
+
+    A file that cannot be read is taken for somebody else's.
+    """
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            return True
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+            if path.suffix == ".pdf" and size > HEAD:
+                file.seek(-HEAD, os.SEEK_END)
+                head = file.read(HEAD)
+    except OSError:
+        return False
+    mark = _MARKS.get(path.suffix)
+    marked = mark is not None and mark.search(head) is not None
+    if path.suffix == ".json":
+        marked = marked and bool(_SCHEMA.search(head) or _CONFIG.search(head))
+    return marked or _listed(path)
+
+
+def named_folder(root: Path, names: Sequence[str], models: Sequence[str]) -> Path:
+    """Return the folder below ``root`` that is named after models: never one that is of others of the same name.
+
+    ``models`` are what tells them from those: absolute paths, or names. The folder is made, and says so.
+    """
+    name = re.sub(r"[^\w.+-]+", "_", "+".join(names)).strip(".") or "model"
+    digest = hashlib.sha256("\n".join(models).encode(errors="surrogateescape")).hexdigest()
+    record = {"schema": "attnlens.folder", "schema_version": 1, "models": digest}
+    for folder in (root / name, root / f"{name}-{digest[:6]}"):
+        if _claimed(folder, record):
+            return folder
+    raise OutputError(f"{root / name} is of other models: choose a folder")
+
+
+def model_identity(*given: Any) -> list[str]:
+    """Return what tells models from others of the same name: absolute paths, names, options as text."""
+    return [str(Path(one).resolve()) if _is_path(one) else str(one) for one in given if one is not None and one != ()]
+
+
+def _claimed(folder: Path, record: dict[str, Any]) -> bool:
+    """Make a folder of these models, or say whether it is theirs; one without a manifest becomes theirs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / FOLDER_MANIFEST).open("x") as file:  # one of two processes at a time
+            file.write(json.dumps(record) + "\n")
+    except FileExistsError:
+        try:
+            return bool(read_json(folder / FOLDER_MANIFEST) == record)
+        except (OSError, ValueError):
+            return False
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}. Choose a folder you can write to") from error
+    return True
+
+
+def _is_path(value: Any) -> bool:
+    try:
+        return isinstance(value, str | os.PathLike) and Path(value).exists()
+    except (OSError, ValueError):  # too long a name, a null character
+        return False
+
+
+def _files(value: Any) -> list[Path]:
+    if isinstance(value, list | tuple):
+        return [path for one in value for path in _files(one)]
+    if not isinstance(value, str | os.PathLike):
+        return []
+    text = os.fspath(value)
+    for told in (text, text.partition(":")[2], text.partition("=")[2], text.removeprefix("@")):
+        if told and _is_path(told):
+            path = Path(told)
+            return [one for one in path.iterdir() if _INPUT.search(one.name)] if path.is_dir() else [path]
+    return []
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _listed(path: Path) -> bool:
+    """Whether a manifest of ours in the same folder names the file with the hash that it has."""
+    for name in _MANIFESTS:
+        try:
+            manifest = path.parent / name
+            if manifest == path or not _SCHEMA.search(manifest.open("rb").read(HEAD)):
+                continue
+            known = read_json(manifest).get("files", {}).get(path.name)
+            with path.open("rb") as file:
+                if known == hashlib.file_digest(file, "sha256").hexdigest():
+                    return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False

@@ -1,0 +1,43 @@
+"""How numbers stand in sentences: one and many, p-values as people write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import PurePath
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Write a number with what it counts: ``1 model``, ``2 models``; ``many`` where that is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+def p_text(value: float, digits: int = 3) -> str:
+    """Write a p-value without the zero in front: ``.042``, ``< .001``, ``> .999``; ``none`` for NaN."""
+    if math.isnan(value):
+        return "none"
+    if value < 10**-digits:
+        return f"< {10**-digits:.{digits}f}".replace("0.", ".")
+    if round(value, digits) >= 1:
+        return "1" if value == 1 else f"> {1 - 10**-digits:.{digits}f}".replace("0.", ".")
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def told_apart(names: Sequence[str], paths: Sequence[str | None]) -> list[str]:
+    """Return names that differ: those that occur twice by the folders their paths differ in, else by a number."""
+    found = list(names)
+    for name in dict.fromkeys(names):
+        places = [place for place, other in enumerate(names) if other == name]
+        if len(places) > 1:
+            for place, new in zip(places, _by_folders(name, [paths[place] for place in places]), strict=True):
+                found[place] = new
+    return found
+
+
+def _by_folders(name: str, paths: Sequence[str | None]) -> list[str]:
+    parts = [PurePath(path).parts if path else () for path in paths]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        tails = ["/".join(part[-depth:]) for part in parts]
+        if all(tails) and len(set(tails)) == len(tails):
+            return tails
+    return [f"{name} ({number})" for number in range(1, len(paths) + 1)]
