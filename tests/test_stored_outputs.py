@@ -15,7 +15,7 @@ import attnlens
 
 STORED = Path(__file__).parent / "golden" / "embedded_outputs.json.xz"
 TOLERANCE = 1e-9
-ABOUT_THE_RUN = ("created", "provenance", "sources")
+ABOUT_THE_RUN = ("created", "schema_version", "sources")
 
 
 def outputs() -> dict:
