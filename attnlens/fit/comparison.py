@@ -105,8 +105,8 @@ def compare(
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
     if checkpoints and len(checkpoints) != len(models):
-        files = counted(len(checkpoints), "checkpoint")
-        raise UsageError(f"{files} for {counted(len(models), 'model')}: give one for each, in their order")
+        given = counted(len(checkpoints), "checkpoint")
+        raise UsageError(f"{given} for {counted(len(models), 'model')}: give one for each, in their order")
     files = checkpoints or [None] * len(models)
     how: dict[str, Any] = {
         "fold": fold,
