@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from attnlens.balance import Gains, balance
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.heads import Array, HeadWeights, expand_groups
+from attnlens.krylov import largest_singular_value
 from attnlens.vocabulary import FOLD, FOLD_CHOICE
 
 if TYPE_CHECKING:  # checked at every call while tests run
@@ -30,6 +31,8 @@ FOLDS: tuple[Fold, ...] = ("raw", "effective", "centred", "balanced")
 # CholeskyQR loses eps * condition^2 of a factor; above this ratio of pivots the slower Householder QR is used.
 _CHOLESKY_PIVOT_RATIO = 1e-4
 _ROUNDING = 8 * np.finfo(np.float64).eps
+_BLOCK = 64
+_RIDGE = 1e-12  # of a Gram matrix's trace: makes it positive definite, far below any singular value of interest
 _SAFE_EXPONENT = 60  # fourth powers of products of factors within 2^+-60 are far from overflow and underflow
 
 
@@ -88,6 +91,39 @@ class FactoredProduct:
     def squared_trace(self) -> Float[Array, "*stack"]:
         """Return tr(M @ M) = tr((B^T A)^2)."""
         return np.asarray(np.einsum("...rs,...sr->...", self.core, self.core))
+
+    def squared_margins(self) -> tuple[Float[Array, "*stack rows"], Float[Array, "*stack cols"]]:
+        """Return sum_j M_ij^2 = A_i (B^T B) A_i^T for every row i, and the same for every column: O(d k^2)."""
+        gram_a, gram_b = self.grams
+        rows = np.einsum("...ir,...ir->...i", np.matmul(self.A, gram_b), self.A)
+        cols = np.einsum("...ir,...ir->...i", np.matmul(self.B, gram_a), self.B)
+        return np.maximum(rows, 0.0), np.maximum(cols, 0.0)
+
+    def squared_sizes(self) -> tuple[Float[Array, "*stack"], Float[Array, "*stack"]]:
+        """Return ||A||_F^2 and ||B||_F^2."""
+        return _squares(self.A), _squares(self.B)
+
+    def entries(self, rows: NDArray[np.int_], cols: NDArray[np.int_]) -> Float[Array, "block tall wide"]:
+        """Return blocks of one product's entries: of rows ``[block, tall]`` and columns ``[block, wide]``."""
+        return np.matmul(self.A[rows], np.swapaxes(self.B[cols], -1, -2))
+
+    def spectral_form(self) -> tuple[Array, Callable[[int | tuple[int, ...], Array], Array]]:
+        """Return H ``[..., n, n]``, whose eigenvalues are the s^2 of M's singular triplets (s, u, v), and a function.
+
+        The function maps a product's place in the stack and eigenvectors w ``[n, m]`` to s^3 <u, v>, ``[m]``. With
+        A^T A = L L^T, H = L^T (B^T B) L; y = L w, v = B y / s, u = M v / s = A (B^T B) y / s^2, hence
+        s^3 <u, v> = <(B^T B) y, (A^T B) y>.
+        """
+        gram_a, gram_b = self.grams
+        trace = np.trace(gram_a, axis1=-2, axis2=-1)
+        ridge = np.where(trace > 0, _RIDGE * trace, 1.0)[..., None, None]
+        lower = np.linalg.cholesky(gram_a + ridge * np.eye(gram_a.shape[-1]))
+
+        def overlaps(index: int | tuple[int, ...], vectors: Array) -> Array:
+            y = lower[index] @ vectors
+            return np.asarray(np.einsum("rm,rm->m", gram_b[index] @ y, self.core[index].T @ y))
+
+        return np.matmul(np.swapaxes(lower, -1, -2), np.matmul(gram_b, lower)), overlaps
 
     @cached_property
     def grams(self) -> tuple[Float[Array, "*stack inner inner"], Float[Array, "*stack inner inner"]]:
@@ -226,7 +262,31 @@ class WholeProduct(FactoredProduct):
 
     def squared_trace(self) -> Float[Array, "*stack"]:
         """Return tr(M @ M)."""
-        return np.asarray((self.A * self.A.T).sum())
+        parts = [slice(start, start + _BLOCK) for start in range(0, len(self.A), _BLOCK)]  # of rows: columns in cache
+        return np.asarray(sum(np.einsum("ij,ji->", self.A[part], self.A[:, part]) for part in parts))
+
+    def squared_margins(self) -> tuple[Float[Array, "*stack rows"], Float[Array, "*stack cols"]]:
+        """Return the sum of squares of every row, and of every column."""
+        return np.einsum("...ij,...ij->...i", self.A, self.A), np.einsum("...ij,...ij->...j", self.A, self.A)
+
+    def squared_sizes(self) -> tuple[Float[Array, "*stack"], Float[Array, "*stack"]]:
+        """Return ||M||_F^2 and that of the identity."""
+        return _squares(self.A), np.full(self.A.shape[:-2], float(self.A.shape[-1]))
+
+    def entries(self, rows: NDArray[np.int_], cols: NDArray[np.int_]) -> Float[Array, "block tall wide"]:
+        """Return blocks of the product's entries, as they stand in M."""
+        return self.A[rows[:, :, None], cols[:, None, :]]
+
+    def spectral_form(self) -> tuple[Array, Callable[[int | tuple[int, ...], Array], Array]]:
+        """Return H = M^T M, with the ridge of any product, of eigenvectors v: s^3 <u, v> = s^2 v^T M v."""
+
+        def overlaps(index: int | tuple[int, ...], v: Array) -> Array:
+            u = self.A[index] @ v
+            return np.einsum("rm,rm->m", u, u) * np.einsum("rm,rm->m", v, u)
+
+        gram = _gram(self.A)
+        trace = np.trace(gram, axis1=-2, axis2=-1)
+        return gram + _RIDGE * trace[..., None, None] * np.eye(gram.shape[-1]), overlaps
 
     @cached_property
     def core(self) -> Float[Array, "*stack inner inner"]:
@@ -238,22 +298,9 @@ class WholeProduct(FactoredProduct):
         return np.asarray(np.linalg.svd(self.A, compute_uv=False)[..., : self.rank_bound])
 
     def spectral_norm(self) -> Float[Array, "*stack"]:
-        """Return the largest singular value by Lanczos iteration on M^T M, from a fixed start vector.
-
-        The eigenvalue's error is the square of the residual asked for: 1e-7 gives it to machine precision.
-        """
-        from scipy.sparse.linalg import LinearOperator, eigsh
-
+        """Return the largest singular value, by `largest_singular_value`."""
         unit, exponent = self.unit
-        M = unit.A
-        if min(M.shape) < 8:  # too small for a Krylov space
-            return np.asarray(self.singular_values()[0])
-        operator = LinearOperator((M.shape[1],) * 2, matvec=lambda x: (M @ x) @ M, dtype=np.float64)
-        start = operator @ np.random.default_rng(0).standard_normal(M.shape[1])
-        if not start.any():
-            return np.zeros(())
-        square = eigsh(operator, k=1, v0=start, tol=1e-7, return_eigenvectors=False)[0]
-        return np.asarray(np.ldexp(np.sqrt(square), exponent))
+        return np.asarray(np.ldexp(largest_singular_value(unit.A), exponent))
 
     def dense(self, size: int | None = None) -> Float[Array, "*stack corner_rows corner_cols"]:
         """Return the top-left ``size x size`` corner of M (the whole of M when size is None)."""
@@ -295,6 +342,10 @@ class WholeProduct(FactoredProduct):
 
 def _exponent(factor: Array) -> NDArray[np.int_]:
     return np.asarray(np.frexp(np.abs(factor).max((-2, -1), initial=0.0))[1], dtype=np.int_)
+
+
+def _squares(factor: Array) -> Array:
+    return np.asarray(np.einsum("...ir,...ir->...", factor, factor))
 
 
 def _gram(factor: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import methodcaller
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnlens.atomic import FileSet
 from attnlens.balance import Gains
@@ -54,6 +55,35 @@ UNSAID = frozenset({"qk_bias"})
 
 SpectrumKey = tuple[int, Kind, Fold]
 GainsKey = tuple[int, Kind, str]
+Observe = Callable[[HeadWeights, Kind, Fold, FactoredProduct], None]
+"""Called with a layer's products under a fold while they are in memory: a stack by head, or the sum, one matrix."""
+
+
+@dataclass(frozen=True)
+class Corners:
+    """The top-left ``size x size`` corners of every product under one fold, kept by an `Observe` for the heatmaps."""
+
+    fold: Fold
+    size: int
+    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict)
+    shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict)
+
+    def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
+        """Keep the corners of a stack of products, or of a sum."""
+        if fold == self.fold:
+            self._keep(weights.layer, circuit, product.dense(self.size), product.shape)
+
+    def _keep(self, layer: int, circuit: Kind, corners: Array, shape: Sequence[int]) -> None:
+        found = {ALL_HEADS: corners} if corners.ndim == 2 else dict(enumerate(corners))
+        kept = self.panels.setdefault((circuit, layer), {})
+        kept.update({head: corner.astype(np.float32) for head, corner in found.items()})
+        self.shapes[circuit, layer] = (shape[-2], shape[-1])
+
+    def of(self, circuit: Kind) -> tuple[dict[int, dict[int | str, Any]], dict[int, tuple[int, int]]]:
+        """Return the corners of one circuit by layer and head, layers in order, and the whole products' shapes."""
+        layers = sorted(layer for kind, layer in self.panels if kind == circuit)
+        panels = {layer: self.panels[circuit, layer] for layer in layers}
+        return panels, {layer: self.shapes[circuit, layer] for layer in layers}
 
 
 @dataclass(frozen=True)
@@ -102,14 +132,15 @@ class Inspection:
             return product
         return product.head(head_index(head, product.shape[0], weights.layer))
 
-    def figures(self, fold: Fold | None = None, size: int = 64) -> dict[str, Figure]:
+    def figures(self, fold: Fold | None = None, size: int = 64, corners: Corners | None = None) -> dict[str, Figure]:
         """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
         Where balanced products were measured, ``gains`` too.
         Where depthwise filters were, ``filter_covariance``, ``filter_profile`` and ``filter_spectra``.
         The heatmaps show the top-left ``size x size`` corner of every product under ``fold`` (effective where it was
-        measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured. Raises
-        `UsageError` for a fold that was not measured or a size below 1.
+        measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured.
+        ``corners`` are those that were kept while measuring; without them, or where they are of another fold or size,
+        the layers are read again. Raises `UsageError` for a fold that was not measured or a size below 1.
         """
         from attnlens.figures import gains, heatmaps, profiles, spectra, style
 
@@ -123,33 +154,32 @@ class Inspection:
             return filters
         words = in_words(self.left_out(), len(self.layers))
         about: dict[str, Any] = {"model": self.model, "notes": f"Note: {words}." if words else ""}
+        if corners is None or (corners.fold, corners.size) != (fold, size):
+            corners = self.corners(fold, size)
         with style.look():
             return {
-                "qk_heatmap": heatmaps.draw_heatmap(*self.corners("qk", fold, size), circuit="qk", fold=fold, **about),
-                "ov_heatmap": heatmaps.draw_heatmap(*self.corners("ov", fold, size), circuit="ov", fold=fold, **about),
+                "qk_heatmap": heatmaps.draw_heatmap(*corners.of("qk"), circuit="qk", fold=fold, **about),
+                "ov_heatmap": heatmaps.draw_heatmap(*corners.of("ov"), circuit="ov", fold=fold, **about),
                 "depth_profile": profiles.draw_profile(self.stats, self.folds, **about),
                 "spectra": spectra.draw_spectra(self.spectra, fold, **about),
                 **({"gains": gains.draw_gains(gain_profiles(self.gains), **about)} if self.gains else {}),
                 **filters,
             }
 
-    def corners(
-        self, circuit: Kind, fold: Fold, size: int = 64
-    ) -> tuple[dict[int, dict[int | str, Array]], dict[int, tuple[int, int]]]:
-        """Return the corner of every product by layer and head (``all``: summed OV), and the whole products' shapes."""
-        circuit, fold = CIRCUIT(circuit), FOLD(fold)
-        corners: dict[int, dict[int | str, Array]] = {}
-        shapes: dict[int, tuple[int, int]] = {}
+    def corners(self, fold: Fold, size: int) -> Corners:
+        """Read the layers again and return the corners of their products."""
+        fold = FOLD(fold)
+        found = Corners(fold, size)
         for layer in self.layers:
-            if (layer, circuit, fold) not in self.spectra:  # no W_O, or a norm that is not known
-                continue
-            weights = self.heads(layer)
-            products = CIRCUITS[circuit](weights, fold)
-            corners[layer] = dict(enumerate(products.dense(size)))
-            if circuit == "ov":
-                corners[layer][ALL_HEADS] = sum_of(products, weights, fold).dense(size)
-            shapes[layer] = (products.shape[-2], products.shape[-1])
-        return corners, shapes
+            circuits = [circuit for circuit in CIRCUITS if (layer, circuit, fold) in self.spectra]
+            weights = self.heads(layer) if circuits else None
+            for circuit in circuits:  # none without W_O, or under a norm that is not known
+                assert weights is not None
+                products = CIRCUITS[circuit](weights, fold)
+                found.observe(weights, circuit, fold, products)
+                if circuit == "ov":
+                    found.observe(weights, circuit, fold, sum_of(products, weights, fold))
+        return found
 
     def left_out(self) -> dict[str, list[int]]:
         """Say what the products leave out of the network, in words, with the layers it is true of."""
@@ -213,6 +243,7 @@ def inspect(
     offline: bool = False,
     remote: bool = False,
     progress: Progress = iter,
+    observe: Observe | None = None,
 ) -> Inspection:
     """Return the fit of every QK and OV circuit, and of every covariance of depthwise filters, of a model.
 
@@ -230,9 +261,10 @@ def inspect(
     also fills the statistics of the layer sums that need every eigenvalue, an O(embed_dim^3) cost a layer.
     ``include`` may name ``channel`` and ``linear``: kinds of attention whose product is no score between tokens, read
     only on request. ``offline`` uses no network; ``remote`` fetches of a safetensors file on a hub, unless it is in the
-    local cache, only the tensors that are read. ``progress`` wraps the iteration over layers. Layers of depthwise
-    convolutions are counted by themselves; what is said of each: `attnlens.filters.statistics.FilterFit`. ``layers``
-    chooses of both kinds: indices, one index, or text such as ``"0-3,11"``.
+    local cache, only the tensors that are read. ``progress`` wraps the iteration over layers; ``observe`` is called
+    with the products of every layer as they are measured, by several threads at once: see `Observe`. Layers of
+    depthwise convolutions are counted by themselves; what is said of each: `attnlens.filters.statistics.FilterFit`.
+    ``layers`` chooses of both kinds: indices, one index, or text such as ``"0-3,11"``.
 
     Raises `AttnlensError` subclasses: no such model, unreadable or unfitting weights, attention of a refused family.
     """
@@ -253,7 +285,7 @@ def inspect(
     def measure(
         indexed: tuple[int, AttentionSpec],
     ) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
-        return measure_layer(opened.heads(indexed[0]), names, layer_spectra=layer_spectra)
+        return measure_layer(opened.heads(indexed[0]), names, layer_spectra=layer_spectra, observe=observe)
 
     largest = max((opened.bytes_of(spec) for _, spec in specs), default=0)
     results = over_threads(measure, specs, progress, largest=largest) if specs else []
@@ -301,7 +333,7 @@ def save_inspection(
 
 
 def measure_layer(
-    weights: HeadWeights, folds: Sequence[Fold], *, layer_spectra: bool = False
+    weights: HeadWeights, folds: Sequence[Fold], *, layer_spectra: bool = False, observe: Observe | None = None
 ) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
     """Fit every circuit of one layer: table rows, singular values ``[head, rank]`` and balanced products' gains."""
     rows: list[Row] = []
@@ -316,6 +348,8 @@ def measure_layer(
         for name, product in raw.items():
             circuit: Kind = "qk" if name == "qk" else "ov"
             folded = (fold_qk if name == "qk" else fold_ov)(product, weights, fold)
+            if observe is not None:
+                observe(weights, circuit, fold, folded)
             heads: Iterable[int | str] = (ALL_HEADS,) if name == "sum" else range(folded.shape[0])
             singular = folded.singular_values() if name != "sum" or layer_spectra else None
             if name != "sum" and singular is not None:

@@ -33,6 +33,7 @@ import numpy as np
 
 from attnlens import inspect
 from attnlens.atomic import write_text_atomic
+from attnlens.checkpoints import base
 from attnlens.checkpoints.files import SafetensorsFile
 from attnlens.circuits import FactoredProduct, layer_ov
 from attnlens.heads import HeadWeights
@@ -268,6 +269,7 @@ def inspection_counts(path: Path) -> dict[str, int]:
     """Return the counts of one inspection of a ViT-B file, after one that loads what is loaded once."""
     with patch("attnlens.threads.WORKERS", 1):
         inspect(ARCHITECTURE, path, layers=[0])
+        base.HASHES.clear()  # what a fresh process does not know
         before = read_so_far()
         with tensors_taken() as taken, calls_counted() as calls:
             inspect(ARCHITECTURE, path)

@@ -41,7 +41,6 @@ from attnlens.statistics.nulls import (
     rotation_p_value,
     sign_flip_draws,
     sign_flip_p_value,
-    squared_margins,
 )
 from attnlens.statistics.trace import trace_p_value
 from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, judge
@@ -224,7 +223,7 @@ def measure_nulls(rng: Generator) -> list[dict[str, Any]]:
             for draw in range(n):
                 A, B = null_factors(name, d, k, rng)
                 product = FactoredProduct(A, B)
-                margins = squared_margins(product, A.T @ A, B.T @ B)
+                margins = product.squared_margins()
                 own = own_diagonal(product, margins)
                 found.append({
                     "decides": float(trace_p_value(product.balanced())[1]),

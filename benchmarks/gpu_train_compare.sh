@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# The GPU part of train-compare: speed ladder, then the accuracy comparison, in commands of under ten minutes.
+# The GPU part of train-compare, in commands of under ten minutes: the speed ladder, a source trained on the even classes
+# of CIFAR-10, and the ladder of starts on the odd ones, which that source has never seen. It has not been run on a GPU.
 #
 #   OUT=benchmarks/results/gpu benchmarks/gpu_train_compare.sh        # run again until it prints "complete"
 #
 # OUT      where results go, and where a later call goes on from
 # BUDGET   seconds this call may take, the end of a step and the report excepted
-# DATA     images: cifar10-jpeg75.tar.xz, a folder, or cifar10
-# MODEL    the pre-trained source; empty is the ViT shipped with attnlens
-# ARMS, SEEDS, EPOCHS   four arms of three seeds are the 12 runs; six seeds are more than screening
-# NPROC    GPUs on this host, one process each
+# DATA     ten classes of images: cifar10-jpeg75.tar.xz, a folder, or cifar10
+# SIZES    of the network: ViT-Ti
+# SOURCE, TARGET   classes of the source and of the ladder; exchange them, with another OUT, for the second table
+# SEEDS, EPOCHS    of the ladder; the source trains as long, once
+# NPROC    GPUs on this host, one process each, for the ladder
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-benchmarks/results/gpu}
 BUDGET=${BUDGET:-540}
 DATA=${DATA:-../shared/data/cifar10-jpeg75.tar.xz}
-MODEL=${MODEL:-}
-ARMS=${ARMS:-default,mimetic,norm-matched-mimetic,pretrained}
-SEEDS=${SEEDS:-3}
+SIZES=${SIZES:---embed-dim 192 --depth 12 --num-heads 3}
+SOURCE=${SOURCE:-even}
+TARGET=${TARGET:-odd}
+SEEDS=${SEEDS:-6}
 EPOCHS=${EPOCHS:-100}
 NPROC=${NPROC:-1}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -37,18 +40,26 @@ for patch in 4 2; do
     --time-budget $(($(left) / 3))
 done
 
-[ "$(left)" -gt 30 ] || { echo "budget spent on the ladder: run again to go on"; exit 0; }
-arguments=(train-compare --dataset "$DATA" --arms "$ARMS" --seeds "$SEEDS" --epochs "$EPOCHS" --patch-size 4
-  --device cuda --output "$OUT/cifar10" --time-budget "$(left)")
-[ -z "$MODEL" ] || arguments+=(--model "$MODEL")
-[ ! -e "$OUT/cifar10/config.json" ] || arguments+=(--resume)
-if [ "$NPROC" -gt 1 ]; then
-  "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m attnlens "${arguments[@]}"
-else
-  "$PYTHON" -m attnlens "${arguments[@]}"
-fi
-"$PYTHON" - "$OUT/cifar10/summary.json" <<'END'
-import json, pathlib, sys
-done = json.loads(pathlib.Path(sys.argv[1]).read_text())["complete"]
-print("complete" if done else "not complete: run again to go on")
-END
+compare() { # a folder, the number of processes, then what is its own among the arguments of train-compare
+  local folder="$OUT/$1" processes=$2
+  shift 2
+  [ "$(left)" -gt 30 ] || { echo "budget spent before $folder: run again to go on"; exit 0; }
+  local arguments=(train-compare --dataset "$DATA" --patch-size 4 --epochs "$EPOCHS" --device cuda "$@"
+    --output "$folder" --time-budget "$(left)")
+  [ ! -e "$folder/config.json" ] || arguments+=(--resume)
+  if [ "$processes" -gt 1 ]; then
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m attnlens "${arguments[@]}"
+  else
+    "$PYTHON" -m attnlens "${arguments[@]}"
+  fi
+  "$PYTHON" -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["complete"])' "$folder/summary.json" || {
+    echo "$folder is not complete: run again to go on"
+    exit 0
+  }
+}
+
+read -ra sizes <<< "$SIZES"
+compare "source_$SOURCE" 1 --classes "$SOURCE" --arms default --seeds 1 --save-weights "${sizes[@]}"
+compare "ladder_$TARGET" "$NPROC" --classes "$TARGET" --arms ladder --seeds "$SEEDS" \
+  --model "$OUT/source_$SOURCE/weights/default-0.safetensors"
+echo complete

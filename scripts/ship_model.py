@@ -24,6 +24,7 @@ from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.training.config import AUGMENTATIONS, Config, Run
 from attnlens.training.data.images import Images, load_dataset
 from attnlens.training.networks.vit import ARCHITECTURE
+from attnlens.training.seen import METADATA_KEY, Seen
 from attnlens.training.store import Store, stored_config
 
 CARD = """\
@@ -82,6 +83,8 @@ def write_model(folder: Path, weights: Path, config: Config, classes: tuple[str,
     arguments = {name: value for name, value in config.network.model_args().items() if name != "num_classes"}
     described = {"architecture": ARCHITECTURE, "num_classes": len(classes), "num_features": config.network.embed_dim}
     described |= {"global_pool": arguments["global_pool"], "model_args": arguments, "pretrained_cfg": pretrained}
+    seen = Seen(dataset=config.dataset, sha256=config.data_sha256, classes=classes)
+    described |= {METADATA_KEY: [seen.model_dump(mode="json")]}
     write_text_atomic(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
 

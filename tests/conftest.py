@@ -18,10 +18,11 @@ from tests.hub_server import Hub, serve
 ROOT = Path(__file__).parent.parent
 SLOW = """
     bounded catalogue docs extending families_forward faults filters_inspect filters_params filters_report
-    filters_trained fitting hostile hub inference inits_fitted inits_mistakes inits_verify
+    filters_trained fitting hostile hub inference inits_fitted inits_gains inits_mistakes inits_reduced inits_verify
     inverse layouts_census layouts_forward layouts_roundtrip
     live_networks packaging regression_counts report report_browser scan scan_ray signal_rewiring sizes state trace
-    training_checkpoints training_datasets training_display training_families training_folders training_runs
+    training_checkpoints training_datasets training_display training_families training_folders training_ladder
+    training_runs
 """
 """Files that `make test-fast` leaves out: together nine tenths of the time, in which networks are built and trained,
 commands run as processes, and statistics simulated."""

@@ -215,7 +215,7 @@ def test_inspect_measures_balanced_products_like_those_of_any_fold(folder):  # n
     assert row["sign_agreement"] == pytest.approx((np.diag(total.dense()) * row["beta"] > 0).mean())
     assert row["row_gain_spread"] == pytest.approx(np.log(total.gains.rows).std())
     np.testing.assert_allclose(found.spectra[1, "qk", "balanced"], found.circuits(1, fold="balanced").singular_values())
-    np.testing.assert_allclose(found.corners("ov", "balanced", 7)[0][1]["all"], total.dense()[:7, :7], rtol=1e-7)
+    np.testing.assert_allclose(found.corners("balanced", 7).of("ov")[0][1]["all"], total.dense()[:7, :7], rtol=1e-7)
     both = attnlens.inspect(path)
     assert np.isnan(both.stats.column("row_gain_spread")).all()
     assert both.folds == ("raw", "effective")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError
 from attnlens.layouts import read_heads
@@ -133,3 +134,18 @@ def test_an_unknown_class_and_a_pipeline_say_what_to_do(tmp_path):
         UnsupportedAttentionError, match=r"a \(diffusers.AutoencoderKL\) has no to_k: its layout is not known"
     ):
         open_model(tmp_path, None)
+
+
+def test_both_sides_of_an_autoencoder_are_read_where_their_names_are_alike(tmp_path):
+    sides = [f"{side}.mid_block.attentions.0" for side in ("encoder", "decoder")]
+    tensors = {
+        f"{side}.{name}.weight": torch.randn(8, 8) for side in sides for name in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [4, 8]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    opened = open_model(tmp_path, None)
+    assert [spec.path for spec in opened.architecture.specs] == sides
+    for spec in opened.architecture.specs:
+        heads = read_heads(spec, opened.checkpoint)
+        np.testing.assert_array_equal(heads.W_V[0].T, tensors[f"{spec.path}.to_v.weight"])

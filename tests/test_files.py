@@ -1,8 +1,12 @@
 """Atomic writing: the old file or the new one, never half of either."""
 
 import pytest
+import safetensors.torch
+import torch
 
 from attnlens.atomic import write_atomic, write_text_atomic
+from attnlens.checkpoints import written
+from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import OutputError
 
 
@@ -29,3 +33,33 @@ def test_files_get_the_permissions_of_ordinary_new_files(tmp_path):
     plain = tmp_path / "plain"
     plain.write_text("")
     assert write_text_atomic(tmp_path / "atomic", "").stat().st_mode == plain.stat().st_mode
+
+
+def test_tensors_that_share_memory_are_written_each_by_themselves_in_the_bytes_of_a_copy(tmp_path):
+    base = torch.arange(20.0)
+    tensors = {
+        "whole": base,
+        "part": base[3:9],
+        "tied": base,
+        "transposed": torch.arange(35.0).reshape(5, 7).T,
+        "empty": torch.zeros(0, 3),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "scalar": torch.tensor(3),
+        "mask": torch.tensor([True, False]),
+        "code": torch.arange(5, dtype=torch.int8),
+        "double": torch.ones(2, dtype=torch.float64),
+    }
+    path = write_safetensors(tmp_path / "a.safetensors", tensors, {"key": "value"})
+    copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    assert path.read_bytes() == safetensors.torch.save(copies, {"key": "value"})
+
+
+@pytest.mark.parametrize("kind", list(written.TYPES), ids=str)
+def test_weights_of_every_type_are_what_the_library_reads(tmp_path, kind):
+    values = torch.arange(6).reshape(2, 3) % 2
+    found = write_safetensors(tmp_path / "a.safetensors", {"a": values.to(getattr(torch, kind))}, {"key": "wörd"})
+    read = safetensors.torch.load_file(found)["a"]
+    assert str(read.dtype) == f"torch.{kind}"
+    assert torch.equal(read.to(torch.float64), values.to(torch.float64))
+    with safetensors.safe_open(found, "pt") as file:
+        assert file.metadata() == {"key": "wörd"}

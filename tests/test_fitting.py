@@ -271,7 +271,7 @@ def test_fit_params_prints_tables_and_writes_file_and_figures(run, folders, tmp_
 def test_the_file_says_where_every_number_came_from(run, folders, tmp_path):
     assert run("fit-params", *folders, "--figures", "f")[0] == 0
     data = json.loads((tmp_path / "params.json").read_text())
-    assert (data["schema"], data["schema_version"]) == ("attnlens.params", 3)
+    assert (data["schema"], data["schema_version"]) == ("attnlens.params", 4)
     assert set(data["created"]) == {"versions", "time", "command"}
     assert data["created"]["command"].startswith("attnlens fit-params ")
     assert set(data["created"]["versions"]) >= {"python", "attnlens", "numpy", "scipy", "timm"}

@@ -24,7 +24,7 @@ ROOMS = (
         "state",
         "templates",
     ),
-    *("heads", "balance", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
+    *("heads", "balance", "krylov", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
     *("inspection", "composition", "fit", "inits", "reports", "scans", "gpt", "signal", "training", "cli"),
 )
 """From the ground up; the root ``attnlens`` itself names the public functions and is imported for its version alone."""

@@ -22,7 +22,6 @@ from attnlens.statistics.nulls import (
     rotation_p_value,
     sign_flip_draws,
     sign_flip_p_value,
-    squared_margins,
 )
 from attnlens.statistics.verdicts import LEVEL, Verdict, corrected, judge
 
@@ -36,7 +35,7 @@ def product_of(seed, d, k, stack=()):
 
 
 def own(product):
-    return own_diagonal(product, squared_margins(product, *product.grams))
+    return own_diagonal(product, product.squared_margins())
 
 
 def plain(rng, d, alpha, beta, noise=None):

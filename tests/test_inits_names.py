@@ -16,8 +16,8 @@ from attnlens.layouts import read_heads
 from attnlens.models.architecture import describe_module
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 3}
-FILTERS_ONLY = "conv-covariance"
-NAMES = tuple(name for name in initialisers() if name != FILTERS_ONLY)
+FILTERS_ONLY = ("conv-covariance", "transfer-filters")
+NAMES = tuple(name for name in initialisers() if name not in FILTERS_ONLY)
 ATTENTION = (".attn.qkv.", ".attn.proj.")
 
 
@@ -38,7 +38,7 @@ def heads_of(model):
 
 
 def test_the_names_of_the_registry():
-    assert {*NAMES, FILTERS_ONLY} == set(initialisers())
+    assert {*NAMES, *FILTERS_ONLY} == set(initialisers())
     assert set(NAMES) == {
         *("default", "mimetic", "fitted", "qk-only", "ov-only", "ov-positive", "norm-matched", "identity", "impulse"),
         *("conditioned", "weight-selection", "transfer-attention"),

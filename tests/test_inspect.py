@@ -89,7 +89,7 @@ def test_circuits_are_those_of_the_network(folder):
 
 def test_corners_are_cut_from_the_whole_products(folder):
     found = attnlens.inspect(folder[0])
-    corners, shapes = found.corners("ov", "effective", 7)
+    corners, shapes = found.corners("effective", 7).of("ov")
     np.testing.assert_allclose(corners[1]["all"], dense_sum(folder[1], 1, True)[:7, :7], atol=1e-12)
     assert list(corners[2]) == [0, 1, 2, "all"]
     assert shapes == dict.fromkeys(range(3), (39, 39))

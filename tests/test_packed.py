@@ -155,6 +155,10 @@ HOSTILE = {
     "bomb.xz": (lzma.compress(ZEROS, preset=0), "unpacks to more than"),
     "bomb.bz2": (bz2.compress(ZEROS), "unpacks to more than"),
     "bomb.zip": (zipped({"model.pth": ZEROS}), "claim to hold"),
+    "way.zip": (zipped(FILE, zipfile.ZIP_LZMA), r"compressed in a way that is not used here\): unpack it yourself"),
+    "many.zip": (zipped({f"{number}.txt": b"" for number in range(10_001)}), "holds more than 10000 members"),
+    "x.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(30), "is a 7-Zip archive: unpack it"),
+    "renamed.pth": (b"Rar!\x1a\x07\x01\x00" + bytes(30), "is a RAR archive: unpack it"),
     "bomb.tar.gz": (tarred({"model.pth": ZEROS}, "w:gz"), "unpacks to more than"),
     "memory.xz": (
         lzma.compress(b"a", filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]),

@@ -53,14 +53,14 @@ def test_the_file_is_plain_json_with_schema_version_and_provenance(fitted):
     data = json.loads(fitted.to_json())
     assert (data["schema"], data["schema_version"], data["per"], data["fold"]) == (
         "attnlens.params",
-        3,
+        4,
         "head",
         "effective",
     )
     assert data["created"]["command"] == "attnlens fit-params small"
     assert data["sources"][0]["num_layers"] == 3
     assert data["sources"][0]["num_heads"] == [3, 3, 3]
-    assert len(data["entries"]) == 2 * 3 * (3 + 3 + 1)
+    assert len(data["entries"]) == 3 * 3 * (3 + 3 + 1)
 
 
 def changed(params, change):
@@ -124,9 +124,9 @@ def test_a_file_that_cannot_be_read_or_written_is_one_line(fitted, tmp_path):
         fitted.save(tmp_path / "file" / "params.json")
 
 
-@pytest.mark.parametrize("version", [0, 4, -1, "2", None, True, 1.5])
+@pytest.mark.parametrize("version", [0, 5, -1, "2", None, True, 1.5])
 def test_a_version_that_is_not_known_is_refused(fitted, version):
-    with pytest.raises(ParamsError, match=r"has schema_version .*this attnlens reads \[1, 2, 3\]: update attnlens"):
+    with pytest.raises(ParamsError, match=r"has schema_version .*this attnlens reads \[1, 2, 3, 4\]: update attnlens"):
         InitParams.parse(changed(fitted, lambda data: data.update(schema_version=version)))
 
 
@@ -146,7 +146,7 @@ def test_an_older_version_is_migrated_step_by_step(fitted, monkeypatch):
     monkeypatch.setattr(params_module, "MIGRATIONS", {-1: from_first, 0: from_second, **params_module.MIGRATIONS})
     assert InitParams.parse(json.dumps(old)) == fitted
     old["schema_version"] = -2
-    with pytest.raises(ParamsError, match=r"schema_version -2; this attnlens reads \[-1, 0, 1, 2, 3\]"):
+    with pytest.raises(ParamsError, match=r"schema_version -2; this attnlens reads \[-1, 0, 1, 2, 3, 4\]"):
         InitParams.parse(json.dumps(old))
 
 

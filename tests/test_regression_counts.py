@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from attnlens.checkpoints import base
 from attnlens.checkpoints.files import SafetensorsFile
 from attnlens.circuits import FactoredProduct, WholeProduct
 from attnlens.models import opened
@@ -89,6 +90,7 @@ def test_a_file_hashed_again_for_every_layer_is_caught(checkpoint, monkeypatch):
     plain = opened.read_heads
 
     def hashing(spec, file, layer):
+        base.HASHES.clear()
         file.provenance()
         return plain(spec, file, layer)
 

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import attnlens
+from attnlens.circuits import FOLDS
 from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.models.catalogue import shipped_file
 from attnlens.scans.executors import WorkerLostError
@@ -22,8 +24,9 @@ from attnlens.scans.landscape import draw_landscape
 from attnlens.scans.local import LocalExecutor
 from attnlens.scans.plan import Job, plan_scan
 from attnlens.scans.run import ATTEMPTS, Run
+from attnlens.scans.store import Store
 from attnlens.scans.tables import GRID, curves, spread
-from attnlens.scans.worker import Settings
+from attnlens.scans.worker import Settings, measure
 from benchmarks.trust.scale import CONFIG, write_model
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +67,17 @@ def planted(tmp_path_factory):
 def scanned(planted, tmp_path_factory):
     output = tmp_path_factory.mktemp("scanned")
     return attnlens.scan(f"{planted[0]}/*", output, workers=2), output
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_a_result_of_every_fold_is_believed(planted, tmp_path, fold):
+    job, settings = Job("good0", str(planted[0] / "good0")), Settings(fold)
+    store = Store(tmp_path, settings)
+    store.save(job, measure(asdict(job), asdict(settings), 1))
+    found = store.load(job)
+    assert found is not None
+    assert found["folds"] == [fold]
+    assert found["labels"] == []
 
 
 def names(plan):

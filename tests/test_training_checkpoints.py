@@ -623,6 +623,34 @@ def test_timms_own_checkpoints_name_their_architecture(tmp_path, plain):
     assert attnlens.inspect(tmp_path / "last.pth.tar").provenance["architecture"] == TINY
 
 
+class DictConfig:
+    """As OmegaConf's, which Lightning stores: values in nodes, below ``_content``."""
+
+    def __init__(self, **content):
+        self.__dict__ = {"_metadata": Strange(), "_parent": None, "_content": content}
+
+
+class AnyNode:
+    def __init__(self, value):
+        self.__dict__ = {"_metadata": Strange(), "_parent": None, "_val": value}
+
+
+def test_a_checkpoint_of_lightning_names_its_architecture_in_a_configuration_of_omegaconf(tmp_path, plain):
+    kwargs = DictConfig(depth=AnyNode(2), img_size=AnyNode(32))
+    settings = DictConfig(lr=AnyNode(0.1), model=AnyNode(TINY), model_kwargs=kwargs)
+    content = {
+        "epoch": 1,
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": prefixed(state(), "net."),
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
+        "hparams_name": "cfg",
+        "hyper_parameters": settings,
+    }
+    path = saved(tmp_path, content, "last.ckpt")
+    assert alphas(path, layers=None) == alphas(path) == plain[0]
+    assert attnlens.inspect(path).provenance["architecture"] == TINY
+
+
 def test_a_checkpoint_of_a_network_of_train_compare_goes_from_timms_saver_to_figures_parameters_and_page(tmp_path):
     from timm.utils import CheckpointSaver, ModelEmaV2
 

@@ -70,7 +70,7 @@ DOORS = {
     "circuits layer": (lambda s: s.seen.circuits(9), r"layer 9 was not read: choose from \[0, 1, 2, 3, 4, 5\]"),
     "heads": (lambda s: s.seen.heads(-1), "layer -1 was not read"),
     "figures": (lambda s: s.seen.figures("eff"), "choose raw, effective"),
-    "corners": (lambda s: s.seen.corners("vo", "raw"), "circuit 'vo' is not known"),
+    "corners": (lambda s: s.seen.corners("Rw", 7), "fold 'Rw' is not known"),
     "select circuit": (lambda s: s.seen.stats.select(circuit="vo"), "choose qk, ov"),
     "select fold": (lambda s: s.seen.stats.select(fold="eff"), "choose raw"),
     "select head": (lambda s: s.seen.stats.select(head="0"), "head '0' is neither an index nor 'all'"),

@@ -25,6 +25,8 @@ _OTHERS = {
     ".distcp": f"a shard of a distributed checkpoint: run `{_DCP}`",
     ".engine": f"a TensorRT engine: {_SAVE}",
     ".mlmodel": f"a Core ML model: {_SAVE}",
+    ".7z": "a 7-Zip archive: unpack it and give the weight file in it",
+    ".rar": "a RAR archive: unpack it and give the weight file in it",
 }
 OTHER_FORMATS = tuple(_OTHERS)
 """Suffixes of formats that are told from the ones that are read, and refused with what converts them."""
@@ -40,6 +42,8 @@ _BEGINNINGS = (
     (b"<html", "an HTML page and not the weights: the download was refused or redirected, download the file itself"),
     (b"<?xml", "an XML document and not the weights: the download was refused, download the file itself"),
     (b"gguf", _OTHERS[".gguf"]),
+    (b"7z\xbc\xaf\x27\x1c", _OTHERS[".7z"]),
+    (b"rar!\x1a\x07", _OTHERS[".rar"]),
     (b"\x89hdf\r\n\x1a\n", _OTHERS[".h5"]),
 )
 _FOLDERS = (

@@ -38,7 +38,7 @@ _MOST = 10_000
 """Members of an archive that are looked at."""
 _DAMAGE = (
     *(EOFError, ValueError, LookupError, RuntimeError, OverflowError, NotImplementedError, TypeError, MemoryError),
-    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
+    *(zlib.error, lzma.LZMAError, tarfile.TarError),
 )
 
 
@@ -155,16 +155,22 @@ def _suffix(name: str) -> str:
     return suffix if suffix in SUFFIXES else ""
 
 
+def _check_count(members: int) -> None:
+    if members > _MOST:
+        raise CheckpointError(f"it holds more than {_MOST} members: unpack it and give the weight file")
+
+
 @contextmanager
 def _zip_members(path: Path) -> Iterator[dict[str, Member]]:
     members = check_archive(path)
+    _check_count(len(members))
     with zipfile.ZipFile(path) as archive:
         links = {member.filename for member in members if member.external_attr >> 28 == 0xA}  # S_IFLNK's four bits
         yield {
             member.filename: Member(
                 member.filename, None if member.filename in links else partial(archive.open, member)
             )
-            for member in members[:_MOST]
+            for member in members
             if not member.is_dir()
         }
 
@@ -174,8 +180,7 @@ def _tar_members(path: Path) -> Iterator[dict[str, Member]]:
     with tarfile.open(path, "r:") as archive:
         found: dict[str, Member] = {}
         for count, member in enumerate(archive):
-            if count == _MOST:
-                raise CheckpointError(f"it holds more than {_MOST} members: unpack it and give the weight file")
+            _check_count(count)
             name = str(PurePosixPath(member.name))
             if name in found:
                 raise CheckpointError(f"two members of it have the name {name!r}: unpack it and give the weight file")
@@ -264,5 +269,9 @@ def _told(path: Path) -> Iterator[None]:
         if error.errno is not None:
             raise CheckpointError(f"cannot unpack {path}: {error.strerror}") from error
         raise CheckpointError(f"{path} cannot be unpacked ({first_line(error)}): truncated or corrupt") from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path} cannot be unpacked ({first_line(error)}): unpack it yourself, or download it again"
+        ) from error
     except _DAMAGE as error:
         raise CheckpointError(f"{path} cannot be unpacked ({first_line(error)}): truncated or corrupt") from error

@@ -10,7 +10,7 @@ import mmap
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,17 +202,24 @@ def _stated(root: Any) -> dict[str, str]:
     """Return the architecture a training script named (timm's ``arch`` or ``model``) and its arguments, as JSON."""
     top = parts_of(root)
     for holder in ("args", "hyper_parameters", "hparams", "config", "cfg"):
-        inner = parts_of(top.get(holder))
+        inner = _settings(top.get(holder))
         for key in ("model", "arch", "model_name", "architecture"):
             if isinstance(inner.get(key), str):
                 return {"named_architecture": inner[key], **_arguments(inner.get("model_kwargs"))}
     return {"named_architecture": top["arch"]} if isinstance(top.get("arch"), str) else {}
 
 
+def _settings(value: Any) -> Mapping[Any, Any]:
+    """Return settings by name; OmegaConf keeps them in nodes that hold their value, below ``_content``."""
+    found = parts_of(value)
+    content = parts_of(found.get("_content"))
+    return {key: parts_of(node).get("_val", node) for key, node in content.items()} if content else found
+
+
 def _arguments(value: Any) -> dict[str, str]:
     """Return what of the arguments is plain; a class among them, of activations or norms, is no size."""
     given: dict[str, Any] = {}
-    for name, argument in parts_of(value).items():
+    for name, argument in _settings(value).items():
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             given |= json.loads(json.dumps({name: argument}))
     return {"named_arguments": json.dumps(given)} if given else {}

@@ -100,7 +100,7 @@ def _version(name: str) -> str | None:
 
 def _devices() -> Iterator[Finding]:
     """Ask the driver which GPUs there are, and only then, torch whether it can use them."""
-    yield Finding("device", "cpu", f"{_cores()} cores", ok=True)
+    yield Finding("device", "cpu", f"{_cores()} cores{_half_products()}", ok=True)
     gpus = _gpus()
     if not gpus:
         remedy = "inspect, fit-params, init and report do not need one; train-compare runs on the CPU"
@@ -112,6 +112,16 @@ def _devices() -> Iterator[Finding]:
     said = f"{'; '.join(gpus)}; torch {torch.__version__} {'uses it' if usable else 'cannot use it'}"
     remedy = "" if usable else "install a torch built for the driver's CUDA version"
     yield Finding("device", "cuda", said, ok=usable, needed=False, remedy=remedy)
+
+
+def _half_products() -> str:
+    """Say which instructions of this processor multiply in bfloat16, where the system lists them."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return ""
+    found = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags]
+    return f", bfloat16 products by {' and '.join(found)} (train-compare --precision bfloat16)" if found else ""
 
 
 def _cores() -> int | None:

@@ -21,6 +21,7 @@ def init(
     ] = None,
     init: options.InitName = None,
     params: options.ParamsFile = None,
+    gains: options.Gains = None,
     pairs: options.InitOptions = None,
     model_args: options.ModelArgs = None,
     seed: Annotated[int, typer.Option(min=0, help="Use this seed for every draw, timm's own included.")] = 0,
@@ -37,8 +38,8 @@ def init(
     if list_:
         _print_list(json_)
         return
-    name, given = choose_initialiser(init, params, pairs)
-    name = name or "mimetic"
+    name, given = choose_initialiser(init, params, pairs, gains)
+    name = name or ("fitted" if params else "mimetic")
     arguments = options.parse_model_args(model_args)
     report = init_file(
         model, output, init=name, seed=seed, model_args=arguments, command=command_line(), force=force, **given
@@ -52,20 +53,21 @@ def init(
 
 
 def choose_initialiser(
-    init: str | None, params: Path | None, pairs: list[str] | None
+    init: str | None, params: Path | None, pairs: list[str] | None, gains: str | None
 ) -> tuple[str | None, dict[str, Any]]:
-    """Return the initialiser's name, ``fitted`` where parameters alone are given, None for neither; and its options."""
+    """Return the initialiser's name, None where none is given, and its options."""
     from attnlens.inits import initialisers
     from attnlens.inits.registry import find_initialiser
 
     given = options.parse_pairs("--option", pairs)
+    if gains is not None:
+        given["gains"] = gains
     if params is None:
         return init, given
-    chosen = find_initialiser(init or "fitted")
-    if "params" not in chosen.options and not chosen.passes_on:
-        able = [name for name, one in initialisers().items() if "params" in one.options or one.passes_on]
+    if not find_initialiser(init or "fitted").takes("params"):
+        able = [name for name, one in initialisers().items() if one.takes("params")]
         raise UsageError(f"--params goes with --init {', '.join(able)}, not with {init!r}")
-    return init or "fitted", {**given, "params": str(params)}
+    return init, {**given, "params": str(params)}
 
 
 def _print_list(as_json: bool) -> None:

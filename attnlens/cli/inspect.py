@@ -54,12 +54,15 @@ def inspect(
     from threading import Thread
 
     from attnlens.atomic import FileSet
-    from attnlens.inspection import save_inspection
+    from attnlens.circuits import parse_folds
+    from attnlens.inspection import Corners, save_inspection
 
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
     Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
+    folds = parse_folds(fold)
+    corners = Corners("effective" if "effective" in folds else folds[0], crop)
     inspection = attnlens.inspect(
         model,
         checkpoint,
@@ -74,6 +77,7 @@ def inspect(
         offline=offline,
         remote=remote,
         progress=tracked("layers"),
+        observe=corners.observe,
     )
     if remote:
         note(fetched(inspection.provenance))
@@ -84,7 +88,7 @@ def inspect(
     from attnlens.figures import save_figures
 
     with FileSet(outputs.check) as files:
-        save_figures(inspection.figures(shown, crop), folder, format_, dpi, into=files.write)
+        save_figures(inspection.figures(shown, crop, corners), folder, format_, dpi, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()
     if json_:

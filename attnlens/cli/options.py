@@ -108,7 +108,8 @@ Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Draw figures with so m
 
 INITIALISERS = (
     *("mimetic", "qk-only", "ov-only", "ov-positive", "fitted", "conv-covariance", "norm-matched", "identity"),
-    *("conditioned", "impulse", "transfer-attention", "weight-selection", "default"),
+    *("conditioned", "impulse", "transfer-attention", "weight-selection", "transfer-filters"),
+    "default",
 )
 """Names for the help, which imports no initialiser; a test holds them to the registry."""
 InitName = Annotated[
@@ -122,6 +123,13 @@ InitName = Annotated[
 ]
 ParamsFile = Annotated[
     Path | None, typer.Option("--params", "-p", help="Take fitted parameters from this file, written by fit-params.")
+]
+Gains = Annotated[
+    Literal["none", "quantiles", "channels"] | None,
+    typer.Option(
+        help="Draw balanced products and multiply rows and columns by the gains in --params: by gains of the same "
+        "quantiles, for any width, or by those of each channel, for a network of the source's sizes. Default: none.",
+    ),
 ]
 InitOptions = Annotated[
     list[str] | None,

@@ -32,11 +32,18 @@ def train_compare(
         Path | None,
         typer.Option(help="Read the data set's files from this folder. Default: the cache, or where --dataset says."),
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep these classes of the images, separated by commas, or even or odd: every second of the sorted "
+            "names. Default: all classes."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Start from this pre-trained model, as for inspect; or, from drawn weights, convmixer-tiny, timm's "
-            "convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
+            help="Start from this pre-trained model, as for inspect; or, from drawn weights or those of --checkpoint, "
+            "convmixer-tiny, timm's convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
         ),
     ] = None,
     checkpoint: options.Checkpoint = None,
@@ -45,8 +52,9 @@ def train_compare(
         str | None,
         typer.Option(
             help="Train these arms, separated by commas. Default: default,mimetic,fitted,pretrained,norm-matched,"
-            "norm-matched-mimetic, or the model's. Also pretrained-attention, mimetic-positive, value-skipinit, "
-            "no-skips-no-norms, e-spa-no-norms, e-spa-no-skips-no-norms, and every initialiser that needs no option."
+            "norm-matched-mimetic, or the model's. ladder stands for every rung from default to pretrained; its rungs, "
+            "mimetic-positive, value-skipinit, no-skips-no-norms, e-spa-no-norms, e-spa-no-skips-no-norms and every "
+            "initialiser that needs no option are arms too."
         ),
     ] = None,
     contrasts: Annotated[
@@ -159,6 +167,7 @@ def train_compare(
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
+        classes=_classes(classes),
         model=model,
         checkpoint=checkpoint,
         params=params,
@@ -212,6 +221,11 @@ def _words(option: str, text: str) -> list[str]:
     if not words:
         raise UsageError(f"{option} is empty: separate what you name with commas")
     return words
+
+
+def _classes(text: str | None) -> str | list[str] | None:
+    words = [] if text is None else _words("--classes", text)
+    return words[0] if len(words) == 1 else words or None
 
 
 def _pair(text: str) -> tuple[str, str]:

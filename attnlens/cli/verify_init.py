@@ -27,6 +27,7 @@ def verify_init(
     model_args: options.ModelArgs = None,
     init: options.InitName = None,
     params: options.ParamsFile = None,
+    gains: options.Gains = None,
     pairs: options.InitOptions = None,
     seed: Annotated[
         int | None,
@@ -43,7 +44,7 @@ def verify_init(
             "verify-init needs a network to look at: give --checkpoint FILE for a file that attnlens init wrote, MODEL "
             "--checkpoint FILE --init NAME for another"
         )
-    name, given = choose_initialiser(init, params, pairs)
+    name, given = choose_initialiser(init, params, pairs, gains)
     arguments = options.parse_model_args(model_args)
     report = attnlens.verify_init(model, checkpoint, init=name, seed=seed, model_args=arguments, **given)
     if json_:

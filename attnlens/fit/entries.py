@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import ConfigDict, Field
 
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import ParamsError
+from attnlens.heads import Array
 from attnlens.statistics.depth import Trend, _Part
 from attnlens.statistics.table import ALL_HEADS
 
 Heads = Literal["each", "all"]
 LARGEST_LOG = 700.0
 """Of the logarithm of alpha: beyond it float64 ends."""
+_NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 
 # A product that is zero has no shares.
 Share = Annotated[float | None, Field(ge=0, le=1 + 1e-9)]
@@ -143,3 +146,33 @@ def select(
         and fold in (None, entry.fold)
         and layer in (None, entry.layer)
     ]
+
+
+def pool(circuit: Kind, heads: Heads, entries: Sequence[Entry]) -> Pooled:
+    """Pool the requests of one circuit over layers, heads and models."""
+    noisy = [entry for entry in entries if entry.request_alpha > 0]
+    return Pooled(
+        circuit=circuit,
+        head=heads,
+        alpha=_summary(entries, "request_alpha"),
+        beta=_summary(entries, "request_beta"),
+        log_alpha_trend=_trend(noisy, "request_alpha", np.log) if noisy else _NO_NOISE,
+        beta_trend=_trend(entries, "request_beta"),
+    )
+
+
+def _summary(entries: Sequence[Entry], name: str) -> Summary:
+    values = np.array([getattr(entry, name) for entry in entries])
+    sources = sorted({entry.source for entry in entries})
+    means = np.array([np.mean([getattr(e, name) for e in entries if e.source == source]) for source in sources])
+    between = sd(means) if len(means) > 1 else None
+    return Summary(mean=float(values.mean()), sd=sd(values), between_model_sd=between, n=len(values))
+
+
+def _trend(entries: Sequence[Entry], name: str, of: Callable[[Array], Array] = np.asarray) -> Trend:
+    return Trend.fit([entry.depth for entry in entries], of(np.array([getattr(entry, name) for entry in entries])))
+
+
+def sd(values: Array) -> float:
+    """Return the standard deviation with n - 1, 0 for one value."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.circuits import FactoredProduct, Fold, Kind, layer_ov, ov_circuit, qk_circuit
+from attnlens.circuits import FactoredProduct, Fold, Kind, fold_ov, fold_qk, layer_ov, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
 from attnlens.filters.fit import filter_medians, fit_filter_entries
-from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, Summary, select
+from attnlens.fit.entries import Entry, Heads, LayerSummary, Source, pool, sd, select
+from attnlens.fit.gains import LEVELS, CircuitGains
 from attnlens.fit.params import InitParams, Per
-from attnlens.heads import Array, HeadWeights
+from attnlens.heads import HeadWeights
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.flags import FLAGS, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
 from attnlens.models.open import open_model
 from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
-from attnlens.statistics.depth import Trend, relative_depth
-from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.depth import relative_depth
+from attnlens.statistics.diagonal import AlphaBeta, fit_alpha_beta
 from attnlens.statistics.inference import Inference, infer
-from attnlens.statistics.inverse import Parameters, UnreachableParametersError, request
+from attnlens.statistics.inverse import Requests, requests
 from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
 from attnlens.strict_json import finite_or_none
+from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import FOLD, PER, SHRINKAGE, coverage
 
 if TYPE_CHECKING:
     import os
 
-    from attnlens.threads import Progress
-
-_NO_NOISE = Trend(coefficients=[math.log(np.finfo(np.float64).tiny)], residual_sd=0.0)
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
 _NEAREST_SHARE_OF_BOUND = 0.99
 
@@ -62,7 +60,8 @@ def fit_params(
     """Return the fit of every circuit and every layer of filters of models: what to request of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
-    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw`` or ``effective``.
+    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective`` or
+    ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with their gains.
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
@@ -76,14 +75,16 @@ def fit_params(
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     everything: list[Entry] = []
+    gains: list[CircuitGains] = []
     filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
         opened = open_model(
             model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
         )
-        fitted, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
+        fitted, of_model, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += fitted
+        gains += of_model
         of_filters, unread = fit_filter_entries(opened.architecture, opened.filters, len(sources), shrinkage, progress)
         if not fitted and not of_filters:
             raise UnsupportedAttentionError(f"no layer of {opened.name} can be fitted: {unread[0]}")
@@ -102,7 +103,7 @@ def fit_params(
     groups = [(circuit, heads) for circuit, heads in _GROUPS if select(entries, circuit, heads)]
     return InitParams(
         schema="attnlens.params",
-        schema_version=3,
+        schema_version=4,
         fold=fold,
         per=per,
         level=level,
@@ -110,7 +111,9 @@ def fit_params(
         sources=sources,
         entries=everything,
         layers=list(_layer_summaries(entries)),
-        pooled=[_pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
+        pooled=[pool(circuit, heads, select(entries, circuit, heads)) for circuit, heads in groups],
+        gain_levels=LEVELS.tolist(),
+        gains=gains,
         filters=filters,
         filter_medians=filter_medians(filters),
     )
@@ -137,35 +140,47 @@ _GROUPS: tuple[tuple[Kind, Heads], ...] = (("qk", "each"), ("ov", "each"), ("ov"
 
 def _fit_model(
     opened: OpenedModel, source: int, fold: Fold, level: float, seed: int, progress: Progress
-) -> tuple[list[Entry], list[int]]:
-    """Fit every circuit of one model, raw and under ``fold``; p-values are corrected over each kind of circuit.
+) -> tuple[list[Entry], list[CircuitGains], list[int]]:
+    """Fit every circuit of one model, raw, under ``fold`` and balanced; return its gains and heads by layer too.
 
-    A model without one has no entries where it has filters, and is refused where it has none.
+    p-values are corrected over all circuits of a fold. A model without any has no entries where it has filters, and is
+    refused where it has none.
     """
     specs = [(layer, spec) for layer, spec in opened.architecture.indexed() if not _unread(spec, fold)]
     if not specs and opened.architecture.filters:
-        return [], []
+        return [], [], []
     if not specs:
-        layer, spec = opened.architecture.indexed()[0]
+        _, spec = opened.architecture.indexed()[0]
         raise UnsupportedAttentionError(
             f"no layer of {opened.name} can be fitted: {spec.path} {_unread(spec, fold, opened.untraced)}"
         )
-    folds = tuple(dict.fromkeys(("raw", fold)))
-    stacks: list[_Stack] = []
-    heads: list[int] = []
-    for layer, _ in progress(specs):
-        weights = opened.heads(layer)
-        heads.append(weights.num_heads)
-        place = {"source": source, "layer": layer, "depth": relative_depth(layer, len(opened.architecture.order))}
-        for name in folds:
-            for circuit, names, product in _circuits(weights, name):
-                if product.is_square:
-                    stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+    folds: tuple[Fold, ...] = tuple(dict.fromkeys(("raw", fold, *(() if fold == "raw" else ("balanced",)))))
+
+    def measure(indexed: tuple[int, AttentionSpec]) -> tuple[int, list[_Stack], list[CircuitGains]]:
+        weights = opened.heads(indexed[0])
+        depth = relative_depth(indexed[0], len(opened.architecture.order))
+        place = {"source": source, "layer": indexed[0], "depth": depth}
+        stacks: list[_Stack] = []
+        gains: list[CircuitGains] = []
+        for name, circuit, names, product in _circuits(weights, folds):
+            if not product.is_square:
+                continue
+            stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
+            if product.gains is not None:
+                head: Heads = "all" if names == [ALL_HEADS] else "each"
+                gains.append(CircuitGains.of(product, {**place, "circuit": circuit}, head))
+        return weights.num_heads, stacks, gains
+
+    measured = over_threads(measure, specs, progress, largest=max(opened.bytes_of(spec) for _, spec in specs))
+    heads = [count for count, _, _ in measured]
+    stacks = [stack for _, found, _ in measured for stack in found]
+    gains = [each for _, _, found in measured for each in found]
     if not stacks and opened.architecture.filters:
-        return [], heads
+        return [], [], heads
     if not stacks:
         raise UnsupportedAttentionError(f"no product of {opened.name} is square: there is no diagonal to fit")
-    return [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])], heads
+    entries = [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])]
+    return entries, gains, heads
 
 
 def _unread(spec: AttentionSpec, fold: Fold, untraced: str = "") -> str:
@@ -193,11 +208,23 @@ def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str
     return {"not_read": not_read, "left_out": layers_by_reason(read)}
 
 
-def _circuits(weights: HeadWeights, fold: Fold) -> Iterator[tuple[Kind, list[int | str], FactoredProduct]]:
-    yield "qk", list(range(weights.num_heads)), qk_circuit(weights, fold)
-    if weights.W_O is not None:
-        yield "ov", list(range(weights.num_value_heads)), ov_circuit(weights, fold)
-        yield "ov", [ALL_HEADS], layer_ov(weights, fold)
+def _circuits(
+    weights: HeadWeights, folds: Sequence[Fold]
+) -> Iterator[tuple[Fold, Kind, list[int | str], FactoredProduct]]:
+    """Yield every product under every fold; a sum and the heads it is the sum of share what is computed of them."""
+    qk = qk_circuit(weights)
+    total = None if weights.W_O is None else layer_ov(weights)
+    for fold in folds:
+        yield fold, "qk", list(range(weights.num_heads)), fold_qk(qk, weights, fold)
+        if total is None or total.parts is None:
+            continue
+        if fold == "balanced":
+            heads, summed = fold_ov(total.parts, weights, fold), fold_ov(total, weights, fold)
+        else:
+            summed = fold_ov(total, weights, fold)
+            heads = summed.parts or total.parts
+        yield fold, "ov", list(range(weights.num_value_heads)), heads
+        yield fold, "ov", [ALL_HEADS], summed
 
 
 @dataclass(frozen=True)
@@ -206,31 +233,30 @@ class _Stack:
 
     place: dict[str, Any]
     names: Sequence[int | str]
-    fit: DiagonalFit
+    fit: AlphaBeta
     inference: Inference
 
 
 def _measure(
     product: FactoredProduct, place: dict[str, Any], names: Sequence[int | str], level: float, seed: int
 ) -> _Stack:
-    fit, inference = fit_diagonal(product, None), infer(product, level=level, seed=seed)
+    fit, inference = fit_alpha_beta(product), infer(product, level=level, seed=seed)
     return _Stack({**place, "head_dim": product.rank_bound, "embed_dim": product.shape[-1]}, names, fit, inference)
 
 
 def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
     """Yield the entries of one model under one fold; their p-values are corrected over all of them as one family."""
     p_values = corrected(np.concatenate([np.ravel(stack.inference.p_value) for stack in stacks]))
+    requested = _requests(stacks)
     start = 0
     for stack in stacks:
         of_stack = p_values[start : start + len(stack.names)]
-        start += len(stack.names)
         judged = judge(stack.fit, stack.inference, of_stack)
         for index, (name, judgement) in enumerate(zip(stack.names, judged, strict=True)):
             alpha, beta = (float(np.ravel(getattr(stack.fit, field))[index]) for field in ("alpha", "beta"))
             inferred: dict[str, Any] = {
                 field: finite_or_none(float(np.ravel(getattr(stack.inference, field))[index])) for field in _INFERRED
             }
-            request, reachable = _request(alpha, beta, stack.place["head_dim"], stack.place["embed_dim"])
             yield Entry(
                 **stack.place,
                 **inferred,
@@ -241,19 +267,24 @@ def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:
                 p_value_alone=float(np.ravel(stack.inference.p_value)[index]),
                 verdict=judgement.verdict.value,
                 reason=judgement.reason,
-                request_alpha=request.alpha,
-                request_beta=request.beta,
-                reachable=reachable,
+                request_alpha=float(requested.alpha[start + index]),
+                request_beta=float(requested.beta[start + index]),
+                reachable=bool(requested.reachable[start + index]),
             )
+        start += len(stack.names)
 
 
-def _request(alpha: float, beta: float, rank: int, embed_dim: int) -> tuple[Parameters, bool]:
-    """Return the request that realises a fit, or the nearest one: the fit's beta, alpha raised into reach."""
-    try:
-        return request(alpha, beta, rank, embed_dim), True
-    except UnreachableParametersError:
-        reach = _NEAREST_SHARE_OF_BOUND**2 * rank / embed_dim
-        return request(abs(beta) * math.sqrt(1 / reach - 1), beta, rank, embed_dim), False
+def _requests(stacks: Sequence[_Stack]) -> Requests:
+    """Return the requests that realise the fits, or the nearest ones: a fit's beta, alpha raised into reach."""
+    counts = [len(stack.names) for stack in stacks]
+    sizes = [np.repeat([stack.place[name] for stack in stacks], counts) for name in ("head_dim", "embed_dim")]
+    alpha, beta = (
+        np.concatenate([np.ravel(getattr(stack.fit, name)) for stack in stacks]) for name in ("alpha", "beta")
+    )
+    found = requests(alpha, beta, *sizes)
+    reach = _NEAREST_SHARE_OF_BOUND**2 * sizes[0] / sizes[1]
+    nearest = np.where(found.reachable, alpha, np.abs(beta) * np.sqrt(np.maximum(1 / reach - 1, 0.0)))
+    return requests(nearest, beta, *sizes)._replace(reachable=found.reachable)
 
 
 def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
@@ -268,39 +299,11 @@ def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
                 circuit=circuit,
                 head=heads,
                 alpha_mean=float(alpha.mean()),
-                alpha_sd=_sd(alpha),
+                alpha_sd=sd(alpha),
                 beta_mean=float(beta.mean()),
-                beta_sd=_sd(beta),
+                beta_sd=sd(beta),
                 n=len(measured),
             )
-
-
-def _pool(circuit: Kind, heads: Heads, entries: Sequence[Entry]) -> Pooled:
-    noisy = [entry for entry in entries if entry.request_alpha > 0]
-    return Pooled(
-        circuit=circuit,
-        head=heads,
-        alpha=_summary(entries, "request_alpha"),
-        beta=_summary(entries, "request_beta"),
-        log_alpha_trend=_trend(noisy, "request_alpha", np.log) if noisy else _NO_NOISE,
-        beta_trend=_trend(entries, "request_beta"),
-    )
-
-
-def _summary(entries: Sequence[Entry], name: str) -> Summary:
-    values = np.array([getattr(entry, name) for entry in entries])
-    sources = sorted({entry.source for entry in entries})
-    means = np.array([np.mean([getattr(e, name) for e in entries if e.source == source]) for source in sources])
-    between = _sd(means) if len(means) > 1 else None
-    return Summary(mean=float(values.mean()), sd=_sd(values), between_model_sd=between, n=len(values))
-
-
-def _trend(entries: Sequence[Entry], name: str, of: Callable[[Array], Array] = np.asarray) -> Trend:
-    return Trend.fit([entry.depth for entry in entries], of(np.array([getattr(entry, name) for entry in entries])))
-
-
-def _sd(values: Array) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def _created(command: str | None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A file holds, per source, layer and head, the realised fit (alpha, beta with intervals) and the *request*: the (alpha,
 beta) to draw with so that the truncated product realises it. Requests are free of width and rank: a full d x d draw
 ``alpha * Z + beta * I`` has the same two numbers whatever d is, so they, and not the realised ones, carry over to
-another model. Of depthwise filters it holds the covariance of every layer and a closed form fitted to it.
+another model. Beside the fold's entries stand those of the balanced products, with their gains (`attnlens.fit.gains`).
+Of depthwise filters it holds the covariance of every layer and a closed form fitted to it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from attnlens.errors import ParamsError
 from attnlens.filters.closed_form import closed_form
 from attnlens.filters.entries import FilterEntry, FilterEntryOfVersion2, FilterMedians, carried_over
 from attnlens.filters.fit import filter_medians
-from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, select
+from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, pool, select
+from attnlens.fit.gain_transfer import GainTransfer
+from attnlens.fit.gains import LEVELS, CircuitGains, GainsOption
 from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import _Part, relative_depth
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from attnlens.models.architecture import Architecture
 
 SCHEMA = "attnlens.params"
-VERSION = 3
+VERSION = 4
 Per = Literal["head", "layer", "model"]
 
 
@@ -52,13 +55,19 @@ class LayerRequest(_Part):
     """``[2]``, of the layer's summed OV; beta carries its sign; None where the file has none"""
     ov_heads: Any = None
     """``[num_heads, 2]`` of single heads, None where the file has none"""
+    qk_gains: Any = None
+    """`attnlens.fit.gains.LayerGains` of the heads' QK; None without gains"""
+    ov_gains: Any = None
+    """the same of the layer's summed OV"""
+    ov_heads_gains: Any = None
+    """the same of single OV heads"""
 
 
 class InitParams(_Part):
     """Fitted parameters of one or more models; see the module's text for what carries over and how."""
 
     schema_: Literal["attnlens.params"] = Field(alias="schema")
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     fold: Fold = Field(description="what an initialiser takes; entries of other folds stand beside for comparison")
     per: Per
     level: float = Field(gt=0, lt=1, description="of the intervals")
@@ -67,16 +76,19 @@ class InitParams(_Part):
     entries: list[Entry]
     layers: list[LayerSummary]
     pooled: list[Pooled]
+    gain_levels: list[float] = Field(description="levels of the gains' quantiles")
+    gains: list[CircuitGains] = Field(description="of the balanced products; none where none were fitted")
     filters: list[FilterEntry]
     filter_medians: list[FilterMedians]
 
     @model_validator(mode="after")
     def _refer_to_sources(self) -> InitParams:
-        rows: list[tuple[str, Entry | FilterEntry]] = [
+        rows: list[tuple[str, Entry | CircuitGains | FilterEntry]] = [
             *((f"entries.{index}", entry) for index, entry in enumerate(self.entries)),
+            *((f"gains.{index}", gains) for index, gains in enumerate(self.gains)),
             *((f"filters.{index}", filters) for index, filters in enumerate(self.filters)),
         ]
-        if not rows:
+        if not self.entries and not self.filters:
             raise ValueError("entries and filters are both empty")
         for name, row in rows:
             if row.source >= len(self.sources):
@@ -149,14 +161,17 @@ class InitParams(_Part):
         where = None if layer is None else index("layer", layer)
         return select(self.entries, CIRCUIT(circuit), HEADS(head), layer=where, fold=chosen)
 
-    def for_model(self, module: nn.Module) -> tuple[LayerRequest, ...]:
+    def for_model(self, module: nn.Module, gains: GainsOption = "none") -> tuple[LayerRequest, ...]:
         """Return the requests for every readable layer of a live module, by the transfer rule of `requests`."""
         from attnlens.models.live import open_live
 
-        return self.requests(open_live(module).architecture)
+        return self.requests(open_live(module).architecture, gains)
 
-    def requests(self, architecture: Architecture) -> tuple[LayerRequest, ...]:
+    def requests(self, architecture: Architecture, gains: GainsOption = "none") -> tuple[LayerRequest, ...]:
         """Return what to draw each readable layer of an architecture with.
+
+        ``gains="none"``: the requests of the file's fold. Else those of the balanced products and, beside them, what to
+        draw their gains with: ``quantiles``, carried over by the same rule, or ``channels``, each channel's own.
 
         Transfer rule, in requests (which do not depend on width, head count or head dim):
 
@@ -165,36 +180,55 @@ class InitParams(_Part):
         - ``per="layer"``: sources of the same depth: layer by layer, the mean over heads and models.
         - otherwise (another depth; several models under ``per="head"``): the depth trend at t = layer / (depth - 1).
         - ``per="model"``: the pooled mean for every layer.
+
+        Raises `ParamsError` for gains that the file does not hold, `UsageError` for channels of another depth.
         """
         places = [(layer, spec.q.heads, spec.o.heads if spec.o else 0) for layer, spec in architecture.indexed()]
         depth = len(architecture.order)
         depths = [source.num_layers for source in self.sources if source.num_layers]
         same_depth = all(layers == depth for layers in depths)
         by_layer = same_depth and (self.per == "layer" or (self.per == "head" and len(depths) == 1))
+        fold: Fold = self.fold if gains == "none" else "balanced"
+        transfer = GainTransfer.of(self.gains, gains, by_layer and self.per == "head", self.per)
         requests = []
         for layer, heads, value_heads in places:
-            t = relative_depth(layer, depth)
-            qk = self._heads("qk", layer if by_layer else None, heads, t)
-            ov = self._heads("ov", layer if by_layer else None, value_heads, t)
-            total = self._pairs("ov", "all", layer if by_layer else None, t)
-            requests.append(LayerRequest(layer=layer, qk=qk, ov=total.mean(0) if len(total) else None, ov_heads=ov))
+            t, own = relative_depth(layer, depth), layer if by_layer else None
+            qk = self._heads("qk", own, heads, t, fold)
+            ov = self._heads("ov", own, value_heads, t, fold)
+            total = self._pairs("ov", "all", own, t, fold)
+            requests.append(
+                LayerRequest(
+                    layer=layer,
+                    qk=qk,
+                    ov=total.mean(0) if len(total) else None,
+                    ov_heads=ov,
+                    **(transfer.layer(own, t, heads, value_heads) if transfer else {}),
+                )
+            )
         return tuple(requests)
 
-    def _heads(self, circuit: Kind, layer: int | None, heads: int, t: float) -> Array | None:
-        pairs = self._pairs(circuit, "each", layer, t)
+    def _heads(self, circuit: Kind, layer: int | None, heads: int, t: float, fold: Fold) -> Array | None:
+        pairs = self._pairs(circuit, "each", layer, t, fold)
         if not len(pairs) or not heads:
             return None
         if self.per == "head" and len(pairs) == heads:
             return pairs
         return np.tile(pairs.mean(0), (heads, 1))
 
-    def _pairs(self, circuit: Kind, head: Heads, layer: int | None, t: float) -> Array:
+    def _pooled(self, circuit: Kind, head: Heads, fold: Fold) -> Pooled | None:
+        """Return what is pooled of one circuit under a fold; the file holds that of its own."""
+        if fold == self.fold:
+            return next((p for p in self.pooled if p.circuit == circuit and p.head == head), None)
+        entries = self.select(circuit, head, fold=fold)
+        return pool(circuit, head, entries) if entries else None
+
+    def _pairs(self, circuit: Kind, head: Heads, layer: int | None, t: float, fold: Fold) -> Array:
         """Return ``[n, 2]`` requests: those of a layer, or the one pair that trend or pooled mean give."""
         if layer is not None:
-            entries = self.select(circuit, head, layer)
+            entries = self.select(circuit, head, layer, fold)
             if entries:
                 return np.array([[entry.request_alpha, entry.request_beta] for entry in entries])
-        pooled = next((p for p in self.pooled if p.circuit == circuit and p.head == head), None)
+        pooled = self._pooled(circuit, head, fold)
         if pooled is None:
             return np.empty((0, 2))
         if self.per == "model":
@@ -235,10 +269,16 @@ def _refitted(data: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **dumped, "schema_version": 3}
 
 
+def _without_gains(data: dict[str, Any]) -> dict[str, Any]:
+    """Give a file of version 3 the place for gains: it has none."""
+    return {"gain_levels": LEVELS.tolist(), "gains": [], **data, "schema_version": 4}
+
+
 # Version -> function that turns a file of that version into the next one.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda data: {**data, "filters": [], "filter_trend": None, "schema_version": 2},
     2: _refitted,
+    3: _without_gains,
 }
 
 

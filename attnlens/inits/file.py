@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attnlens.atomic import write_atomic
+from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, ParamsError, UsageError
 from attnlens.inits.apply import build_model, init_
 from attnlens.inits.registry import find_initialiser
@@ -111,10 +111,7 @@ def init_file(
 
 def save_weights(module: nn.Module, output: str | os.PathLike[str], metadata: dict[str, str]) -> Path:
     """Write a network's state as safetensors, atomically; tensors that share memory are written each by themselves."""
-    from safetensors.torch import save
-
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    return write_atomic(Path(output), lambda file: file.write(save(state, metadata)))
+    return write_safetensors(output, module.state_dict(), metadata)
 
 
 def params_record(params: Any) -> dict[str, Any] | None:

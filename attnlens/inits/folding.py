@@ -45,6 +45,11 @@ class Gain(NamedTuple):
         return np.divide(1.0, self.values, out=np.zeros_like(self.values), where=self.usable)
 
 
+def coordinates(fold: Fold) -> Fold:
+    """Return the fold whose products a rule's factors multiply to: a rule of balanced products plans effective ones."""
+    return "effective" if fold == "balanced" else fold
+
+
 def gains(weights: HeadWeights, fold: Fold) -> dict[str, Gain]:
     """Return the gain of each role under a fold; roles without one are left out.
 

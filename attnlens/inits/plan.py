@@ -34,6 +34,17 @@ class Request(NamedTuple):
     beta: float
 
 
+class PlannedGains(NamedTuple):
+    """The gains a product was drawn with: where they stand, and the tails they give it."""
+
+    circuit: Kind
+    head: int | str
+    by_channel: bool
+    """Whether each channel's gain is settled; else only which gains there are."""
+    kurtosis: float
+    """Excess, of the product's off-diagonal entries before balancing; NaN where none is asked for."""
+
+
 @dataclass(frozen=True)
 class Network:
     """What an initialiser may look at before it starts: the architecture, its weights, and the seed's streams."""
@@ -90,6 +101,7 @@ class Plan:
     """New biases by role; a role whose weights are new and whose bias is not named here gets a bias of zero."""
     total: Array | None = None
     requests: tuple[Request, ...] = ()
+    gains: tuple[PlannedGains, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     """(circuit, reason) for what was left as it is though it was requested."""
     notes: tuple[str, ...] = ()
@@ -111,6 +123,7 @@ def without_silent(plan: Plan, silent: Collection[str]) -> Plan:
                 **{f"W_{role.upper()}": None for role in roles},  # type: ignore[arg-type]
                 total=plan.total if circuit == "qk" else None,
                 requests=tuple(request for request in plan.requests if request.circuit != circuit),
+                gains=tuple(each for each in plan.gains if each.circuit != circuit),
                 skipped=(*plan.skipped, (circuit, reason)),
             )
     return plan
@@ -150,7 +163,8 @@ class Rule:
 
     plan: Callable[[Layer], Plan] | None = None
     fold: Fold = "raw"
-    """Coordinates of the plan: ``effective`` products have norm gain and LayerScale folded in."""
+    """Coordinates of the plan: ``effective`` products have norm gain and LayerScale folded in. ``balanced``: these
+    coordinates too, and it is the balanced products that have the requested parameters."""
     requests: Callable[[Layer], tuple[Request, ...]] | None = None
     """alpha and beta of every product, without drawing anything; None where there are no such numbers."""
     random: bool = True
@@ -161,4 +175,15 @@ class Rule:
     """What it will do to layers of depthwise filters; ``plan`` is for attention. One of the two is there."""
 
 
-__all__ = ["ALL_HEADS", "FilterLayer", "FilterPlan", "Layer", "Network", "Plan", "Request", "Rule", "without_silent"]
+__all__ = [
+    "ALL_HEADS",
+    "FilterLayer",
+    "FilterPlan",
+    "Layer",
+    "Network",
+    "Plan",
+    "PlannedGains",
+    "Request",
+    "Rule",
+    "without_silent",
+]

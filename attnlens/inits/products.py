@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from attnlens.heads import Array
+from attnlens.inits.gained import gained_heads
 from attnlens.inits.plan import ALL_HEADS, Layer, Plan, Request
 from attnlens.inits.truncation import Band, haar, split, unwanted_band
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from attnlens.fit.gains import LayerGains
 
 Noise = Literal["normal", "uniform"]
 Columns = Literal["svd", "shuffled"]
@@ -43,13 +46,14 @@ def draw_matrix(pair: Pair, size: int, noise: Noise, generator: torch.Generator)
     return A
 
 
-def plan_qk(layer: Layer, pairs: Sequence[Pair], noise: Noise) -> Plan:
+def plan_qk(layer: Layer, pairs: Sequence[Pair], noise: Noise, gains: LayerGains | None = None) -> Plan:
     """Plan W_Q and W_K from one request a query head.
 
     With a key head of its own, W_Q = U_k sqrt(S_k) and W_K = V_k sqrt(S_k) of the head's draw. Where r query heads
     share a key head no choice meets r draws: their stack [A_1; ..; A_r] ~ [W_Q1; ..; W_Qr] W_K^T is solved in the
     least-squares sense by its own truncated SVD, which keeps the heads different and shares the error among them.
-    At alpha = 0 the k directions are drawn uniformly: the law of the truncation as alpha goes to 0.
+    At alpha = 0 the k directions are drawn uniformly: the law of the truncation as alpha goes to 0. ``gains`` make it
+    the balanced products that the requests are of: see `inits.gained`.
     """
     weights = layer.weights
     if weights.W_Q.shape[1] != weights.W_K.shape[1]:
@@ -66,10 +70,11 @@ def plan_qk(layer: Layer, pairs: Sequence[Pair], noise: Noise) -> Plan:
     if weights.head_dim > weights.embed_dim:
         notes.append(f"head_dim {weights.head_dim} exceeds the input's {weights.embed_dim}: QK is met exactly")
     requests = tuple(Request("qk", head, *pair) for head, pair in enumerate(pairs))
-    return Plan(W_Q=queries, W_K=keys, requests=requests, notes=tuple(notes))
+    queries, keys, planned = gained_heads(layer, requests, (queries, keys), layer.query_groups, gains)
+    return Plan(W_Q=queries, W_K=keys, requests=requests, gains=planned, notes=tuple(notes))
 
 
-def plan_ov(layer: Layer, pair: Pair, noise: Noise, columns: Columns) -> Plan:
+def plan_ov(layer: Layer, pair: Pair, noise: Noise, columns: Columns, gains: LayerGains | None = None) -> Plan:
     """Plan W_V and W_O from one request for the layer's summed product.
 
     A = U S V^T, W_V = U sqrt(S), W_O = sqrt(S) V^T, cut into heads: in order of the singular values (``svd``, the first
@@ -92,6 +97,8 @@ def plan_ov(layer: Layer, pair: Pair, noise: Noise, columns: Columns) -> Plan:
         order = torch.randperm(count, generator=layer.streams.generator("columns", layer.index))
         halves = [part[:, order.to(part.device)] for part in halves]
     left, right = (padded(layer, part.cpu().numpy(), width) for part in halves)
+    request = Request("ov", ALL_HEADS, *pair)
+    (left,), (right,), planned = gained_heads(layer, (request,), (left[None], right[None]), 1, gains)
     notes = []
     if width < size:
         notes.append(f"the heads' values are {width} wide: OV keeps the {width} largest of {size} directions")
@@ -100,13 +107,14 @@ def plan_ov(layer: Layer, pair: Pair, noise: Noise, columns: Columns) -> Plan:
     return Plan(
         W_V=_by_head(left, weights.value_dim),
         W_O=np.repeat(_by_head(right, weights.value_dim) / layer.value_groups, layer.value_groups, 0).swapaxes(1, 2),
-        total=A.cpu().numpy() if width >= size else None,
-        requests=(Request("ov", ALL_HEADS, *pair),),
+        total=A.cpu().numpy() if width >= size and gains is None else None,
+        requests=(request,),
+        gains=planned,
         notes=tuple(notes),
     )
 
 
-def plan_ov_heads(layer: Layer, pairs: Sequence[Pair], noise: Noise) -> Plan:
+def plan_ov_heads(layer: Layer, pairs: Sequence[Pair], noise: Noise, gains: LayerGains | None = None) -> Plan:
     """Plan W_V and W_O from one request a head: W_V[h] @ W_O[h] is its own draw, truncated to the head's width.
 
     Shared value heads: as shared key heads in `plan_qk`, with the roles of input and output exchanged.
@@ -120,7 +128,8 @@ def plan_ov_heads(layer: Layer, pairs: Sequence[Pair], noise: Noise) -> Plan:
     ]
     outputs, values = _split_groups(layer, draws, layer.value_groups, layer.weights.value_dim, transposed=True)
     requests = tuple(Request("ov", head, *pair) for head, pair in enumerate(pairs))
-    return Plan(W_V=values, W_O=outputs.swapaxes(1, 2), requests=requests)
+    values, outputs, planned = gained_heads(layer, requests, (values, outputs), layer.value_groups, gains)
+    return Plan(W_V=values, W_O=outputs.swapaxes(1, 2), requests=requests, gains=planned)
 
 
 def ov_reason(layer: Layer) -> str:

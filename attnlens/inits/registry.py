@@ -16,7 +16,18 @@ from attnlens.vocabulary import Vocabulary, one_of
 Make = Callable[..., Rule]
 choose = one_of
 """What rules check a word with."""
-_MODULES = ("mimetic", "fitted", "controls", "identity", "conditioned", "impulse", "teacher", "filters", "default")
+_MODULES = (
+    "mimetic",
+    "fitted",
+    "controls",
+    "identity",
+    "conditioned",
+    "impulse",
+    "teacher",
+    "filters",
+    "filter_teacher",
+    "default",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,10 @@ class Initialiser:
     def passes_on(self) -> bool:
         """Whether further options are those of another initialiser that this one is built on."""
         return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.make).parameters.values())
+
+    def takes(self, option: str) -> bool:
+        """Whether an option is accepted, or passed on to another initialiser."""
+        return option in self.options or self.passes_on
 
     @property
     def summary(self) -> str:

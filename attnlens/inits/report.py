@@ -13,9 +13,11 @@ import numpy as np
 from attnlens.circuits import FactoredProduct, Fold, Kind, WholeProduct, ov_circuit, qk_circuit, side_by_side
 from attnlens.filters.covariance import covariance_error, relative_distance, second_moment
 from attnlens.heads import Array, HeadWeights, expand_groups
+from attnlens.inits.folding import coordinates
 from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Layer, Plan, Request
 from attnlens.statistics.diagonal import alpha_beta
 from attnlens.statistics.inverse import Parameters, realised
+from attnlens.statistics.pairs import offdiagonal_kurtosis
 from attnlens.strict_json import finite_or_none
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class ProductReport:
     ``requested`` parameters are those of the draw, ``expected`` what it realises on average at this rank, ``alpha`` and
     ``beta`` what the network has. ``relative_error`` is ||M - A|| / ||A|| in Frobenius norm, A the requested matrix
     (for QK its best approximation of the head's rank): what storing the weights in the network's dtype cost.
+    With gains, alpha and beta are those of the balanced product, and the excess kurtosis off the diagonal that of the
+    product with its gains.
     """
 
     layer: int
@@ -46,6 +50,8 @@ class ProductReport:
     alpha: float
     beta: float
     relative_error: float
+    requested_kurtosis: float = math.nan
+    kurtosis: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,10 @@ class InitReport:
             if rows:
                 alpha, beta = (sum(getattr(p, name) for p in rows) / len(rows) for name in ("alpha", "beta"))
                 lines.append(f"{circuit.upper()}: mean alpha {alpha:.4f}, beta {beta:+.4f} over {len(rows)} {unit}")
+        tails = [p for p in self.products if not math.isnan(p.requested_kurtosis)]
+        if tails:
+            near = sum(abs(p.kurtosis - p.requested_kurtosis) <= 0.2 * abs(p.requested_kurtosis) for p in tails)
+            lines.append(f"kurtosis with gains: within 20% of the source's in {near} of {len(tails)} products")
         if self.filters:
             lines += self._filter_lines()
         if not math.isnan(self.worst_error):
@@ -155,22 +165,29 @@ def describe_option(value: Any) -> Any:
 
 
 def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[ProductReport]:
-    """Measure the planned products of a layer as the network holds them now."""
+    """Measure the planned products of a layer as the network holds them now; ``fold`` is that of its rule."""
+    balanced, fold = fold == "balanced", coordinates(fold)
+    kurtoses = _kurtoses if balanced and plan.gains else _no_kurtoses
     requests = {(request.circuit, request.head): request for request in plan.requests}
+    tails = {(each.circuit, each.head): each.kurtosis for each in plan.gains}
     rows = []
     planned = plan.weights()
 
-    def row(circuit: Kind, head: int | str, measured: Parameters, error: float) -> ProductReport:
+    def row(circuit: Kind, head: int | str, measured: Parameters, error: float, tail: float) -> ProductReport:
         request = requests.get((circuit, head))
         requested = _UNKNOWN if request is None else Parameters(request.alpha, request.beta)
         expected = _UNKNOWN if request is None else expected_parameters(layer, request)
-        return ProductReport(layer.index, layer.spec.path, circuit, head, *requested, *expected, *measured, error)
+        key, asked = (layer.index, layer.spec.path, circuit, head), tails.get((circuit, head), math.nan)
+        return ProductReport(*key, *requested, *expected, *measured, error, asked, tail)
 
     if "q" in planned:
         wanted = (planned["q"], expand_groups(planned["k"], layer.weights.num_heads))
         product = qk_circuit(now, fold)
         errors = factored_errors((product.A, product.B), wanted)
-        rows += [row("qk", head, measured, float(errors[head])) for head, measured in enumerate(parameters(product))]
+        rows += [
+            row("qk", head, measured, float(errors[head]), tail)
+            for head, (measured, tail) in enumerate(zip(parameters(product, balanced), kurtoses(product), strict=True))
+        ]
     if "v" in planned and layer.weights.W_O is not None:
         have = ov_circuit(now, fold)
         total = product_matrix(have.A, have.B)
@@ -181,9 +198,12 @@ def measure(layer: Layer, now: HeadWeights, plan: Plan, fold: Fold) -> list[Prod
             wanted_total = product_matrix(expand_groups(planned["v"], layer.weights.num_value_heads), outputs)
         error = float((total - wanted_total).norm() / wanted_total.norm())
         whole = WholeProduct.of(total.double().numpy(), layer.values_width)
-        rows.append(row("ov", ALL_HEADS, parameters(whole)[0], error))
+        rows.append(row("ov", ALL_HEADS, parameters(whole, balanced)[0], error, kurtoses(whole)[0]))
         if ("ov", 0) in requests:
-            rows += [row("ov", head, measured, math.nan) for head, measured in enumerate(parameters(have))]
+            rows += [
+                row("ov", head, measured, math.nan, tail)
+                for head, (measured, tail) in enumerate(zip(parameters(have, balanced), kurtoses(have), strict=True))
+            ]
     return rows
 
 
@@ -230,12 +250,26 @@ def expected_at(alpha: float, beta: float, rank: int, width: int) -> Parameters:
     return realised(alpha, beta, rank, width)
 
 
-def parameters(product: FactoredProduct) -> list[Parameters]:
-    """Return alpha and beta of each product of a stack, as `statistics.diagonal` defines them; NaN if not square."""
+def parameters(product: FactoredProduct, balanced: bool = False) -> list[Parameters]:
+    """Return alpha and beta of each product of a stack, as `statistics.diagonal` defines them; NaN if not square.
+
+    ``balanced``: those of the balanced products.
+    """
     if not product.is_square:
         return [_UNKNOWN] * math.prod(product.shape[:-2])
+    product = product.balanced() if balanced else product
     columns = (np.ravel(values).tolist() for values in alpha_beta(product.diagonal(), product.squared_norm()))
     return [Parameters(*pair) for pair in zip(*columns, strict=True)]
+
+
+def _kurtoses(product: FactoredProduct) -> list[float]:
+    """Return the excess kurtosis of each product's off-diagonal entries."""
+    values: list[float] = np.ravel(offdiagonal_kurtosis(product) if product.is_square else np.nan).tolist()
+    return values
+
+
+def _no_kurtoses(product: FactoredProduct) -> list[float]:
+    return [math.nan] * math.prod(product.shape[:-2])
 
 
 def factored_errors(have: tuple[Array, Array], wanted: tuple[Array, Array]) -> Array:

@@ -1,8 +1,8 @@
 """Every timm architecture with attention or depthwise filters in one row: how much of it is read, its weights' tags.
 
 Finding this out builds each architecture once on the meta device, which takes minutes. The result for one timm
-version is shipped with the package; for any other it is built on first use and kept in the user's cache, beside the
-descriptions of single architectures. A build that is killed goes on where it was.
+version is shipped with the package, beside the descriptions of every architecture; for any other it is built on first
+use and kept in the user's cache. A build that is killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from attnlens.errors import ModelNotFoundError, OutputError, UsageError, first_l
 from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.spec import AttentionSpec, Slot
 from attnlens.models.architecture import pretrained_tags, suggest
-from attnlens.models.described import cache_folder, rules_digest
+from attnlens.models.described import SHIPPED, cache_folder, rules_digest
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Shapes = Mapping[str, Sequence[int]]
-
-SHIPPED = Path(__file__).parents[1] / "catalogues"
-"""Folder of the catalogues shipped with the package, one file for each timm version."""
 
 
 @dataclass(frozen=True)

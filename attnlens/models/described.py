@@ -1,7 +1,9 @@
-"""Descriptions of timm's architectures: found once, and cached.
+"""Descriptions of timm's architectures: shipped for one version of timm, found once and cached for any other.
 
-Describing an architecture needs torch and timm; reading its weights does not. The description is plain JSON in the
-user's cache folder by timm version, so the second inspection of an architecture imports neither.
+Describing an architecture needs torch and timm; reading its weights does not. The descriptions of every architecture
+of the timm that a release was made with are shipped in one archive. For another version, for architectures with
+arguments and for renamed ones the description is plain JSON in the user's cache folder by timm version, so the second
+inspection of such an architecture imports neither.
 """
 
 from __future__ import annotations
@@ -9,15 +11,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from bisect import bisect_right
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.errors import OutputError
 from attnlens.models.architecture import Architecture, build, check_model_args
 from attnlens.models.bounded import describe_bounded
+
+SHIPPED = Path(__file__).parents[1] / "catalogues"
+"""Folder of what is shipped with the package about architectures, by timm version."""
+_ABOUT = "about.json"
+_TOGETHER = 24  # architectures in a member of the archive: names that begin alike are built alike, and pack well
 
 
 def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -> Architecture:
@@ -30,10 +39,56 @@ def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -
     cached = _cache_file(name, model_args or {})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Architecture.from_json(json.loads(cached.read_text()))
+    shipped = None if model_args else _shipped(name)
+    if shipped is not None:
+        return shipped
     found = describe_bounded(name, model_args) if model_args else build(name, {})
     with contextlib.suppress(OutputError):  # a read-only cache costs time, nothing else
         write_text_atomic(cached, json.dumps(found.to_json()))
     return found
+
+
+def layouts_file() -> Path:
+    """Return where the package ships the descriptions for the installed timm version, if it does."""
+    return SHIPPED / f"timm-{version('timm')}.layouts.zip"
+
+
+def _shipped(name: str) -> Architecture | None:
+    """Return a shipped description that these rules made of this timm; None where there is none."""
+    from lzma import LZMAError
+    from zipfile import BadZipFile, ZipFile
+
+    broken = (OSError, ValueError, KeyError, TypeError, BadZipFile, LZMAError)
+    with contextlib.suppress(*broken), ZipFile(layouts_file()) as archive:
+        if json.loads(archive.read(_ABOUT))["rules"] != rules_digest():
+            return None
+        members = sorted(set(archive.namelist()) - {_ABOUT})
+        found = json.loads(archive.read(members[bisect_right(members, name) - 1])).get(name)
+        return None if found is None else Architecture.from_json(found)
+    return None
+
+
+def ship_layouts(names: Iterable[str]) -> Path:
+    """Describe architectures and write them to where the package ships them from.
+
+    A member of the archive holds the architectures from the one it is named after up to the next member's.
+    """
+    from zipfile import ZIP_LZMA, ZipFile, ZipInfo
+
+    known = sorted(names)
+    groups = [known[start : start + _TOGETHER] for start in range(0, len(known), _TOGETHER)]
+    members = {
+        group[0]: json.dumps({name: describe_architecture(name).to_json() for name in group}, separators=(",", ":"))
+        for group in groups
+    }
+    about = {"schema": "attnlens.layouts", "schema_version": 1, "timm": version("timm"), "rules": rules_digest()}
+
+    def write(file: IO[bytes]) -> None:
+        with ZipFile(file, "w", ZIP_LZMA) as archive:
+            for member, text in {_ABOUT: json.dumps(about), **members}.items():
+                archive.writestr(ZipInfo(member), text, ZIP_LZMA)  # without the hour it was made at
+
+    return write_atomic(layouts_file(), write)
 
 
 @cache

@@ -116,7 +116,7 @@ def _as_configured(model: Any, checkpoint: Any, num_heads: int, access: Access) 
     by_names = partial(open_bare, model, checkpoint, num_heads, access)
     given = checkpoint if model is None else model
     both = model is not None and checkpoint is not None
-    if both or access.row_order is not None or not isinstance(given, str | os.PathLike):
+    if both or access.row_order is not None or not isinstance(given, str | os.PathLike) or not Path(given).exists():
         return by_names()
     path = Path(given)
     folder = path if path.is_dir() else path.parent
@@ -383,6 +383,7 @@ def _described_by(
         model_args = {**check_model_args(data.get("model_args", {}), where), **given}
         architecture = describe_architecture(name, model_args)
         return OpenedModel(title, architecture, weights, source, timm_args=model_args)
+    weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights  # a configuration describes all parts
     if isinstance(data.get("_class_name"), str):
         return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, where), weights, source)
 
@@ -391,7 +392,6 @@ def _described_by(
         data = {**data, "model_type": told}
         source = {**source, "layout": f"model_type {told}, told by the tensors' names"} if told else source
     if isinstance(data["model_type"], str):
-        weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights
         return OpenedModel(title, describe_transformers(data, weights, where), weights, source)
     raise ModelNotFoundError(
         f"{where} names no architecture of timm and no model_type of transformers: pass MODEL and the file as "

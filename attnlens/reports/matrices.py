@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from attnlens.circuits import CIRCUITS, Fold, Kind, sum_of
+from attnlens.circuits import CIRCUITS, FOLDS, FactoredProduct, Fold, Kind
 from attnlens.heads import Array, HeadWeights
 from attnlens.inspection import Inspection
 from attnlens.statistics.table import ALL_HEADS
-from attnlens.threads import Progress
 
+Key = tuple[int, int | str, Kind, Fold]
+"""Layer, head (``all``: summed), circuit and fold of a product."""
 CODES = "".join(chr(code) for code in range(32, 127) if chr(code) not in "\"'&<>\\")
 """A character a level, none of which JSON or HTML would write longer: an odd number, so that zero has one."""
 HALF = len(CODES) // 2
@@ -34,33 +35,40 @@ def corner_size(inspection: Inspection) -> int:
     return max(SMALLEST_CORNER, min(CORNER, math.isqrt(HEATMAP_BYTES // max(1, products))))
 
 
-def draw_data(inspection: Inspection, size: int, progress: Progress = iter) -> dict[str, dict[str, Any]]:
-    """Return by ``layer.head.circuit.fold`` what is drawn of a product: ``corner``, ``histogram``, ``singular``."""
-    matrices: dict[str, dict[str, Any]] = {}
-    for layer in progress(inspection.layers):
-        weights = inspection.heads(layer)
-        for circuit in CIRCUITS:
-            for fold in inspection.folds:
-                if (layer, circuit, fold) in inspection.spectra:
-                    singular = inspection.spectra[layer, circuit, fold]
-                    matrices |= dict(_of_layer(weights, circuit, fold, singular, size))
-    return matrices
+@dataclass(frozen=True)
+class Drawings:
+    """What the page draws of every product, taken while the products are measured: a corner, and the diagonal."""
+
+    corners: dict[Key, Array] = field(default_factory=dict)
+    diagonals: dict[Key, Array] = field(default_factory=dict)
+
+    def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
+        """Keep the largest corners that a page shows, and the diagonals of square products: an `Observe`."""
+        corners = product.dense(CORNER).copy()
+        diagonals = product.diagonal().copy() if product.is_square else None
+        summed = corners.ndim == 2
+        for index, corner in enumerate(corners[None] if summed else corners):
+            key = weights.layer, ALL_HEADS if summed else index, circuit, fold
+            self.corners[key] = corner
+            if diagonals is not None:
+                self.diagonals[key] = diagonals if summed else diagonals[index]
+
+    def data(self, inspection: Inspection, size: int) -> dict[str, dict[str, Any]]:
+        """Return by ``layer.head.circuit.fold`` what is drawn: ``corner``, ``histogram``, ``singular``."""
+        drawn = {}
+        for key in sorted(self.corners, key=_order):
+            layer, head, circuit, fold = key
+            found = _drawn(self.corners[key][:size, :size], self.diagonals.get(key))
+            if isinstance(head, int):
+                found["singular"] = rounded(inspection.spectra[layer, circuit, fold][head])
+            drawn[f"{layer}.{head}.{circuit}.{fold}"] = found
+        return drawn
 
 
-def _of_layer(
-    weights: HeadWeights, circuit: Kind, fold: Fold, singular: Array, size: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    stack = CIRCUITS[circuit](weights, fold)
-    corners = stack.dense(size)
-    diagonals = stack.diagonal() if stack.is_square else None
-    for head in range(len(corners)):
-        diagonal = None if diagonals is None else diagonals[head]
-        drawn = _drawn(corners[head], diagonal) | {"singular": rounded(singular[head])}
-        yield f"{weights.layer}.{head}.{circuit}.{fold}", drawn
-    if circuit == "ov":
-        total = sum_of(stack, weights, fold)
-        diagonal = None if diagonals is None else total.diagonal()
-        yield f"{weights.layer}.{ALL_HEADS}.{circuit}.{fold}", _drawn(total.dense(size), diagonal)
+def _order(key: Key) -> tuple[int, int, int, float]:
+    """Return the place of a product on the page: by layer, circuit and fold, the sum behind the heads."""
+    layer, head, circuit, fold = key
+    return layer, list(CIRCUITS).index(circuit), FOLDS.index(fold), head if isinstance(head, int) else math.inf
 
 
 def _drawn(corner: Array, diagonal: Array | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from attnlens.inspection import Inspection, inspect
 from attnlens.outputs import Outputs
 from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
 from attnlens.reports.filters import Picture, filter_section, picture
-from attnlens.reports.matrices import CODES, corner_size, draw_data
+from attnlens.reports.matrices import CODES, Drawings, corner_size
 from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
 from attnlens.statistics.table import KEYS
@@ -116,7 +116,8 @@ def report(
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
     form: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}
     form |= {"weights": weights, "row_order": row_order}
-    inspection = inspect(model, checkpoint, fold=fold, **form, **reach)
+    drawings = Drawings()
+    inspection = inspect(model, checkpoint, fold=fold, observe=drawings.observe, **form, **reach)
     entries, unjudged = list[Entry](), ""
     if inspection.specs:
         entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **form, **reach)
@@ -127,7 +128,7 @@ def report(
         "folds": inspection.folds,
         "stats": _stats(inspection),
         "judged": {_key(vars(entry)): {name: getattr(entry, name) for name in _JUDGED} for entry in entries},
-        "drawn": draw_data(inspection, size, progress),
+        "drawn": drawings.data(inspection, size),
         "codes": CODES,
         "comparison": _comparison_data(comparison),
         "training": training and {"arms": training.arms, "points": [p.model_dump() for p in training.points]},

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.circuits import FactoredProduct
 from attnlens.heads import Array
+
+
+class AlphaBeta(NamedTuple):
+    """The two parameters of the fit of a stack of products."""
+
+    alpha: Array
+    beta: Array
 
 
 @dataclass(frozen=True)
@@ -102,16 +110,27 @@ def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFi
 _IN_UNITS_OF_M = ("alpha", "beta", "beta_stderr", "frobenius_norm", "spectral_norm")
 
 
+def fit_alpha_beta(product: FactoredProduct) -> AlphaBeta:
+    """Return alpha and beta of every product of a stack, as `fit_diagonal` has them, without the other statistics.
+
+    NaN where a product has no diagonal. O(d k^2), no singular values.
+    """
+    if not product.is_square or product.shape[-1] < 2:
+        return AlphaBeta(*(np.full(product.shape[:-2], np.nan) for _ in AlphaBeta._fields))
+    product, exponent = product.unit
+    return AlphaBeta(*(np.ldexp(each, exponent) for each in alpha_beta(product.diagonal(), product.squared_norm())))
+
+
 def off_diagonal_squares(diagonal: Array, squared_norm: Array) -> Array:
     """Return the sum of M_ij^2 over i != j from diag(M) ``[..., d]`` and ||M||_F^2."""
     return np.maximum(squared_norm - (diagonal**2).sum(-1), 0.0)
 
 
-def alpha_beta(diagonal: Array, squared_norm: Array) -> tuple[Array, Array]:
+def alpha_beta(diagonal: Array, squared_norm: Array) -> AlphaBeta:
     """Return alpha and beta of M from diag(M) ``[..., d]`` and ||M||_F^2, as `fit_diagonal` defines them."""
     d = diagonal.shape[-1]
     squares = off_diagonal_squares(diagonal, squared_norm)
-    return np.sqrt(d * squares / (d * max(d - 1, 1))), diagonal.mean(-1)
+    return AlphaBeta(np.sqrt(d * squares / (d * max(d - 1, 1))), diagonal.mean(-1))
 
 
 def _diagonal_statistics(product: FactoredProduct, squared_norm: Array) -> dict[str, Array]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from scipy.linalg import eigh
 from scipy.special import ndtr, stdtrit
 
 from attnlens.circuits import FactoredProduct
@@ -18,7 +19,6 @@ from attnlens.statistics.nulls import (
     rotation_p_value,
     sign_flip_draws,
     sign_flip_p_value,
-    squared_margins,
 )
 from attnlens.statistics.pairs import pair_moments
 from attnlens.statistics.trace import null_variance, sampling_variance, trace_p_value
@@ -29,7 +29,6 @@ TOP_CHANNELS = 0.01
 
 _FEWEST_CHANNELS = 5  # of which Student's law is taken: with fewer its quantile says more of the law than of alpha
 _NORMAL_MEDIAN = 0.6744897501960817  # of |x| for a standard normal x
-_RIDGE = 1e-12  # of a Gram matrix's trace: makes it positive definite, far below any singular value of interest
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,7 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
         return Inference(*(np.full(product.shape[:-2], np.nan) for _ in fields(Inference)))
     product, exponent = product.unit
     balanced = product if product.gains is not None else product.balanced()
-    gram_a, gram_b = product.grams
-    margins = squared_margins(product, gram_a, gram_b)
+    margins = product.squared_margins()
     squared_norm = margins[0].sum(-1)
     diagonal = product.diagonal()
     own = own_diagonal(product, margins)
@@ -142,9 +140,9 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
             sign_p_value=flipped,
             pairing_p_value=paired,
             rotation_p_value=rotated,
-            **_shares(product, diagonal, margins, (gram_a, gram_b)),
+            **_shares(product, diagonal, margins),
             **_of_balanced(balanced),
-            factor_cosine=diagonal.sum(-1) / np.sqrt((product.A**2).sum((-2, -1)) * (product.B**2).sum((-2, -1))),
+            factor_cosine=diagonal.sum(-1) / np.sqrt(math.prod(product.squared_sizes())),
             diagonal_median=np.median(diagonal, axis=-1),
             top_channel_share=_top_share(np.abs(diagonal)),
         )
@@ -211,13 +209,11 @@ def _intervals(
     }
 
 
-def _shares(
-    product: FactoredProduct, diagonal: Array, margins: tuple[Array, Array], grams: tuple[Array, Array]
-) -> dict[str, Array]:
+def _shares(product: FactoredProduct, diagonal: Array, margins: tuple[Array, Array]) -> dict[str, Array]:
     d = product.shape[-1]
     beta = diagonal.mean(-1)
     energy = margins[0].sum(-1)
-    excess, trace, count = _above_the_edge(product, energy, grams)
+    excess, trace, count = _above_the_edge(product, energy)
     return {
         "share_identity": d * beta**2 / energy,
         "share_diagonal_spread": ((diagonal - beta[..., None]) ** 2).sum(-1) / energy,
@@ -243,26 +239,19 @@ def noise_edge(rank: int, embed_dim: int) -> float:
     return (1 + z) * (1 + c * z) ** 2 / z
 
 
-def _above_the_edge(product: FactoredProduct, energy: Array, grams: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """Return sum (s^2 - edge^2), sum s <u, v> and their number over the singular triplets (s, u, v) with s > edge.
-
-    With A^T A = L L^T the s^2 are the eigenvalues of H = L^T (B^T B) L; for an eigenvector w and y = L w, v = B y / s,
-    u = M v / s = A (B^T B) y / s^2, hence s <u, v> = <(B^T B) y, (A^T B) y> / s^2.
-    """
-    from scipy.linalg import eigh
-
+def _above_the_edge(product: FactoredProduct, energy: Array) -> tuple[Array, Array, Array]:
+    """Return sum (s^2 - edge^2), sum s <u, v> and their number over the singular triplets (s, u, v) with s > edge."""
     rank = product.rank_bound
     edges = noise_edge(rank, product.shape[-1]) * energy / rank
+    form, overlaps = product.spectral_form()
     excess, trace, count = (np.zeros(edges.shape) for _ in range(3))
     for index in np.ndindex(edges.shape):
-        edge, gram_a, gram_b = edges[index], grams[0][index], grams[1][index]
+        edge = edges[index]
         if not (np.isfinite(edge) and edge > 0):
             continue
-        lower = np.linalg.cholesky(gram_a + _RIDGE * np.trace(gram_a) * np.eye(len(gram_a)))
-        squares, vectors = eigh(lower.T @ gram_b @ lower, subset_by_value=(edge, np.inf))
-        y = lower @ vectors
+        squares, vectors = eigh(form[index], subset_by_value=(edge, np.inf))  # few: all of them cost twice as much
         excess[index] = (squares - edge).sum()
-        trace[index] = (np.sum((gram_b @ y) * (product.A[index].T @ (product.B[index] @ y)), axis=0) / squares).sum()
+        trace[index] = (overlaps(index, vectors) / squares).sum()
         count[index] = len(squares)
     return excess, trace, count
 

@@ -5,12 +5,15 @@ triplets, `M = U_k S_k V_k^T`, which changes both parameters. `docs/inverse.md` 
 how close they come to finite draws.
 """
 
-from math import acos, cos, hypot, isfinite, pi, sin, sqrt
+from math import hypot, isfinite, pi, sqrt
 from typing import NamedTuple
 
-from scipy.optimize import brentq
+import numpy as np
+from numpy.typing import NDArray
 
 from attnlens.errors import AttnlensError, UsageError
+from attnlens.heads import Array
+from attnlens.statistics.roots import bracketed_roots
 
 
 class UnreachableParametersError(AttnlensError, ValueError):
@@ -49,8 +52,8 @@ def realised(alpha: float, beta: float, head_dim: int, embed_dim: int) -> Parame
             "directions are largest is arbitrary. Pass alpha > 0, however small, or head_dim == embed_dim."
         )
     scale = alpha + abs(beta)
-    unit = _truncated(alpha / scale, beta / scale, kept)
-    return Parameters(scale * unit.alpha, scale * unit.beta)
+    unit_alpha, unit_beta = _truncated(np.array([alpha / scale]), np.array([beta / scale]), np.array([kept]))
+    return Parameters(scale * float(unit_alpha[0]), scale * float(unit_beta[0]))
 
 
 def request(alpha: float, beta: float, head_dim: int, embed_dim: int) -> Parameters:
@@ -69,16 +72,9 @@ def request(alpha: float, beta: float, head_dim: int, embed_dim: int) -> Paramet
     >>> print(f"{alpha:.3f} {beta:.3f}")
     0.724 0.584
     """
-    kept = _kept_share(head_dim, embed_dim)
-    _check_parameters(alpha, beta)
-    if kept == 1 or alpha == beta == 0:
-        return Parameters(float(alpha), float(beta))
-    wanted = _noise_share(alpha, beta)
-
-    def excess(share: float) -> float:
-        return _noise_share(*_truncated(share, 1 - share, kept)) - wanted
-
-    if excess(0.0) >= 0:
+    found = requests(*(np.array([value]) for value in (alpha, beta, head_dim, embed_dim)))
+    if not found.reachable[0]:
+        kept = _kept_share(head_dim, embed_dim)
         cosine = abs(beta) / hypot(alpha, beta)
         enough = min(embed_dim, int(embed_dim * cosine**2) + 1)
         raise UnreachableParametersError(
@@ -86,25 +82,52 @@ def request(alpha: float, beta: float, head_dim: int, embed_dim: int) -> Paramet
             f"of width {embed_dim} stays below sqrt(head_dim/embed_dim) = {sqrt(kept):.4g}. "
             f"Pass alpha above {abs(beta) * sqrt(1 / kept - 1):.4g} or head_dim of at least {enough}."
         )
-    share = brentq(excess, 0.0, 1.0, xtol=1e-15)
-    unit = _truncated(share, 1 - share, kept)
-    scale = (alpha + abs(beta)) / (unit.alpha + unit.beta)
-    return Parameters(scale * share, scale * (1 - share) * (-1 if beta < 0 else 1))
+    return Parameters(float(found.alpha[0]), float(found.beta[0]))
 
 
-def _truncated(alpha: float, beta: float, kept: float) -> Parameters:
-    """Return the large-d realised parameters when the share `kept` of the directions stays."""
-    t, r = cut(alpha, beta, kept)
+class Requests(NamedTuple):
+    """What to draw with, ``[n]``; NaN where no request realises the parameters, which is then not ``reachable``."""
+
+    alpha: Array
+    beta: Array
+    reachable: NDArray[np.bool_]
+
+
+def requests(alpha: Array, beta: Array, head_dim: NDArray[np.int_], embed_dim: NDArray[np.int_]) -> Requests:
+    """Return what `request` does for n pairs of parameters at once, ``[n]`` each; raises `UsageError` as it does."""
+    kept = np.array([_kept_share(*sizes) for sizes in zip(head_dim.tolist(), embed_dim.tolist(), strict=True)])
+    for pair in zip(alpha.tolist(), beta.tolist(), strict=True):
+        _check_parameters(*pair)
+    plain = (kept == 1) | ((alpha == 0) & (beta == 0))
+    size = np.where(plain, 1.0, alpha + np.abs(beta))
+    wanted = np.where(plain, 1.0, alpha / size)  # the share of alpha in alpha + |beta|
+
+    def excess(share: Array) -> Array:
+        unit_alpha, unit_beta = _truncated(share, 1 - share, kept)
+        return np.asarray(unit_alpha / (unit_alpha + unit_beta) - wanted)
+
+    reachable = plain | (excess(np.zeros_like(wanted)) < 0)
+    wanted = np.where(reachable, wanted, 1.0)
+    share = bracketed_roots(excess, np.zeros_like(wanted), np.ones_like(wanted))
+    scale = size / sum(_truncated(share, 1 - share, kept))
+    drawn = np.where(plain, alpha, scale * share), np.where(plain, beta, scale * (1 - share) * np.sign(beta))
+    asked, common = (np.where(reachable, values, np.nan) for values in drawn)
+    return Requests(asked, common, reachable)
+
+
+def _truncated(alpha: Array, beta: Array, kept: Array) -> tuple[Array, Array]:
+    """Return the large-d realised parameters when the share ``kept`` of the directions stays; all ``[n]``."""
+    t, r = _cut(alpha, beta, kept)
     a2, b2 = alpha**2, beta**2
-    trace = beta / pi * (t - (b2 + a2 / 2) * sin(2 * t) / r**2 - 2 / 3 * alpha * b2 * sin(3 * t) / r**3)
+    trace = beta / pi * (t - (b2 + a2 / 2) * np.sin(2 * t) / r**2 - 2 / 3 * alpha * b2 * np.sin(3 * t) / r**3)
     square = (
         (a2 + b2) * t
-        + alpha * (r - (a2 + b2) / r) * sin(t)
-        - (b2**2 + 5 / 2 * a2 * b2 + a2**2 / 2) * sin(2 * t) / r**2
-        - alpha * b2 * (4 / 3 * b2 + a2) * sin(3 * t) / r**3
-        - a2 * b2**2 / 2 * sin(4 * t) / r**4
+        + alpha * (r - (a2 + b2) / r) * np.sin(t)
+        - (b2**2 + 5 / 2 * a2 * b2 + a2**2 / 2) * np.sin(2 * t) / r**2
+        - alpha * b2 * (4 / 3 * b2 + a2) * np.sin(3 * t) / r**3
+        - a2 * b2**2 / 2 * np.sin(4 * t) / r**4
     ) / pi
-    return Parameters(sqrt(square - trace**2), trace)
+    return np.sqrt(square - trace**2), trace
 
 
 def cut(alpha: float, beta: float, kept: float) -> tuple[float, float]:
@@ -112,24 +135,25 @@ def cut(alpha: float, beta: float, kept: float) -> tuple[float, float]:
 
     The angle runs over the singular values of alpha Z + beta I from the largest down, at large width; beta >= 0.
     """
+    t, r = _cut(*(np.array([value], dtype=np.float64) for value in (alpha, beta, kept)))
+    return float(t[0]), float(r[0])
 
-    def excess(t: float) -> float:
+
+def _cut(alpha: Array, beta: Array, kept: Array) -> tuple[Array, Array]:
+    def excess(t: Array) -> Array:
         r = _radius(t, alpha, beta)
-        return (t - alpha / r * sin(t) - (beta / r) ** 2 * sin(2 * t)) / pi - kept
+        share = (t - alpha / r * np.sin(t) - (beta / r) ** 2 * np.sin(2 * t)) / pi
+        return np.where(kept == 1, t - pi, share - kept)
 
-    t = pi if kept == 1 else brentq(excess, 0.0, pi, xtol=1e-15)
+    t = bracketed_roots(excess, np.zeros_like(kept), np.full_like(kept, pi))
     return t, _radius(t, alpha, beta)
 
 
-def _radius(t: float, alpha: float, beta: float) -> float:
+def _radius(t: Array, alpha: Array, beta: Array) -> Array:
     """Return the largest root r of `r^3 = (alpha^2 + 2 beta^2) r + 2 alpha beta^2 cos(t)`; all three are real."""
     p = alpha**2 + 2 * beta**2
-    cosine = alpha * beta**2 * cos(t) * (3 / p) ** 1.5
-    return 2 * sqrt(p / 3) * cos(acos(min(1.0, max(-1.0, cosine))) / 3)  # rounding can leave [-1, 1] at alpha == |beta|
-
-
-def _noise_share(alpha: float, beta: float) -> float:
-    return alpha / (alpha + abs(beta))
+    cosine = alpha * beta**2 * np.cos(t) * (3 / p) ** 1.5
+    return np.asarray(2 * np.sqrt(p / 3) * np.cos(np.arccos(np.clip(cosine, -1.0, 1.0)) / 3))  # by rounding beyond
 
 
 def _kept_share(head_dim: int, embed_dim: int) -> float:

@@ -20,20 +20,13 @@ _ROUNDING = 1e-12
 _DRAWS_AT_ONCE = 256
 
 
-def squared_margins(product: FactoredProduct, gram_a: Array, gram_b: Array) -> tuple[Array, Array]:
-    """Return sum_j M_ij^2 = A_i (B^T B) A_i^T for every row i, and the same for every column: O(d k^2)."""
-    rows = np.einsum("...ir,...ir->...i", np.matmul(product.A, gram_b), product.A)
-    cols = np.einsum("...ir,...ir->...i", np.matmul(product.B, gram_a), product.B)
-    return np.maximum(rows, 0.0), np.maximum(cols, 0.0)
-
-
 def own_diagonal(product: FactoredProduct, margins: tuple[Array, Array]) -> Array:
     """Return the diagonal of M without what its rows have in common and its columns have in common, ``[..., d]``.
 
     diag of N = (I - r p^T) M (I - q c^T): from every row its scale r_i times the mean of the rows at unit scale
     (p = 1 / (d r)), likewise for columns. Equal scales make it double centring, sum_i N_ii = tr(M) - 1^T M 1 / d.
     r_i is the norm of row i of the doubly centred M, at least the median of these norms, so that a few large channels
-    neither make the common row nor leave it behind. ``margins`` are the `squared_margins`; O(d k).
+    neither make the common row nor leave it behind. ``margins`` are the product's `squared_margins`; O(d k).
     """
     A, B = product.A, product.B
     ones = np.ones(A.shape[:-1])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 from attnlens.circuits import FactoredProduct
@@ -24,41 +27,63 @@ def pair_moments(product: FactoredProduct, margins: tuple[Array, ...], seed: int
     with np.errstate(divide="ignore", invalid="ignore"):
         sizes = np.maximum(*(margin / margin.sum(-1, keepdims=True) for margin in margins))
     for index in np.ndindex(fourth.shape):
-        entries, weights = _pairs(product.A[index], product.B[index], sizes[index], seed)
-        squares = np.square(entries)
-        fourth[index] = np.square(squares.sum(0) / 2) @ weights
-        squares = np.square(entries - entries.mean(0) @ weights)
-        variance = squares.mean(0) @ weights
-        kurtosis[index] = np.square(squares).mean(0) @ weights / variance**2 - 3 if variance > 0 else np.nan
+        fourth[index], kurtosis[index] = _moments(_pairs(product.head(index), sizes[index], seed))
     return fourth, kurtosis
 
 
-def _pairs(A: Array, B: Array, sizes: Array, seed: int) -> tuple[Array, Array]:
-    """Return entries M_ij, i != j, over their mirror images M_ji, ``[2, n]``, with weights ``[n]`` that sum to one.
+@dataclass(frozen=True)
+class _Pairs:
+    """Entries M_ij, i != j, over their mirror images M_ji, ``[2, n]``, the first ``counted`` of weight 1."""
 
-    All pairs, or every pair of the channels of largest ``sizes``, where rare large entries sit, and a seeded sample of
+    entries: Array
+    counted: int
+    weight: float
+    """Weight of each of the others."""
+
+    def mean(self, values: Array) -> float:
+        """Return the weighted mean of values ``[..., n]`` over the last axis, and over the others without weights."""
+        rows = math.prod(values.shape[:-1])
+        total = values[..., : self.counted].sum() + self.weight * values[..., self.counted :].sum()
+        return float(total) / (rows * (self.counted + self.weight * (values.shape[-1] - self.counted)))
+
+
+def _moments(pairs: _Pairs) -> tuple[float, float]:
+    entries = pairs.entries
+    mean = pairs.mean(entries)
+    squares = np.square(entries)
+    sums = squares[0] + squares[1]
+    fourth = pairs.mean(np.square(sums, out=sums)) / 4
+    squares = np.square(np.subtract(entries, mean, out=entries), out=squares)
+    variance = pairs.mean(squares)
+    return fourth, pairs.mean(np.square(squares, out=squares)) / variance**2 - 3 if variance > 0 else math.nan
+
+
+def _pairs(product: FactoredProduct, sizes: Array, seed: int) -> _Pairs:
+    """Return all pairs of one product, or a part of them that stands for all.
+
+    The part is every pair of the channels of largest ``sizes``, where rare large entries sit, and a seeded sample of
     the others: in a random order, from each row the same number of columns after its block.
     """
-    d = len(A)
+    d = len(sizes)
     width = _PAIRS // d // _BLOCK * _BLOCK
     if d * (d - 1) <= 2 * _PAIRS or width == 0:
-        dense, upper = A @ B.T, np.triu_indices(d, 1)
-        return np.stack([dense[upper], dense.T[upper]]), np.full(len(upper[0]), 2 / (d * (d - 1)))
+        dense, upper = product.dense(), np.triu_indices(d, 1)
+        return _Pairs(np.stack([dense[upper], dense.T[upper]]), len(upper[0]), 0.0)
     order = np.argsort(-sizes)
     rest = np.random.default_rng(seed).permutation(order[_BLOCK:])
     order = np.concatenate([order[:_BLOCK], rest, rest[: width + _BLOCK]])
-    A, B = A[order], B[order]
-    blocks = [(slice(0, _BLOCK), slice(_BLOCK, d))]
-    blocks += [
-        (slice(start, min(start + _BLOCK, d)), slice(start + _BLOCK, start + _BLOCK + width))
-        for start in range(_BLOCK, d, _BLOCK)
-    ]
+    starts = np.arange(_BLOCK, d, _BLOCK)
+    rows, cols = (starts[:, None] + np.arange(size) for size in (_BLOCK, _BLOCK + width))
+    whole = len(starts) if d % _BLOCK == 0 else len(starts) - 1
+    blocks = [(order[None, :_BLOCK], order[None, _BLOCK:d]), (order[rows[:whole]], order[cols[:whole, _BLOCK:]])]
+    if whole < len(starts):  # the last rows are no whole block
+        blocks.append((order[rows[whole:, : d % _BLOCK]], order[cols[whole:, _BLOCK:]]))
     upper = np.triu_indices(_BLOCK, 1)
-    found = [np.stack([(A[:_BLOCK] @ B[:_BLOCK].T)[upper], (B[:_BLOCK] @ A[:_BLOCK].T)[upper]])]
-    found += [np.stack([(A[rows] @ B[cols].T).ravel(), (B[rows] @ A[cols].T).ravel()]) for rows, cols in blocks]
-    counted = found[0].shape[1] + found[1].shape[1]
+    largest = product.entries(order[None, :_BLOCK], order[None, :_BLOCK])[0]
+    found = [np.stack([largest[upper], largest.T[upper]])]
+    mirrored = product.T
+    found += [np.stack([side.entries(*block).ravel() for side in (product, mirrored)]) for block in blocks]
     entries = np.concatenate(found, axis=1)
+    counted = found[0].shape[1] + found[1].shape[1]
     sampled = entries.shape[1] - counted
-    others = (d - _BLOCK) * (d - _BLOCK - 1) / 2
-    weights = np.concatenate([np.ones(counted), np.full(sampled, others / sampled)])
-    return entries, weights / weights.sum()
+    return _Pairs(entries, counted, (d - _BLOCK) * (d - _BLOCK - 1) / 2 / sampled)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.special import ndtr
 
@@ -62,11 +64,11 @@ def _summed(product: FactoredProduct, variance: Array) -> Array:
 
 
 def _squares(matrix: Array) -> Array:
-    return np.asarray((matrix**2).sum((-2, -1)))
+    return np.asarray(np.einsum("...rs,...rs->...", matrix, matrix))
 
 
 def _alignment(product: FactoredProduct) -> Array:
     """Return k <A^T A, B^T B> / (||A||^2 ||B||^2): 1 where the columns of one factor are alike, up to k."""
-    sizes = _squares(product.A) * _squares(product.B)
+    sizes = math.prod(product.squared_sizes())
     product_squares = product.core.shape[-1] * product.squared_norm()
     return np.divide(product_squares, sizes, out=np.zeros_like(sizes), where=sizes > 0)

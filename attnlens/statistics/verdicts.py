@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from attnlens.heads import Array
-from attnlens.statistics.diagonal import DiagonalFit
+from attnlens.statistics.diagonal import AlphaBeta, DiagonalFit
 from attnlens.statistics.inference import Inference
 
 LEVEL = 0.05
@@ -110,7 +110,7 @@ class _Findings:
         return self.beta_low > 0 < self.identity_z or self.beta_high < 0 > self.identity_z
 
 
-def judge(fit: DiagonalFit, inference: Inference, p_corrected: Array) -> list[Judgement]:
+def judge(fit: AlphaBeta | DiagonalFit, inference: Inference, p_corrected: Array) -> list[Judgement]:
     """Return the verdict of every product of a stack and why, in its order.
 
     ``p_corrected`` are the stack's p-values after `corrected` over the whole family. With "large" a typical_ratio above

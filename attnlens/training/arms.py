@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
 from attnlens.inits.registry import initialisers
+from attnlens.training.ladder import LADDER, steps
 from attnlens.training.networks.base import DRAWING, PLAIN, Network, Wiring
-from attnlens.training.networks.vit import pretrained_weights
 from attnlens.training.source import Source
 
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ PRETRAINED = "pretrained"
 MATCHED = "norm-matched"
 CONTROLS = {"fitted": MATCHED, "mimetic": "norm-matched-mimetic"}
 """The arm with another's singular values and random singular vectors."""
+RUNGS = ("scale", "spectrum", "fitted-gains", "permuted", "pretrained-filters")
+"""Arms that came with the ladder: what they keep of the source stands in the configuration."""
+FROM_WEIGHTS = ("permuted", "pretrained-attention", "pretrained-filters", PRETRAINED)
+"""Arms that hold weights of the source, and with them what it has seen."""
+OF_SOURCE = ("scale", "spectrum", *FROM_WEIGHTS)
+"""Arms that need the source's weights."""
 WIRINGS = {
     "value-skipinit": Wiring("value-skipinit", skips=False, norms=False),
     "e-spa-no-norms": Wiring("e-spa", norms=False),
@@ -58,21 +64,25 @@ def start_of(arm: str, source: Source) -> Start:
         "norm-matched-mimetic": Start(MATCHED, {"of": "mimetic"}),
         **{name: Start(wiring=wiring) for name, wiring in WIRINGS.items()},
     }
+    rungs = [rung.arm for rung in source.network.ladder]
     if source.params is not None:
         named["fitted"] = Start(*source.network.fitted(source.params))
+        if "fitted-gains" in rungs:
+            named["fitted-gains"] = Start(*source.network.fitted(source.params, gains="channels"))
     if source.opened is not None:
         named[PRETRAINED] = Start()
-        named["pretrained-attention"] = Start("transfer-attention", dict(source.teacher))
+        init, parts = source.network.transfer, source.network.parts
+        named |= {name: Start(init, {**source.teacher, "keep": keep}) for name, keep in parts.items()}
     known = initialisers()
     bare = [name for name, one in known.items() if not any(map(_needed, one.options.values()))]
     if arm in named:
         return named[arm]
-    if arm == "fitted":
+    if arm == "fitted" or (arm == "fitted-gains" and arm in rungs):
         raise UsageError(
-            f"--arms names fitted, and {source.name} has no weights it could be fitted in: give --params a file of "
+            f"--arms names {arm}, and {source.name} has no weights it could be fitted in: give --params a file of "
             "attnlens fit-params, or leave it out"
         )
-    if arm in (PRETRAINED, "pretrained-attention"):
+    if arm in (*source.network.parts, PRETRAINED):
         raise UsageError(f"--arms names {arm}, and {source.name} has no pre-trained weights: leave it out")
     if arm not in bare:
         raise UsageError(
@@ -81,13 +91,25 @@ def start_of(arm: str, source: Source) -> Start:
     return Start(arm)
 
 
+def named_arms(given: Sequence[str] | None, network: type[Network]) -> list[str]:
+    """Return the arms of a comparison in order, without repeats: `LADDER` stands for every rung of the network."""
+    arms = network.default_arms if given is None else given
+    rungs = [rung.arm for rung in network.ladder]
+    return list(dict.fromkeys(one for arm in arms for one in (rungs if arm == LADDER else [arm])))
+
+
 def _needed(value: Any) -> bool:
     return value is inspect.Parameter.empty
 
 
 def default_contrasts(arms: Sequence[str], source: Source | None = None) -> list[tuple[str, str]]:
-    """Return each arm against the default, and what has a control of its own scale against that."""
-    pairs = [(arm, BASELINE) for arm in arms if arm != BASELINE and BASELINE in arms]
+    """Return each arm against the default, and what has a control of its own scale against that.
+
+    Where every rung of the ladder is there, its steps come first.
+    """
+    rungs = [] if source is None else [rung.arm for rung in source.network.ladder]
+    pairs = steps(rungs) if rungs and set(rungs) <= set(arms) else []
+    pairs += [(arm, BASELINE) for arm in arms if arm != BASELINE and BASELINE in arms]
     controls = dict(CONTROLS)
     if source is not None:
         controls[source.network.control(source.params)["of"]] = MATCHED
@@ -96,7 +118,7 @@ def default_contrasts(arms: Sequence[str], source: Source | None = None) -> list
         pairs.append(("mimetic", MATCHED))
     if {"mimetic", "mimetic-positive"} <= set(arms):
         pairs.append(("mimetic", "mimetic-positive"))
-    return pairs
+    return list(dict.fromkeys(pairs))
 
 
 def initial_state(arm: str, seed: int, network: Network, source: Source) -> dict[str, Tensor]:
@@ -115,5 +137,5 @@ def initial_state(arm: str, seed: int, network: Network, source: Source) -> dict
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if arm == PRETRAINED:
         assert source.opened is not None
-        state |= pretrained_weights(source.opened, state)
+        state |= network.pretrained(source.opened, state)
     return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
@@ -21,15 +21,17 @@ from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display
 from attnlens.training.distributed import Spread, spread
 from attnlens.training.hardware import device_named, fixed_attention
+from attnlens.training.ladder import ladder_of
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve
 from attnlens.training.report import LrTable, render_report
-from attnlens.training.results import Summary, results_lines, summarise
+from attnlens.training.results import Summary, finite, results_lines, summarise
+from attnlens.training.seen import Seen
 from attnlens.training.source import Source
 from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure, structure_lines
-from attnlens.training.trainer import Session, run_units, unit_name
+from attnlens.training.trainer import Session, resident_on, run_units, unit_name
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +80,7 @@ def train_compare(
     *,
     dataset: str = "digits",
     data_dir: str | Path | None = None,
+    classes: str | Sequence[str] | None = None,
     model: str | None = None,
     checkpoint: str | Path | None = None,
     params: str | Path | None = None,
@@ -149,6 +152,7 @@ def train_compare(
         store = _store(output, config, process, claims, resume=resume)
         if process.leads and source.params is not None:
             source.params.save(output / "params.json")
+        here = Seen.of(data)
         provenance = {
             "versions": run_provenance()["versions"],
             "device": describe_device(on),
@@ -159,13 +163,15 @@ def train_compare(
             return Session(
                 config,
                 source,
-                data.resident(config, on),
+                resident_on(data, config, on),
                 on,
                 store,
                 control,
                 provenance,
                 checkpoint_seconds=checkpoint_seconds,
                 save_weights=save_weights,
+                automatic=stack is None,
+                here=here,
             )
 
         done = _shared(store, process)
@@ -286,10 +292,14 @@ def _write(
 
     from attnlens.figures import save_figures
     from attnlens.training.figures import draw_curves, draw_structure, has_structure
+    from attnlens.training.waterfall import draw_waterfall
 
     figures = {"curves": draw_curves(summary)}
     if has_structure(summary):
         figures["structure"] = draw_structure(summary, source_structure(source), source.name)
+    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    if ladder:
+        figures["waterfall"] = draw_waterfall(summary, ladder)
     texts = {
         "results.jsonl": results_lines(config, done),
         "structure.jsonl": structure_lines(done),
@@ -300,7 +310,10 @@ def _write(
         for name, text in texts.items():
             files.write(output / name, methodcaller("write", text.encode()))
         save_figures(figures, output, into=files.write)
-        data = json.dumps({**summary.to_json(), "files": files.hashes()}, indent=1) + "\n"
+        found = {**summary.to_json(), "files": files.hashes()}
+        if ladder:
+            found["ladder"] = finite([asdict(step) for step in ladder])
+        data = json.dumps(found, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
 
 

@@ -57,10 +57,19 @@ class TextData(Part):
     split: str
 
 
+class SourceData(Part):
+    """What is known of a source and the data set, where an arm holds weights of the source."""
+
+    shared: bool | None = Field(description="whether it was trained on these images or this text; None: not known")
+    words: str
+
+
 _LATER: dict[str, Any] = {
     "text": None,
     "freeze_filters": False,
     "starts": {},
+    "source_data": None,
+    "classes": None,
     "commonest": None,
     "attention": "",
     "left_out": {},
@@ -99,6 +108,8 @@ class Config(Part):
     text: TextData | None = None
     freeze_filters: bool = Field(default=False, description="depthwise filters stay as they start, in every arm")
     starts: dict[str, str] = Field(default={}, description="what each arm starts from, where the source is no ViT")
+    source_data: SourceData | None = Field(default=None, description="None: nothing suggests that they meet")
+    classes: list[str] | None = Field(default=None, description="what --classes kept of the data set; None: all")
     left_out: dict[str, int] = Field(default={}, description="images of the data set that are not used, by reason")
     attention: Attention = Field(default="", description="kernels of fused attention; empty where scores are formed")
     commonest: float | None = Field(

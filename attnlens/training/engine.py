@@ -10,6 +10,7 @@ stack are run is the network's own affair (`networks`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnlens.training.config import Config
@@ -199,16 +200,20 @@ class Stack:
         flat = cross_entropy(logits.flatten(0, -2), targets[where].flatten().long(), reduction="none")
         return flat.view(self.models, -1).mean(1)
 
-    def _precision(self) -> torch.autocast:
+    def _precision(self) -> AbstractContextManager[Any]:
         """Return the context that runs matrix products in the precision of the configuration."""
         import torch
 
-        half = self.config.precision != "float32"
-        return torch.autocast(self.device.type, getattr(torch, self.config.precision) if half else None, enabled=half)
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.config.precision))
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Scores:
         """Return how every model does on the same items; waits for the device."""
-        hits, counts, loss = (found.cpu() for found in self.tally(inputs, targets))
+        import torch
+
+        hits, loss = (found.cpu() for found in self.tally(inputs, targets))
+        counts = torch.bincount(targets.flatten().long().cpu(), minlength=hits.shape[1])
         recalls = (hits.double() / counts)[:, counts > 0]
         return Scores(
             (hits.sum(1).double() / targets.numel()).tolist(),
@@ -216,14 +221,14 @@ class Stack:
             recalls.mean(1).tolist(),
         )
 
-    def tally(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Count hits ``[model, class]`` and targets ``[class]``, and sum losses ``[model]``; nothing waits."""
+    def tally(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Count hits ``[model, class]`` and sum losses ``[model]``; nothing waits."""
         import torch
         from torch.nn.functional import cross_entropy
 
         classes = self.config.network.outputs
         hits = torch.zeros(self.models, classes, dtype=torch.long, device=self.device)
-        counts, loss = torch.zeros_like(hits[0]), torch.zeros_like(self.loss_sum)
+        loss = torch.zeros_like(self.loss_sum)
         where = torch.zeros(self.models, dtype=torch.long, device=self.device)
         size = max(1, 2 * self.config.recipe.batch_size)
         with torch.inference_mode(), self._precision():
@@ -232,10 +237,9 @@ class Stack:
                 batch = inputs[None, start : start + size]
                 logits = self.forward(self.weights, batch, where, training=False).flatten(1, -2)
                 hits.index_add_(1, answer, (logits.argmax(-1) == answer).long())
-                counts.index_add_(0, answer, torch.ones_like(answer))
                 expected = answer.expand(self.models, -1).flatten()
                 loss += cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(self.models, -1).sum(1)
-        return hits, counts, loss
+        return hits, loss
 
     def take_losses(self, steps: int) -> list[float]:
         """Return every model's mean training loss since the last call; waits for the device."""
@@ -244,8 +248,17 @@ class Stack:
         return means
 
     def state(self, model: int) -> dict[str, Tensor]:
-        """Return a copy of one model's weights and buffers on the CPU, under the names its module has."""
-        return {name: stacked.detach()[model].cpu().clone() for name, stacked in self.weights.items()}
+        """Return a copy of one model's weights and buffers on the CPU, under the names its module has.
+
+        What is trained comes over in one piece.
+        """
+        row, start = self.buffer.detach()[model].cpu(), 0
+        state = {name: value[model].cpu().clone() for name, value in self.fixed.items()}
+        for name in self.trained:
+            shape = self.weights[name].shape[1:]
+            state[name] = row[start : start + shape.numel()].view(shape).clone()
+            start += shape.numel()
+        return state
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything a resumed stack needs to go on as if it had never stopped."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, get_args
 
-from attnlens.errors import UsageError
+from attnlens.errors import AttnlensError, UsageError
 from attnlens.printable import printable
 from attnlens.training.config import Attention, Config, Precision
 
@@ -18,8 +19,43 @@ if TYPE_CHECKING:
     import torch
 
     from attnlens.training.distributed import Spread
+    from attnlens.training.networks.base import Wiring
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+class OutOfMemoryError(AttnlensError):
+    """The device's memory does not hold what is put on it."""
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a device or of the host, has run out."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error)  # the CPU allocator raises a plain RuntimeError
+
+
+def free_again(device: torch.device) -> None:
+    """Give back what nothing holds any more, so that something smaller finds room."""
+    import torch
+
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def room_for(what: str, advice: str, device: torch.device) -> Iterator[None]:
+    """Say in a line what did not find room on a device. Raises `OutOfMemoryError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        raise OutOfMemoryError(f"{device} ran out of memory {what}: {advice}") from error
 
 
 def device_named(name: str, process: Spread) -> torch.device:
@@ -112,8 +148,8 @@ def _fresh_caches() -> Iterator[None]:
                     os.environ[name] = value
 
 
-def attention_on(config: Config, device: torch.device) -> Attention:
-    """Return the kernels of fused attention that train the network on a CUDA device, the first of those that run.
+def attention_on(config: Config, wirings: Iterable[Wiring], device: torch.device) -> Attention:
+    """Return the kernels of fused attention that train a network on a CUDA device, the first that run in every wiring.
 
     Empty on a CPU, where scores are formed, and for a network without attention. Torch would choose among them anew for
     each shape and version; here one is taken, and written down.
@@ -123,14 +159,16 @@ def attention_on(config: Config, device: torch.device) -> Attention:
     if device.type == "cpu" or not any(True for _ in describe_module(config.network.build(0)).indexed()):
         return ""
     kernels: tuple[Attention, ...] = ("flash", "efficient", "math")
-    for name in kernels:
-        if _trains(config.model_copy(update={"attention": name, "compiled": False}), device):
-            return name
+    with room_for("with one model and two items", "free memory on it, or take a smaller network", device):
+        for name in kernels:
+            tried = config.model_copy(update={"attention": name, "compiled": False})
+            if all(_trains(tried, wiring, device) for wiring in dict.fromkeys(wirings)):
+                return name
     raise UsageError(f"no attention of torch runs on {device} in {config.precision}: choose another --precision")
 
 
-def _trains(config: Config, device: torch.device) -> bool:
-    """Whether a step of the plain network runs with the attention a configuration names."""
+def _trains(config: Config, wiring: Wiring, device: torch.device) -> bool:
+    """Whether a step of the network runs with the attention a configuration names."""
     import torch
 
     from attnlens.training.engine import Stack
@@ -138,8 +176,8 @@ def _trains(config: Config, device: torch.device) -> bool:
     items = config.network.example(2, torch.Generator().manual_seed(0))
     inputs, targets = (part[None].to(device) for part in items)
     where = torch.zeros(1, dtype=torch.long, device=device)
-    stack = Stack(config, 1, device)
-    stack.load([dict(config.network.build(0).state_dict())], [config.recipe.lr], 10)
+    stack = Stack(config, 1, device, wiring=wiring)
+    stack.load([dict(config.network.build(0, wiring).state_dict())], [config.recipe.lr], 10)
     try:
         with warnings.catch_warnings(), fixed_attention(config):
             warnings.simplefilter("ignore")  # torch warns why a kernel was not used

@@ -9,16 +9,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
-from attnlens.training.arms import WIRINGS, default_contrasts, initial_state, start_of
-from attnlens.training.config import AUGMENTATIONS, Augmentation, Config, Recipe, TextData, check_config
+from attnlens.training.arms import (
+    FROM_WEIGHTS,
+    OF_SOURCE,
+    RUNGS,
+    WIRINGS,
+    default_contrasts,
+    initial_state,
+    named_arms,
+    start_of,
+)
+from attnlens.training.config import (
+    AUGMENTATIONS,
+    Augmentation,
+    Config,
+    Recipe,
+    SourceData,
+    TextData,
+    check_config,
+)
 from attnlens.training.data.images import load_dataset
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.data.reading import Say, silent
 from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.hardware import attention_on, compiles_on, precision_on
+from attnlens.training.ladder import LADDER
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
+from attnlens.training.seen import Seen, meet
 from attnlens.training.source import Source
 from attnlens.training.stack_size import fastest_stack
 from attnlens.training.store import stored_config
@@ -63,6 +82,7 @@ class Options:
 
     dataset: str
     data_dir: Path | None
+    classes: str | Sequence[str] | None
     model: str | None
     checkpoint: Path | None
     params: Path | None
@@ -112,9 +132,12 @@ def find_source(options: Options, data: Dataset) -> Source:
         raise UsageError(
             f"--dataset {options.dataset} {data.holds}: name a language model, as in --model {data.default_model}"
         )
-    if network is not None and options.checkpoint is not None:
-        raise UsageError(f"--checkpoint: {name} is trained from drawn weights alone. Leave one of the two out")
     source = Source.of(name, options.checkpoint, options.params)
+    if source.opened is None and LADDER in (options.arms or ()):
+        raise UsageError(
+            f"--arms ladder starts from a pre-trained source, and {source.name} has no weights: give --checkpoint FILE "
+            "as train-compare --save-weights writes it"
+        )
     if source.network.reads != data.kind:
         raise UsageError(f"--model {name} reads {source.network.needs}")
     return source
@@ -128,6 +151,8 @@ def resolve(
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is about {topic}, and {data.name} {data.holds}: leave it out")
+    if options.classes is not None:
+        data = data.only(options.classes)
     preset = PRESETS.get(options.dataset) or PRESETS[data.preset]
     given = {name: getattr(options, name) for name in preset}
     chosen = preset | {name: value for name, value in given.items() if value is not None}
@@ -136,11 +161,11 @@ def resolve(
     config = _config(options, data, network, chosen, source, device)
     check_config(config)
     _check_arms(config, source)
-    config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0))})
-    config = config.model_copy(update={"attention": attention_on(config, device)})
+    config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0), config.arms)})
+    wirings = {arm: start_of(arm, source).wiring for arm in config.arms}
+    config = config.model_copy(update={"attention": attention_on(config, wirings.values(), device)})
     if options.stack is None and device.type == "cuda":
         stored = (stored_config(output) or {}).get("stack") if resume else None
-        wirings = {arm: start_of(arm, source).wiring for arm in config.arms}
         config = config.model_copy(update={"stack": stored or fastest_stack(config, wirings, data, device)})
     return config, data
 
@@ -156,10 +181,12 @@ def _config(
     augment = chosen.get("augment", "none")
     if augment not in AUGMENTATIONS:
         raise UsageError(f"--augment {augment} is not known: choose from {', '.join(AUGMENTATIONS)}")
-    arms = list(dict.fromkeys(options.arms if options.arms is not None else network.default_arms))
-    starts = {arm: start_of(arm, source).describe() for arm in arms}
-    if source.opened is not None:  # its arms need no words that the first comparisons did not have
-        starts = {arm: start for arm, start in starts.items() if arm in WIRINGS}
+    arms = named_arms(options.arms, type(network))
+    told = RUNGS if not network.prefix or source.opened is None else [rung.arm for rung in network.ladder[1:]]
+    keeps = {rung.arm: f"keeps of {source.name}: {rung.keeps}" for rung in network.ladder if rung.arm in told}
+    starts = {arm: keeps.get(arm) or start_of(arm, source).describe() for arm in arms}
+    if not network.prefix:  # its arms need no words that the first comparisons did not have
+        starts = {arm: start for arm, start in starts.items() if arm in WIRINGS or arm in keeps}
     facts, counts, (mean, std) = data.text_facts(), data.counts(chosen), data.moments()
     cuda = device.type == "cuda"
     return Config(
@@ -195,9 +222,18 @@ def _config(
         text=TextData(**facts) if facts else None,
         freeze_filters=options.freeze_filters,
         starts=starts,
+        source_data=_source_data(source, data, arms),
+        classes=None if options.classes is None else data.class_names(),
         commonest=data.commonest(),
         left_out=data.unused(),
     )
+
+
+def _source_data(source: Source, data: Dataset, arms: Sequence[str]) -> SourceData | None:
+    if source.opened is None or not set(FROM_WEIGHTS) & set(arms):
+        return None
+    met = meet(source.name, source.seen, Seen.of(data))
+    return None if met is None else SourceData(**met._asdict())
 
 
 def eval_every(epochs: int, train_items: int, test_items: int) -> int:
@@ -215,7 +251,7 @@ def _check_arms(config: Config, source: Source) -> None:
 
         if not filter_parameters(config.network.build(0)):
             raise UsageError("--freeze-filters: the network has no depthwise filters. Name another --model")
-    risky = ("pretrained", "pretrained-attention", *WIRINGS)
+    risky = (*OF_SOURCE, *WIRINGS)
     for arm in config.arms:
         if arm in risky or source.opened is None:
             initial_state(arm, 0, config.network, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 PARTS = ("runs", "checkpoints", "weights")
 """Folders below a results folder."""
+RESULTS_KEYS = ("config_sha256", "dataset", "data_sha256", "run")
+"""What every line of ``results.jsonl`` says beside its record."""
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -99,6 +102,32 @@ def parse_runs(path: Path, folder: Path) -> dict[str, Any]:
     if "records" not in data:
         raise ResumeError(f"{path} holds no records: delete it to train that run again")
     return data
+
+
+def parse_results(path: Path, folder: Path, config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of every run in ``results.jsonl``, by name. Raises `ResumeError`."""
+    advice = "put the file back as it was, or choose another --output"
+    runs: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for text in read_state(within(folder, path, ResumeError)).splitlines():
+            line = parse_json(text, constant=float)
+            if line["config_sha256"] != config.sha256():
+                raise ResumeError(f"{path} belongs to another configuration: {advice}")
+            record = {name: value for name, value in line.items() if name not in RESULTS_KEYS}
+            runs.setdefault(_file_name(line["run"]), []).append(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}): {advice}") from error
+    for name, records in runs.items():
+        check_records(records, config, f"{path}, run {name},")
+        if records[-1]["status"] == "running":
+            raise ResumeError(f"{path} holds a part of {name} alone: {advice}")
+    return runs
+
+
+def _file_name(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
+        raise ValueError(f"{name!r} is no name of a run")
+    return name
 
 
 def check_state(state: Any, where: Path) -> dict[str, Any]:

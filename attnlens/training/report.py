@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
 from attnlens.training.config import AUGMENTATIONS, Config
+from attnlens.training.ladder import Step, ladder_of
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.results import Summary
 from attnlens.training.statistics import (
@@ -38,6 +39,9 @@ def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
         "## Declared contrasts",
         _contrasts(summary),
     ]
+    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    if ladder:
+        parts += ["## What each step of the ladder is worth", _ladder(ladder, metric)]
     if summary.gaps:
         parts += ["## Share of the gap to the pre-trained model closed", _gaps(summary.gaps)]
     parts += [
@@ -112,6 +116,9 @@ def _state(summary: Summary) -> str:
         f"{counted(config.seeds, 'seed')} an arm, {counted(config.recipe.epochs, 'epoch')}, on {config.dataset}"
     )
     parts = [f"{ended} of {counted(summary.expected, 'run')} finished; {conditions}."]
+    if config.source_data is not None:
+        words = f"Source: {config.source_data.words}."
+        parts.append(words if config.source_data.shared is False else f"**{words}**")
     if not summary.complete:
         parts.append("**Unfinished: everything below changes when the remaining runs are done.**")
     if summary.screening:
@@ -184,6 +191,41 @@ def _reachable(contrasts: Sequence[Contrast]) -> str:
     )
 
 
+def _ladder(ladder: Sequence[Step], metric: Metric) -> str:
+    def told(contrast: Contrast) -> list[str]:
+        pairs = contrast.difference
+        return [metric.difference(pairs.mean), _interval(pairs, metric.difference), _p(contrast.t_holm)]
+
+    rows = [
+        [
+            f"{step.arm}{'' if step.nested else ' (other)'}",
+            step.keeps,
+            *told(step.step),
+            *told(step.from_start),
+            metric.difference(step.left.mean),
+            _interval(step.left, metric.difference),
+        ]
+        for step in ladder
+    ]
+    first, last = ladder[0].below, ladder[-1].arm
+    interval = f"{LEVEL:.0%} interval"
+    head = ["rung", "keeps of the source", "step", interval, "Holm", f"minus {first}", interval, "Holm", "left"]
+    others = [f"{step.arm} over {step.below}" for step in ladder if not step.nested]
+    named = " and ".join(filter(None, (", ".join(others[:-1]), *others[-1:])))
+    limits = (
+        f" (other): {named} keep{'s' * (len(others) == 1)} other things of the source, not more: such a "
+        "step is the difference between two summaries of it and no part of a sum."
+        if others
+        else ""
+    )
+    return (
+        f"{_table([*head, interval], rows)}\n\n"
+        f"step: the rung minus the one above it; left: {last} minus the rung, what it does not explain, not tested; "
+        f"in {metric.unit}.{limits} A step is what a rung adds when it comes at this place of the order; another "
+        "order could share the whole out otherwise."
+    )
+
+
 def _gaps(gaps: Sequence[GapClosed]) -> str:
     rows = []
     for gap in gaps:
@@ -233,7 +275,7 @@ def _tuning(tuning: LrTable, chosen: Mapping[str, float], config: Config) -> str
 def _conditions(summary: Summary) -> str:
     config, recipe = summary.config, summary.config.recipe
     source = ", ".join(f"{key} {value}" for key, value in config.source.items() if value is not None)
-    if config.network.prefix:
+    if config.network.prefix and config.source.get("sha256") is None:
         source = f"none ({source}): every arm starts from drawn weights"
     decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
     lr = "chosen per arm" if config.lr_grid else f"{recipe.lr:g}"
@@ -248,7 +290,7 @@ def _conditions(summary: Summary) -> str:
         ["epochs", f"{recipe.epochs}, of which {config.passes:.2f} effective; the last one counts"],
         ["pairing", _pairing(summary)],
         ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],
-        ["engine", f"{config.precision}, {'compiled' if config.compiled else 'eager'}, stacks of {config.stack}"],
+        ["engine", _engine(summary)],
         ["training time", f"{summary.train_seconds:.0f} s over all runs, evaluation not counted"],
         ["device", "; ".join(summary.devices)],
         ["versions", ", ".join(f"{name} {version}" for name, version in summary.versions.items())],
@@ -259,12 +301,23 @@ def _conditions(summary: Summary) -> str:
     return _table(["", ""], rows)
 
 
+def _engine(summary: Summary) -> str:
+    config, sizes = summary.config, summary.stacks
+    attention = f", {config.attention} attention" if config.attention else ""
+    how = "compiled" if config.compiled else "eager"
+    stacks = f"stacks of {config.stack}"
+    if sizes and sizes != (config.stack,):  # what is left over, an architecture with fewer arms, memory that ended
+        stacks = f"stacks of at most {config.stack}, trained in {' and '.join(map(str, sizes))}"
+    return f"{config.precision}, {how}{attention}, {stacks}"
+
+
 def _data(config: Config) -> str:
     text = config.text
     if text is None:
+        kept = "" if config.classes is None else f", of the classes {', '.join(config.classes)} alone"
         unused = ", ".join(f"{count} {what}" for what, count in config.left_out.items())
         left_out = f"; left out: {unused}" if unused else ""
-        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images{left_out}"
+        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images{kept}{left_out}"
     return (
         f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of {text.files} "
         f"file{'s' * (text.files > 1)}, {text.split}; {config.train_items} windows an epoch, drawn with replacement, "

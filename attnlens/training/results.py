@@ -60,6 +60,8 @@ class Summary:
     epochs: tuple[EpochsTo, ...]
     streams: dict[int, int]
     """By seed, the number of runs whose hashes of order and augmentation were found equal in every epoch."""
+    stacks: tuple[int, ...]
+    """Sizes of the stacks that were trained, smallest first."""
     train_seconds: float
     devices: tuple[str, ...]
     versions: dict[str, str]
@@ -99,12 +101,13 @@ class Summary:
             "gap_closed": [asdict(gap) for gap in self.gaps],
             "diverged": [{"arm": arm, "seed": seed, "epoch": epoch} for arm, seed, epoch in self.diverged],
             "paired_runs_by_seed": self.streams,
+            "models_in_stack": list(self.stacks),
             "train_seconds": self.train_seconds,
             "devices": list(self.devices),
             "versions": self.versions,
             "commands": list(self.commands),
         }
-        return _finite(data)
+        return finite(data)
 
     def arm_table(self) -> StatsTable:
         """Return a row an arm: its mean, its contrast with the default, gap closed and epochs to the target."""
@@ -192,6 +195,7 @@ def summarise(config: Config, records: Mapping[str, Sequence[Record]]) -> Summar
             for arm in config.arms
         ),
         streams=check_pairing(runs),
+        stacks=tuple(sorted({lines[-1]["models_in_stack"] for lines in runs})),
         train_seconds=sum(lines[-1]["train_seconds"] / lines[-1]["models_in_stack"] for lines in runs),
         devices=tuple(dict.fromkeys(p["device"] for p in provenance)),
         versions=provenance[-1]["versions"] if provenance else {},
@@ -238,9 +242,10 @@ def _odd(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """Return JSON-ready data in which what is not a number is null."""
     if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if _odd(data) else data

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.errors import UnsupportedAttentionError
+from attnlens.checkpoints import open_checkpoint
+from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.layouts import read_heads
+from attnlens.models.open import EMBEDDED
+from attnlens.models.weights import parse_object
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
+from attnlens.training.seen import METADATA_KEY, Seen, read
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +42,10 @@ class Source:
     """None for a network that is trained from drawn weights alone."""
     teacher: Mapping[str, Any] = field(default_factory=dict)
     """How `transfer-attention` is told of the weights."""
+    seen: tuple[Seen, ...] | None = None
+    """What the weights were trained on; None where nothing says so."""
+    sha256: str | None = None
+    """Hash of the file of weights."""
 
     @classmethod
     def of(cls, model: str | None, checkpoint: Path | None = None, params: Path | None = None) -> Source:
@@ -54,26 +62,77 @@ class Source:
         network = network_named(model)
         if network is not None:
             assert model is not None
-            sha256 = "" if params is None else hashlib.sha256(params.read_bytes()).hexdigest()
-            return cls(model, network, network.sizes_of(model), loaded, sha256)
+            told = "" if params is None else hashlib.sha256(params.read_bytes()).hexdigest()
+            drawn = cls(model, network, network.sizes_of(model), loaded, told)
+            return drawn if checkpoint is None else drawn.with_weights(checkpoint)
         opened = open_model(model, checkpoint)
         sizes = _sizes_of(opened)
         fitted = fit_params(model, checkpoint=checkpoint) if loaded is None else loaded
-        return cls(opened.name, ViT, sizes, fitted, "", opened, {"teacher": model, "checkpoint": checkpoint})
+        teacher = {"teacher": model, "checkpoint": checkpoint}
+        sha256 = opened.provenance().get("sha256")
+        return cls(opened.name, ViT, sizes, fitted, "", opened, teacher, _seen(model, opened), sha256)
+
+    def with_weights(self, path: Path) -> Source:
+        """Return the named network with the weights that a comparison of such networks saved.
+
+        Raises `CheckpointError` for a file that cannot be read, `UsageError` for weights of another network.
+        """
+        import torch
+
+        from attnlens.fit.fit_params import fit_params
+        from attnlens.models.open import open_model
+
+        stored = open_checkpoint(path)
+        sizes = parse_object(stored.metadata.get("sizes", "{}").encode(), path)
+        if stored.metadata.get("network") != self.network.module:
+            raise UsageError(
+                f"--checkpoint {path} holds no weights of {self.name} as train-compare --save-weights writes them: "
+                "name the --model they are of"
+            )
+        module = self.network.model_validate(sizes).build(0)
+        module.load_state_dict({name: torch.as_tensor(np.array(stored[name])) for name in stored})
+        opened = open_model(module, None, filters=True)
+        fitted = fit_params(module) if self.params is None else self.params
+        return replace(
+            self,
+            name=f"{path.stem} ({self.name})",
+            params=fitted,
+            opened=opened,
+            teacher={"teacher": module},
+            seen=read(stored.metadata.get(METADATA_KEY)),
+            sha256=stored.provenance().get("sha256"),
+        )
 
     def record(self) -> dict[str, Any]:
         """Return what a configuration says about it."""
-        return {"model": self.name, "sha256": self.opened.provenance().get("sha256") if self.opened else None}
+        return {"model": self.name, "sha256": self.sha256}
 
-    def params_sha256(self, model: nn.Module) -> str:
-        """Return the hash of the requests the fitted arm draws this network with, else of the parameter file."""
-        if self.opened is None or self.params is None:
+    def params_sha256(self, model: nn.Module, arms: Sequence[str] = ()) -> str:
+        """Return the hash of what the fitted arms draw this network with, else of the parameter file."""
+        if self.opened is None or self.params is None or self.params_file_sha256:
             return self.params_file_sha256
         digest = hashlib.sha256()
+        for filters in self.params.filters:
+            digest.update(filters.model_dump_json().encode())
         for request in self.params.for_model(model):
             digest.update(np.ascontiguousarray(request.qk).data)
             digest.update(np.ascontiguousarray(request.ov).data)
+        for request in self.params.for_model(model, "channels") if "fitted-gains" in arms else ():
+            for drawn in (request.qk, request.ov, *(vars(gains) for gains in (request.qk_gains, request.ov_gains))):
+                for values in drawn.values() if isinstance(drawn, dict) else (drawn,):
+                    digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
+
+
+def _seen(model: str | None, opened: OpenedModel) -> tuple[Seen, ...] | None:
+    """Return what a file's metadata, or the config.json of a timm folder, states."""
+    if METADATA_KEY in opened.checkpoint.metadata:
+        return read(opened.checkpoint.metadata[METADATA_KEY])
+    folder = EMBEDDED if model is None else Path(str(model).removeprefix("local-dir:"))
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    return read(parse_object(config.read_bytes(), config).get(METADATA_KEY))
 
 
 def _sizes_of(opened: OpenedModel) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from attnlens.training.config import Config, Run
 from attnlens.training.data.on_device import Dataset, Resident
 from attnlens.training.engine import Stack
-from attnlens.training.hardware import fixed_attention
+from attnlens.training.hardware import fixed_attention, free_again
 from attnlens.training.networks.base import Wiring
-from attnlens.training.trainer import epochs_of, units_of
+from attnlens.training.trainer import epochs_of, resident_on, units_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ def fastest_stack(config: Config, wirings: Mapping[str, Wiring], data: Dataset, 
     """
     arms = len(config.arms)
     sizes = sorted({1, arms, *(arms * seeds for seeds in range(2, config.seeds + 1) if config.seeds % seeds == 0)})
-    resident = data.resident(config, device)
+    resident = resident_on(data, config, device)
     with fixed_attention(config):
         rates = {size: stack_rate(config, size, wirings, resident, device) for size in sizes}
     return max(rates, key=lambda size: rates[size])
@@ -60,10 +59,7 @@ def stack_rate(config: Config, size: int, wirings: Mapping[str, Wiring], data: R
         return 0.0
     finally:
         stacks = {}
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        torch.compiler.reset()
+        free_again(device)
     return len(runs) * config.recipe.batch_size / seconds
 
 

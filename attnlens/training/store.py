@@ -11,16 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints.pickles import load_pickle
+from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.state import read_state, sealed
 from attnlens.strict_json import parse_json
 from attnlens.training.config import Config, Run
-from attnlens.training.record_schema import PARTS, ResumeError, check_links, check_records, check_state, parse_runs
+from attnlens.training.record_schema import (
+    PARTS,
+    ResumeError,
+    check_links,
+    check_records,
+    check_state,
+    parse_results,
+    parse_runs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Record = dict[str, Any]
+STACK_LIMIT = "stack_limit"
+"""What ``config.json`` says beside the configuration once memory ran out: stacks are no larger than this."""
 
 
 class Store:
@@ -28,6 +39,8 @@ class Store:
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config = folder, config
+        self.stack_limit: int | None = None
+        """Most models of a stack, where one of the configured size was too large for the device's memory."""
 
     @classmethod
     @contextmanager
@@ -42,17 +55,33 @@ class Store:
         with claimed(folder / ".lock", taken):
             for part in (".", *PARTS):
                 sweep(folder / part)
-            yield cls.open(folder, config, resume=resume)
+            store = cls.open(folder, config, resume=resume)
+            store.restore_runs()
+            yield store
 
     @classmethod
     def open(cls, folder: Path, config: Config, *, resume: bool) -> Store:
         """Start a folder, or go on in one that holds the same configuration. Raises `UsageError`."""
         stored = stored_config(folder)
+        limit = None if stored is None else stored.get(STACK_LIMIT)
         _check(folder, config, stored, resume=resume)
+        store = cls(folder, config)
         if stored is None:
-            text = json.dumps({"sha256": config.sha256(), **json.loads(config.model_dump_json())}, indent=1)
-            write_text_atomic(folder / "config.json", text + "\n")
-        return cls(folder, config)
+            store._write_config()
+        else:
+            store.stack_limit = limit
+        return store
+
+    def _write_config(self) -> None:
+        limit = {} if self.stack_limit is None else {STACK_LIMIT: self.stack_limit}
+        text = {"sha256": self.config.sha256(), **limit, **json.loads(self.config.model_dump_json())}
+        write_text_atomic(self.folder / "config.json", json.dumps(text, indent=1) + "\n")
+
+    def limit_stack(self, models: int) -> None:
+        """Note that no stack of more models is trained from now on, nor when the comparison is resumed."""
+        self._check_there()
+        self.stack_limit = models
+        self._write_config()
 
     def save_run(self, run: Run, records: Sequence[Record]) -> None:
         """Keep the records of a run that has ended."""
@@ -73,6 +102,17 @@ class Store:
                 raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
             runs[path.stem] = check_records(data["records"], self.config, str(path))
         return runs
+
+    def restore_runs(self) -> None:
+        """Keep the runs that ``results.jsonl`` holds where ``runs/`` is missing: a folder kept without what is large.
+
+        Runs that had not ended are in neither, and begin anew. Raises `ResumeError`.
+        """
+        path = self.folder / "results.jsonl"
+        if (self.folder / "runs").exists() or not path.exists():
+            return
+        for name, records in parse_results(path, self.folder, self.config).items():
+            self.save_records(name, records)
 
     def save_checkpoint(self, unit: str, state: Mapping[str, Any]) -> None:
         """Keep where a unit of work has got to."""
@@ -101,11 +141,8 @@ class Store:
 
     def save_weights(self, run: Run, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Keep a run's final weights in a file `attnlens inspect` reads."""
-        from safetensors.torch import save
-
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        content = save(tensors, dict(metadata))
-        self._write(self.folder / "weights" / f"{run.name}.safetensors", lambda file: file.write(content))
+        self._check_there()
+        write_safetensors(self.folder / "weights" / f"{run.name}.safetensors", state, metadata)
 
     def _write(self, path: Path, write: Write) -> None:
         self._check_there()
@@ -143,7 +180,9 @@ def _check(folder: Path, config: Config, stored: dict[str, Any] | None, *, resum
         return
     if not resume:
         raise UsageError(f"{folder} holds a comparison already: add --resume to go on, or choose another --output")
-    sha256 = stored.pop("sha256", None)
+    sha256, limit = stored.pop("sha256", None), stored.pop(STACK_LIMIT, None)
+    if not (limit is None or (type(limit) is int and limit >= 1)):
+        raise UsageError(f"{folder / 'config.json'}: {STACK_LIMIT} is {limit!r}, no number of models: remove it")
     if sha256 != config.sha256():
         changed = config.differences(stored) or ["the file was edited"]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

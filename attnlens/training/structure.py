@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnlens.circuits import Fold, layer_ov, qk_circuit
 from attnlens.layouts import AttentionSpec, read_heads
-from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.diagonal import fit_alpha_beta
 
 if TYPE_CHECKING:
     from attnlens.training.source import Source
@@ -28,7 +28,7 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
         if weights.W_O is None or "norm_unknown" in weights.leaves_out:
             continue
         for fold in FOLDS:
-            qk, ov = fit_diagonal(qk_circuit(weights, fold), None), fit_diagonal(layer_ov(weights, fold), None)
+            qk, ov = fit_alpha_beta(qk_circuit(weights, fold)), fit_alpha_beta(layer_ov(weights, fold))
             for name, value in (
                 ("qk_alpha", qk.alpha.mean()),
                 ("qk_beta", qk.beta.mean()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -12,13 +13,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attnlens.errors import AttnlensError
-from attnlens.training.arms import initial_state, start_of
+from attnlens.training.arms import FROM_WEIGHTS, initial_state, start_of
 from attnlens.training.config import TUNING_SEEDS, Config, Run
-from attnlens.training.data.on_device import Resident, SideBySide, side_by_side
+from attnlens.training.data.on_device import Dataset, Resident, SideBySide, side_by_side
 from attnlens.training.engine import Stack
+from attnlens.training.hardware import OutOfMemoryError, free_again, room_for
 from attnlens.training.networks.base import Wiring
 from attnlens.training.record_schema import check_gathered, restorable
+from attnlens.training.seen import METADATA_KEY, Seen, written
 from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store
@@ -32,10 +34,6 @@ if TYPE_CHECKING:
 
 Unit = tuple[Run, ...]
 Listener = Callable[[Unit, dict[str, Any]], None]
-
-
-class OutOfMemoryError(AttnlensError):
-    """The device's memory does not hold a stack and its batch."""
 
 
 def units_of(runs: Sequence[Run], stack: int, kind: Callable[[Run], Hashable] = lambda _run: None) -> list[Unit]:
@@ -71,6 +69,10 @@ class Session:
     listen: Listener = lambda _unit, _what: None
     checkpoint_seconds: float = 60.0
     save_weights: bool = False
+    automatic: bool = False
+    """Whether nobody asked for this stack size: one that a device's memory does not hold is then halved."""
+    here: Seen | None = None
+    """What is trained on here."""
     specs: dict[Wiring, Sequence[tuple[int, AttentionSpec]]] = field(default_factory=dict)
     """The readable attention layers of every architecture."""
     _stacks: dict[tuple[int, int, Wiring], Stack] = field(default_factory=dict)
@@ -91,9 +93,28 @@ class Session:
         """Return how an arm's network is wired."""
         return start_of(arm, self.source).wiring
 
+    @property
+    def stack_limit(self) -> int:
+        """Most models of a stack: as configured, or what is left of it after halving."""
+        return self.store.stack_limit or self.config.stack
+
+    def halve(self, models: int) -> None:
+        """Train no stack of so many models any more. It is written to the folder before anything smaller is trained."""
+        with self._lock:
+            self.store.limit_stack(max(1, models // 2))
+            self._stacks = {key: stack for key, stack in self._stacks.items() if key[1] <= self.stack_limit}
+        free_again(self.device)
+
     def units(self, runs: Sequence[Run]) -> list[Unit]:
         """Cut runs into units of one architecture each."""
         return units_of(runs, self.config.stack, lambda run: self.wiring(run.arm))
+
+    def trained_on(self, run: Run) -> dict[str, str]:
+        """Return what a run's weights have been trained on, as their metadata say it; nothing where it is not known."""
+        before = self.source.seen if run.arm in FROM_WEIGHTS else ()
+        if self.here is None or before is None:
+            return {}
+        return {METADATA_KEY: written((*before, self.here))}
 
     def seeds(self, run: Run) -> tuple[int, int]:
         """Return a run's data and init seed."""
@@ -149,26 +170,36 @@ def run_units(session: Session, units: Sequence[Unit], workers: int) -> None:
 
 
 def train_unit(session: Session, unit: Unit) -> bool:
-    """Train a unit to its end, or to a checkpoint where `Control` says stop; return whether it ended."""
+    """Train a unit to its end, or to a checkpoint where `Control` says stop; return whether it ended.
+
+    A stack that nobody asked for and that memory does not hold is trained in halves.
+    """
+    limit = session.stack_limit
+    if len(unit) > limit:
+        ended = session.store.load_runs()
+        parts = [unit[start : start + limit] for start in range(0, len(unit), limit)]
+        return all(train_unit(session, part) for part in parts if not all(run.name in ended for run in part))
+    models, batch = len(unit), session.config.recipe.batch_size
+    fewer = f"--stack {max(1, models // 2)} (same conditions) or " if models > 1 else ""
+    advice = f"try {fewer}--batch-size {max(1, batch // 2)}, for every arm, with another --output"
     try:
-        return _Training(session, unit).run()
-    except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        with room_for(f"with {models} model{'s' * (models > 1)} of batch {batch}", advice, session.device):
+            return _Training(session, unit).run()
+    except OutOfMemoryError as error:
+        if not session.automatic or models == 1:
             raise
-        batch, models = session.config.recipe.batch_size, len(unit)
-        less = f"--stack {max(1, models // 2)} (same conditions) or " if models > 1 else ""
-        raise OutOfMemoryError(
-            f"{session.device} ran out of memory with {models} model{'s' * (models > 1)} of batch {batch}: try {less}"
-            f"--batch-size {max(1, batch // 2)}, for every arm, with another --output"
-        ) from error
+        told = str(error).removesuffix(f": {advice}")
+    session.store.drop_checkpoint(unit_name(unit))
+    session.halve(models)
+    sys.stderr.write(f"note: {told}: going on with stacks of {session.stack_limit}\n")
+    return train_unit(session, unit)
 
 
-def _is_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error)  # the CPU allocator raises a plain RuntimeError
+def resident_on(data: Dataset, config: Config, device: torch.device) -> Resident:
+    """Put a data set on a device. Raises `OutOfMemoryError`."""
+    advice = "train on fewer with --train-images, on smaller ones with --image-size, or free memory on it"
+    with room_for(f"with the data of {data.name}", advice, device):
+        return data.resident(config, device)
 
 
 class Epochs(NamedTuple):
@@ -352,7 +383,7 @@ class _Training:
                 metadata = {"network": f"{network.module}, {wired}"}
             for number, run in enumerate(self.unit):
                 if not self._diverged(self.records[number]):
-                    session.store.save_weights(run, self.stack.state(number), metadata)
+                    session.store.save_weights(run, self.stack.state(number), metadata | session.trained_on(run))
         for run, records in zip(self.unit, self.records, strict=True):
             session.store.save_run(run, records)
         session.store.drop_checkpoint(self.name)

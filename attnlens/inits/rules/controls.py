@@ -32,15 +32,7 @@ def norm_matched(network: Network, *, of: str = "mimetic", **options: Any) -> Ru
 
     def plan(layer: Layer) -> Plan:
         assert rule.plan is not None
-        drawn = rule.plan(layer)
-        turned = {name: getattr(drawn, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
-        if drawn.W_Q is not None and drawn.W_K is not None:
-            turned["W_Q"] = np.stack([_turned(layer, "qk_left", h, weight) for h, weight in enumerate(drawn.W_Q)])
-            turned["W_K"] = np.stack([_turned(layer, "qk_right", g, weight) for g, weight in enumerate(drawn.W_K)])
-        if drawn.W_V is not None and drawn.W_O is not None:
-            turned["W_V"] = _turned_together(layer, "ov_left", drawn.W_V)
-            turned["W_O"] = _turned_together(layer, "ov_right", drawn.W_O.swapaxes(1, 2)).swapaxes(1, 2)
-        return replace(drawn, **turned, total=None, requests=())
+        return with_random_directions(layer, rule.plan(layer))
 
     def filters(layer: FilterLayer) -> FilterPlan:
         assert rule.filters is not None
@@ -50,6 +42,18 @@ def norm_matched(network: Network, *, of: str = "mimetic", **options: Any) -> Ru
         return replace(drawn, filters=turned(layer, drawn.filters), covariance=np.eye(layer.spec.positions))
 
     return Rule(rule.plan and plan, rule.fold, replays=rule.replays, filters=rule.filters and filters)
+
+
+def with_random_directions(layer: Layer, drawn: Plan) -> Plan:
+    """Return a plan whose products have the singular values of ``drawn`` and random singular vectors."""
+    new = {name: getattr(drawn, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
+    if drawn.W_Q is not None and drawn.W_K is not None:
+        new["W_Q"] = np.stack([_turned(layer, "qk_left", h, weight) for h, weight in enumerate(drawn.W_Q)])
+        new["W_K"] = np.stack([_turned(layer, "qk_right", g, weight) for g, weight in enumerate(drawn.W_K)])
+    if drawn.W_V is not None and drawn.W_O is not None:
+        new["W_V"] = _turned_together(layer, "ov_left", drawn.W_V)
+        new["W_O"] = _turned_together(layer, "ov_right", drawn.W_O.swapaxes(1, 2)).swapaxes(1, 2)
+    return replace(drawn, **new, total=None, requests=())
 
 
 def _turned(layer: Layer, purpose: str, head: int, weight: Array) -> Array:

@@ -15,6 +15,7 @@ from attnlens.inits.registry import choose, initialiser
 from attnlens.inits.rules.mimetic import merged
 
 if TYPE_CHECKING:
+    from attnlens.fit.gains import GainsOption, LayerGains
     from attnlens.fit.params import InitParams, LayerRequest
 
 Form = Literal["full", "parametric"]
@@ -29,6 +30,7 @@ def fitted(
     ov: Literal["layer", "head"] = "layer",
     columns: Columns = "svd",
     noise: Noise = "normal",
+    gains: GainsOption = "none",
 ) -> Rule:
     """Draw QK and OV with the parameters of a fit, such that each product realises what was measured.
 
@@ -37,25 +39,37 @@ def fitted(
     (``fit_params(model)``). ``ov="head"`` draws every head's W_V W_O by itself in place of the layer's sum. In a file
     of effective products the network's own norm gain and LayerScale are divided out, so that its effective products
     have the parameters. Attention biases are set to zero.
+
+    ``gains`` other than ``none`` draws the balanced products N of the source and multiplies them by its gains,
+    diag(r) N diag(c) being the effective product: the source's own gains channel by channel (``channels``, for a
+    network of its depth, widths and head counts), or gains of the same quantiles, correlation between r and c, and
+    share between heads (``quantiles``, for any width). Of the places N's channels can take one is chosen at which the
+    product's entries have the source's kurtosis: see `attnlens.inits.gained`.
     """
+    gains = choose("gains", gains, ("none", "quantiles", "channels"))
     file = load_params(params)
-    if file.fold not in ("raw", "effective"):
-        raise UsageError(f"the parameters are of {file.fold} products: fit again with fold='raw' or 'effective'")
+    if file.fold not in ("raw", "effective") and gains == "none":
+        raise UsageError(
+            f"the parameters are of {file.fold} products: pass gains='channels' or 'quantiles', or fit again with "
+            "fold='raw' or 'effective'"
+        )
     ov = choose("ov", ov, ("layer", "head"))
     columns = choose("columns", columns, ("svd", "shuffled"))
     noise = choose("noise", noise, ("normal", "uniform"))
-    by_layer = {request.layer: request for request in file.requests(network.architecture)}
+    by_layer = {request.layer: request for request in file.requests(network.architecture, gains)}
+    if gains == "channels":
+        _check_channels(network, by_layer, ov)
 
     def plan(layer: Layer) -> Plan:
         heads, total = _pairs(layer, by_layer, "qk"), _pairs(layer, by_layer, "ov" if ov == "layer" else "ov_heads")
-        qk = plan_qk(layer, heads, noise) if heads else _nothing("qk")
+        qk = plan_qk(layer, heads, noise, _gains(layer, by_layer, "qk")) if heads else _nothing("qk")
         if ov_reason(layer):
             return merged(qk, Plan(skipped=(("ov", ov_reason(layer)),)))
         if not total:
             return merged(qk, _nothing("ov"))
         if ov == "head":
-            return merged(qk, plan_ov_heads(layer, total, noise))
-        return merged(qk, plan_ov(layer, total[0], noise, columns))
+            return merged(qk, plan_ov_heads(layer, total, noise, _gains(layer, by_layer, "ov_heads")))
+        return merged(qk, plan_ov(layer, total[0], noise, columns, _gains(layer, by_layer, "ov")))
 
     def requests(layer: Layer) -> tuple[Request, ...]:
         heads, total = _pairs(layer, by_layer, "qk"), _pairs(layer, by_layer, "ov" if ov == "layer" else "ov_heads")
@@ -66,7 +80,7 @@ def fitted(
             requested += [Request("ov", name, *pair) for name, pair in zip(names, total, strict=False)]
         return tuple(requested)
 
-    return Rule(plan, file.fold, requests)
+    return Rule(plan, file.fold if gains == "none" else "balanced", requests)
 
 
 def load_params(params: Any) -> InitParams:
@@ -80,6 +94,26 @@ def load_params(params: Any) -> InitParams:
     from attnlens.fit.fit_params import fit_params
 
     return fit_params(params)
+
+
+def _check_channels(network: Network, by_layer: dict[int, LayerRequest], ov: str) -> None:
+    """Refuse gains of channels for a layer of another width or number of heads than the source's."""
+    for index, spec in network.architecture.indexed():
+        tensor = network.tensors[spec.q.named(spec.q.tensor)[0]]
+        width = int(tensor.shape[1 - spec.q.axis])
+        heads = {"qk_gains": spec.q.heads, "ov_gains": 1, "ov_heads_gains": spec.o.heads if spec.o else 0}
+        for name in ("qk_gains", "ov_gains" if ov == "layer" else "ov_heads_gains"):
+            found = getattr(by_layer[index], name)
+            if found is not None and heads[name] and found.log_rows.shape != (heads[name], width):
+                count, channels = found.log_rows.shape
+                raise UsageError(
+                    f"gains='channels' are those of {channels} channels, {count} of them by layer {index}, where "
+                    f"{spec.path} has {width} channels and {heads[name]}: pass gains='quantiles'"
+                )
+
+
+def _gains(layer: Layer, by_layer: dict[int, LayerRequest], which: str) -> LayerGains | None:
+    return getattr(by_layer[layer.index], f"{which}_gains")
 
 
 def _nothing(circuit: str) -> Plan:

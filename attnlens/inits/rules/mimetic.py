@@ -96,6 +96,7 @@ def merged(*plans: Plan) -> Plan:
             **{name: value for name, value in given.items() if value is not None},
             biases={**whole.biases, **plan.biases},
             requests=whole.requests + plan.requests,
+            gains=whole.gains + plan.gains,
             skipped=whole.skipped + plan.skipped,
             notes=whole.notes + plan.notes,
         )

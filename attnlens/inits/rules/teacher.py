@@ -15,6 +15,7 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.inits.folding import folded
 from attnlens.inits.plan import Layer, Network, Plan, Rule
 from attnlens.inits.registry import choose, initialiser
+from attnlens.inits.rules.reduced import Keep, keeping
 from attnlens.models.open import open_model
 from attnlens.models.opened import OpenedModel
 
@@ -24,17 +25,30 @@ Select = Callable[[Array, tuple[int, ...]], Array]
 
 @initialiser("transfer-attention")
 def transfer_attention(
-    network: Network, *, teacher: Any, checkpoint: str | os.PathLike[str] | None = None, fold: Fold = "effective"
+    network: Network,
+    *,
+    teacher: Any,
+    checkpoint: str | os.PathLike[str] | None = None,
+    fold: Fold = "effective",
+    keep: Keep = "weights",
 ) -> Rule:
-    """Copy the attention of a pre-trained network with the same layers, heads and widths.
+    """Copy the attention of a pre-trained network with the same layers, heads and widths, or a part of what it is.
 
     With ``fold="effective"`` the product is what is copied: the teacher's norm gain and LayerScale are folded in and
     the student's divided out, so that a student without them computes the same. ``fold="raw"`` copies the stored
     numbers. Biases are copied, that of W_O through LayerScale like W_O. ``teacher`` and ``checkpoint``: as
-    `attnlens.inspect` takes them.
+    `attnlens.inspect` takes them. ``keep`` says what of it is copied:
+
+    - ``weights``: everything;
+    - ``layers``: P W_QK P^T and P W_OV P^T, P one random permutation of the channels a layer. What a layer is by itself
+      stays (diagonal, spectra, gains), what its channels have to do with those of other layers goes;
+    - ``spectra``: the singular values of every W_QK and of the layer's summed W_OV, random singular vectors as in
+      `norm-matched`, biases zero;
+    - ``norms``: the Frobenius norms of these, spread evenly over random singular vectors, biases zero.
     """
     opened = open_model(teacher, checkpoint)
     pairs = _paired(network, opened, "same")
+    cut = keeping(keep)
 
     def plan(layer: Layer) -> Plan:
         theirs = opened.heads(pairs[layer.index])
@@ -44,9 +58,9 @@ def transfer_attention(
                     f"layer {layer.index}: {role} of the teacher {opened.name} is {_sizes(theirs)[role]} "
                     f"[head, from, to], the network's {mine}. Use weight-selection for a larger teacher"
                 )
-        return _plan(layer, theirs, fold, lambda weight, _: weight)
+        return cut(layer, _plan(layer, theirs, fold, lambda weight, _: weight))
 
-    return Rule(plan, choose("fold", fold, ("raw", "effective")), random=False)
+    return Rule(plan, choose("fold", fold, ("raw", "effective")), random=keep != "weights")
 
 
 @initialiser("weight-selection")

@@ -34,6 +34,8 @@ class Check:
     beta_tolerance: float = math.nan
     matrix_error: float = math.nan
     matrix_tolerance: float = math.nan
+    requested_kurtosis: float = math.nan
+    kurtosis: float = math.nan
     problem: str = ""
     mistake: str = ""
 

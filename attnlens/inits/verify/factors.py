@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from attnlens.circuits import Fold
+from attnlens.circuits import Fold, side_by_side
 from attnlens.heads import Array, HeadWeights, expand_groups
 from attnlens.inits.folding import folded
+from attnlens.inits.gained import Factors
 from attnlens.inits.plan import ALL_HEADS, Layer, Plan
 from attnlens.inits.report import ProductReport
 from attnlens.inits.verify.mistakes import one_product
@@ -24,10 +25,10 @@ def split_problem(layer: Layer, row: ProductReport, plan: Plan, fold: Fold, limi
 
     The ratio ||A|| / ||B|| of the two factors, in the fold's coordinates, is compared with the plan's: within ``limit``
     (relative) for a known draw, else within six standard errors 1 / sqrt(d k) of a draw's. Products do not show it,
-    gradients do: that of W_Q is proportional to W_K.
+    gradients do: that of W_Q is proportional to W_K. Of a product with gains, the balanced product's factors are meant.
     """
-    have = _norms(folded(layer.weights, fold), layer, row)
-    wanted = _norms({**folded(layer.weights, fold), **plan.weights()}, layer, row)
+    have = _norms(folded(layer.weights, fold), layer, row, fold)
+    wanted = _norms({**folded(layer.weights, fold), **plan.weights()}, layer, row, fold)
     if not (all(have) and all(wanted)):
         return ""
     ratio, expected = have[0] / have[1], wanted[0] / wanted[1]
@@ -39,8 +40,8 @@ def split_problem(layer: Layer, row: ProductReport, plan: Plan, fold: Fold, limi
     return f"||{left}|| / ||{right}|| is {ratio:.4g}, expected {expected:.4g} within {100 * limit:.2g}%"
 
 
-def _norms(weights: dict[str, Array], layer: Layer, row: ProductReport) -> tuple[float, float]:
-    """Return the Frobenius norms of the two factors of one product."""
+def _norms(weights: dict[str, Array], layer: Layer, row: ProductReport, fold: Fold) -> tuple[float, float]:
+    """Return the Frobenius norms of the two factors of one product, without its gains where it is balanced."""
     heads = layer.weights
     if row.circuit == "qk":
         left, right = weights["q"], expand_groups(weights["k"], heads.num_heads)
@@ -49,7 +50,13 @@ def _norms(weights: dict[str, Array], layer: Layer, row: ProductReport) -> tuple
         if row.head != ALL_HEADS:
             left = expand_groups(left, heads.num_value_heads)
     if row.head != ALL_HEADS:
-        left, right = left[int(row.head)], right[int(row.head)]
+        left, right = left[[int(row.head)]], right[[int(row.head)]]
+    if fold == "balanced":
+        right = right if row.circuit == "qk" else right.swapaxes(1, 2)
+        product = Factors(side_by_side(expand_groups(left, len(right))), side_by_side(right)).product()
+        gains = product.balanced().gains
+        assert gains is not None
+        left, right = left / gains.rows[:, None], right / gains.cols[:, None]
     return float(np.linalg.norm(left)), float(np.linalg.norm(right))
 
 

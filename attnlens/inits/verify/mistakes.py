@@ -52,6 +52,7 @@ class Tolerance(NamedTuple):
 
 
 _ALPHA_SPREADS, _BETA_SPREADS, _ROUNDINGS = 10.0, 6.0, 8.0
+_SETTLED = 1e-4
 
 
 def tolerance_at(expected: Parameters, width: int, eps: float, drawn: int = 1, rank: int | None = None) -> Tolerance:
@@ -67,6 +68,11 @@ def tolerance_at(expected: Parameters, width: int, eps: float, drawn: int = 1, r
     rounding = _ROUNDINGS * eps * (expected.alpha + abs(expected.beta)) + sys.float_info.min
     of_factors = 0.0 if rank is None else _BETA_SPREADS * math.sqrt(width / rank)
     return Tolerance(max(_ALPHA_SPREADS, of_factors) * spread + rounding, _BETA_SPREADS * spread + rounding)
+
+
+def settled_alpha(expected: Parameters, tolerance: Tolerance, eps: float) -> Tolerance:
+    """Return the tolerance where a draw is brought to its alpha: what storing it in a type of ``eps`` may cost."""
+    return tolerance._replace(alpha=(_SETTLED + _ROUNDINGS * eps) * (expected.alpha + abs(expected.beta)))
 
 
 def recognise(layer: Layer, row: ProductReport, fold: Fold, eps: float) -> str:
@@ -113,6 +119,8 @@ def _hypotheses(
 
 def one_product(weights: HeadWeights, circuit: Kind, head: int | str, fold: Fold) -> FactoredProduct:
     """Return one product as factors: QK or OV of a head, or a layer's summed OV."""
+    if fold == "balanced":
+        return one_product(weights, circuit, head, "effective").balanced()
     if circuit == "qk":
         return qk_circuit(weights, fold).head(int(head))
     have = ov_circuit(weights, fold)

@@ -26,6 +26,7 @@ from attnlens.inits.report import ProductReport, Skipped, describe_option, measu
 from attnlens.inits.verify.check import MATRIX_TOLERANCE, Check, stored_eps
 from attnlens.inits.verify.factors import bias_deviations, empty_directions, skipped_directions, split_problem
 from attnlens.inits.verify.filters import verify_filter_layer
+from attnlens.inits.verify.gains import gain_problem, has_dead_channels
 from attnlens.inits.verify.mistakes import (
     MISTAKES,
     Tolerance,
@@ -33,6 +34,7 @@ from attnlens.inits.verify.mistakes import (
     diagonal_spread,
     one_product,
     recognise,
+    settled_alpha,
     size_of,
     spread_limits,
     tolerance_at,
@@ -142,14 +144,16 @@ def verify_init(
 
 
 def recorded(opened: OpenedModel, seed: int | None, options: dict[str, Any]) -> Claim:
-    """Return what the metadata of a file says, `mimetic` where it says nothing.
+    """Return what the metadata of a file says; `fitted` where it says nothing of the parameters given, else `mimetic`.
 
     Raises `UsageError` where an option was an object that the file could not hold, or parameters have changed.
     """
     text = opened.checkpoint.metadata.get(METADATA_KEY)
     if text is None:
-        return Claim("mimetic", seed, options)
+        return Claim("fitted" if "params" in options else "mimetic", seed, options)
     data = json.loads(text)
+    if "params" in options and not find_initialiser(data["init"]).takes("params"):
+        return Claim("fitted", seed, options)
     resolved = {**data["options"], **options}
     unnamed = [name for name, value in resolved.items() if isinstance(value, str) and value.startswith("<")]
     if unnamed:
@@ -199,6 +203,7 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
     plan, cut = reachable(plan, layer.weights, rule.fold)
     planned, eps = planned_heads(layer, plan, rule), _coarsest(spec, network.tensors)
     rows = measure(layer, layer.weights, plan, rule.fold)
+    dead = bool(plan.gains) and has_dead_channels(plan)
     known = not cut and not any(math.isnan(row.expected_alpha) for row in rows)
     twins = rows if known else measure(layer, planned, plan, rule.fold)
     checks = [
@@ -206,7 +211,8 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
             _Product(layer, row, twin, plan, planned),
             rule,
             eps,
-            closed=not cut and not math.isnan(row.expected_alpha),
+            closed=not cut and not dead and not math.isnan(row.expected_alpha),
+            settled=not cut,
             whole=whole,
         )
         for row, twin in zip(rows, twins, strict=True)
@@ -260,8 +266,11 @@ class _Product(NamedTuple):
     planned: HeadWeights
 
 
-def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, whole: bool) -> Check:
-    """Judge one product, against what the closed form expects or else what the initialiser's own draw measures."""
+def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, settled: bool, whole: bool) -> Check:
+    """Judge one product, against what the closed form expects or else what the initialiser's own draw measures.
+
+    ``settled``: whether a draw with gains has the alpha it was brought to.
+    """
     layer, row, twin = product.layer, product.row, product.twin
     width, rank = size_of(layer, row)
     if closed:
@@ -270,10 +279,14 @@ def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, whole: bo
     else:
         expected = Parameters(twin.alpha, twin.beta)
         tolerance = tolerance_at(expected, width, eps, drawn=2, rank=rank)
+    drawn = next((each for each in product.plan.gains if (each.circuit, each.head) == (row.circuit, row.head)), None)
+    if drawn is not None and settled:
+        tolerance = settled_alpha(expected, tolerance, eps)
     compared = whole and not math.isnan(row.relative_error)
     limit = max(MATRIX_TOLERANCE, 4 * eps)
     other = compared and row.relative_error > limit
-    problem = _deviation(layer, row, expected, tolerance, rule.fold, spread=closed) if other or not compared else ""
+    like = product.planned if closed else None
+    problem = _deviation(layer, row, expected, tolerance, rule.fold, like) if other or not compared else ""
     mistake = recognise(layer, row, rule.fold, eps) if problem and closed else ""
     if other:
         as_drawn = "alpha and beta are as expected: another draw, or other options"
@@ -284,6 +297,8 @@ def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, whole: bo
     if missing and not mistake:
         lacks = f"{missing} of {rank} singular directions hold nothing of what they should"
         problem, mistake = "; ".join(filter(None, (problem, lacks))), "skipped direction"
+    if not problem and drawn is not None and not compared:
+        problem = gain_problem(layer, row, product.planned, drawn, eps)
     if not problem:
         problem = split_problem(layer, row, product.plan, rule.fold, limit if whole else None)
         mistake = "unbalanced split" if problem else ""
@@ -300,20 +315,31 @@ def _check(product: _Product, rule: Rule, eps: float, *, closed: bool, whole: bo
     )
 
 
-_ROW_FIELDS = ("layer", "name", "circuit", "head", "requested_alpha", "requested_beta", "alpha", "beta")
+_ROW_FIELDS = (
+    *("layer", "name", "circuit", "head", "requested_alpha", "requested_beta", "alpha", "beta"),
+    *("requested_kurtosis", "kurtosis"),
+)
 
 
 def _deviation(
-    layer: Layer, row: ProductReport, expected: Parameters, tolerance: Tolerance, fold: Fold, spread: bool
+    layer: Layer, row: ProductReport, expected: Parameters, tolerance: Tolerance, fold: Fold, like: HeadWeights | None
 ) -> str:
-    """Say which statistic lies outside its tolerance; empty where none does, or none is defined."""
+    """Say which statistic lies outside its tolerance; empty where none does, or none is defined.
+
+    The diagonal's spread is held to that of any draw; of balanced products, where it is evened out, to that of the draw
+    ``like``, within six standard errors.
+    """
     for name in ("alpha", "beta"):
         measured, wanted, limit = getattr(row, name), getattr(expected, name), getattr(tolerance, name)
         if abs(measured - wanted) > limit:
             return f"{name} is {measured:.4g}, expected {wanted:.4g} ± {limit:.2g}"
     width, _ = size_of(layer, row)
-    if spread and expected.alpha > 0:
+    if like is not None and expected.alpha > 0:
         low, high = spread_limits(width)
+        if fold == "balanced":
+            drawn = float(diagonal_spread(one_product(like, row.circuit, row.head, fold)))
+            error = math.sqrt(2) * (1 - low)  # of two draws
+            low, high = drawn * (1 - error), drawn * (1 + error)
         measured = float(diagonal_spread(one_product(layer.weights, row.circuit, row.head, fold)))
         if not low <= measured <= high:
             return f"sd(diagonal) sqrt(d) / alpha is {measured:.3g}, expected {low:.2f} to {high:.2f}"

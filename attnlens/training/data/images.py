@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,6 +43,8 @@ _FORMAT = 2
 """Of what is kept decoded; a change of how images are decoded or told apart is another one."""
 
 Labels = NDArray[np.int64]
+Classes = str | Sequence[str]
+"""``even``, ``odd``, or names of classes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Images(Dataset):
     """Images that are not used, by reason."""
     note: str = ""
     """What was found, in a line."""
+    whole_sha256: str = ""
+    """Hash of the data set these were cut from; empty where nothing was left out."""
     kind: ClassVar[str] = "images"
     holds: ClassVar[str] = "holds images"
     foreign: ClassVar[Mapping[str, str]] = {"context": "text"}
@@ -71,6 +75,43 @@ class Images(Dataset):
         """Return the hash of the decoded training and test images and their labels."""
         arrays = (self.train, self.train_labels, self.test, self.test_labels)
         return hash_of(*arrays, start=repr(self.classes))
+
+    def class_names(self) -> list[str]:
+        """See `Dataset`."""
+        return list(self.classes)
+
+    def whole(self) -> str:
+        """See `Dataset`."""
+        return self.whole_sha256 or self.sha256()
+
+    def only(self, classes: Classes) -> Images:
+        """Keep the images of some classes, their labels counted anew in the order the classes have here.
+
+        ``even`` and ``odd`` are every second of the sorted names, from the first or the second on. Raises `UsageError`
+        for names that are no classes, and for fewer than two.
+        """
+        ordered = sorted(self.classes)
+        halves = {"even": ordered[::2], "odd": ordered[1::2]}
+        chosen = halves.get(classes, [classes]) if isinstance(classes, str) else list(classes)
+        unknown = [name for name in chosen if name not in self.classes]
+        if unknown:
+            known = ", ".join(ordered[:20]) + (", ..." if len(ordered) > 20 else "")
+            raise UsageError(f"--classes names {unknown[0]}, no class of {self.name}: choose even, odd or from {known}")
+        kept = tuple(name for name in self.classes if name in chosen)
+        if len(kept) < 2:
+            raise UsageError(f"--classes keeps {len(kept)} of {self.name}'s {len(ordered)} classes: name two or more")
+        number = np.full(len(self.classes), -1, np.int64)
+        number[[self.classes.index(name) for name in kept]] = np.arange(len(kept))
+        train, test = number[self.train_labels], number[self.test_labels]
+        return replace(
+            self,
+            train=picked(self.train, np.flatnonzero(train >= 0)),
+            train_labels=train[train >= 0],
+            test=picked(self.test, np.flatnonzero(test >= 0)),
+            test_labels=test[test >= 0],
+            classes=kept,
+            whole_sha256=self.whole(),
+        )
 
     def unused(self) -> dict[str, int]:
         """See `Dataset`."""
@@ -96,7 +137,7 @@ class Images(Dataset):
 
     def limited(self, train: int | None, test: int | None) -> Images:
         """Keep the given numbers of images, drawn once for all seeds, classes in equal numbers while they last."""
-        kept = self
+        kept = self if train is None and test is None else replace(self, whole_sha256=self.whole())
         if train is not None:
             chosen = _balanced(self.train_labels, train, "--train-images")
             kept = replace(kept, train=picked(self.train, chosen), train_labels=self.train_labels[chosen])

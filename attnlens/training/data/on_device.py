@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
+from attnlens.errors import UsageError
 from attnlens.training.data.rows import Picked, blocks
 
 if TYPE_CHECKING:
@@ -118,6 +119,14 @@ class Dataset(ABC):
     def sha256(self) -> str:
         """Return the hash of all that is trained and tested on."""
 
+    def whole(self) -> str:
+        """Return the hash of the data set before anything of it was left out."""
+        return self.sha256()
+
+    def only(self, classes: str | Sequence[str]) -> Dataset:
+        """Keep some classes. Raises `UsageError`, always where there are none."""
+        raise UsageError(f"--classes {classes} is about images, and {self.name} {self.holds}: leave it out")
+
     @abstractmethod
     def sizes(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sizes of a network that depend on the data."""
@@ -141,6 +150,10 @@ class Dataset(ABC):
     def moments(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation by channel, empty where nothing is normalised."""
         return [], []
+
+    def class_names(self) -> list[str]:
+        """Return the names of the classes, empty where there are none."""
+        return []
 
     def commonest(self) -> float | None:
         """Return the share of the commonest class in what is tested on, None where classes are about even."""

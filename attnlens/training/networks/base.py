@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from attnlens.errors import ModelNotFoundError, UsageError
+from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.training.ladder import ATTENTION, FILTERS, Rung
 from attnlens.training.metrics import ACCURACY, Metric
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from attnlens.fit.params import InitParams
+    from attnlens.models.opened import OpenedModel
 
 DRAWING = RLock()
 """Held while a network draws from torch's global generator, which all threads share."""
@@ -94,6 +96,19 @@ class Network(Part):
     default_arms: ClassVar[tuple[str, ...]]
     limits: ClassVar[str]
     """What its scores cannot be compared with, for the report."""
+    classifier: ClassVar[str] = ""
+    """The module that depends on the data's classes; empty where none does."""
+    transfer: ClassVar[str] = "transfer-attention"
+    """The initialiser that takes from a source's weights."""
+    parts: ClassVar[Mapping[str, str]] = {
+        "scale": "norms",
+        "spectrum": "spectra",
+        "permuted": "layers",
+        "pretrained-attention": "weights",
+    }
+    """What it keeps, by arm."""
+    ladder: ClassVar[tuple[Rung, ...]] = ATTENTION
+    """What ``--arms ladder`` stands for."""
     control_keeps: ClassVar[str] = "same singular values, random directions: what the structure adds to the scale"
 
     @classmethod
@@ -161,9 +176,30 @@ class Network(Part):
         return {"network": self.module, "sizes": json.dumps(self.model_dump())}
 
     @classmethod
-    def fitted(cls, params: InitParams | None) -> tuple[str, dict[str, Any]]:
+    def fitted(cls, params: InitParams | None, **options: Any) -> tuple[str, dict[str, Any]]:
         """Return the initialiser, with its options, that draws what was fitted."""
-        return "fitted", {"params": params}
+        return "fitted", {"params": params, **options}
+
+    def pretrained(self, opened: OpenedModel, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a source's weights as this network, whose state is ``like``, holds them, but for its classifier.
+
+        Raises `UnsupportedAttentionError` where they do not fit.
+        """
+        import torch
+
+        weights = {}
+        for name, value in like.items():
+            counter = not value.is_floating_point()  # of batches BatchNorm has seen: a new training counts its own
+            if counter or (self.classifier and name.startswith(f"{self.classifier}.")):
+                continue
+            stored = torch.as_tensor(opened.checkpoint[name]).detach().to("cpu", value.dtype, copy=True)
+            if stored.shape != value.shape:
+                raise UnsupportedAttentionError(
+                    f"{opened.name}: {name} is {tuple(stored.shape)}, the network's {tuple(value.shape)}: train a "
+                    "source with the same --patch-size, --image-size and --context, or leave the arm pretrained out"
+                )
+            weights[name] = stored
+        return weights
 
     @classmethod
     def control(cls, params: InitParams | None) -> dict[str, Any]:
@@ -227,10 +263,13 @@ class FilterNetwork(ImageNetwork):
     """A kind whose depthwise filters are what its arms draw."""
 
     default_arms: ClassVar[tuple[str, ...]] = ("default", "conv-covariance", "norm-matched")
+    transfer: ClassVar[str] = "transfer-filters"
+    parts: ClassVar[Mapping[str, str]] = {"scale": "norms", "permuted": "layers", "pretrained-filters": "weights"}
+    ladder: ClassVar[tuple[Rung, ...]] = FILTERS
     control_keeps: ClassVar[str] = "same norm of every filter, random directions: what the covariance adds to the scale"
 
     @classmethod
-    def fitted(cls, params: InitParams | None) -> tuple[str, dict[str, Any]]:
+    def fitted(cls, params: InitParams | None, **options: Any) -> tuple[str, dict[str, Any]]:  # noqa: ARG003  # no gains
         """Return the initialiser that draws filters with the fitted covariance."""
         return "conv-covariance", {"params": params}
 

@@ -30,6 +30,7 @@ class ConvMixer(FilterNetwork):
 
     prefix: ClassVar[str] = "convmixer"
     module: ClassVar[str] = "timm.models.convmixer.ConvMixer"
+    classifier: ClassVar[str] = "head"
 
     dim: int = Field(ge=2)
     depth: int = Field(ge=1)

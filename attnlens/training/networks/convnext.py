@@ -21,6 +21,7 @@ class ConvNeXt(FilterNetwork):
 
     prefix: ClassVar[str] = "convnext"
     module: ClassVar[str] = "timm.models.convnext.ConvNeXt"
+    classifier: ClassVar[str] = "head.fc"
 
     entry: str
     """timm's name."""

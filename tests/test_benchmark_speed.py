@@ -1,0 +1,90 @@
+"""The measurement of whole commands: what a process takes, what a table says of goals, that the table is current."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from attnlens.checkpoints import open_checkpoint
+from attnlens.models.open import open_model
+from benchmarks.speed.__main__ import RESULTS, Bench
+from benchmarks.speed.process import Run, busy_process, run, summary
+from benchmarks.speed.rows import ROWS, Row
+from benchmarks.speed.table import PAGE, fill, goals
+from benchmarks.speed.weights import write_attention
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+BURNS = """
+import time
+held = bytearray(200 << 20)
+end = time.process_time() + 0.5
+while time.process_time() < end: pass
+time.sleep(0.5)
+print("done")
+"""
+
+
+def test_a_process_is_measured_alone():
+    ours = bytearray(400 << 20)  # of the parent: it must not count
+    found = run([sys.executable, "-c", BURNS], os.environ, 60)
+    assert found.output == "done\n"
+    assert 0.5 <= found.cpu < found.wall
+    assert found.wall >= 1.0
+    assert 200 <= found.private_mib < 260 < len(ours) >> 20
+    assert 200 <= found.peak_mib < 300
+
+
+def test_a_failure_and_a_limit_are_told():
+    with pytest.raises(subprocess.CalledProcessError):
+        run([sys.executable, "-c", "raise SystemExit(3)"], os.environ, 60)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, 0.2)
+
+
+def test_the_busy_process_ends_with_its_block():
+    with busy_process():
+        found = subprocess.run(["ps", "-e", "-o", "args="], capture_output=True, text=True, check=True).stdout
+        assert "while True: pass" in found
+
+
+def entry(wall, **more):
+    return {**summary([Run(wall, wall, 90.0, 80.0, "")]), **more}
+
+
+def test_a_goal_is_met_or_the_table_says_by_how_much_it_is_not():
+    row = Row("x", lambda *_: (), wall=2.0, busy=4.0, private_mib=30.0, above="base", spent="waiting")
+    base = {"base": entry(1.0) | {"private_mib": {"median": 60.0}}}
+    assert goals(row, entry(1.5, busy=entry(3.0)), base) == (
+        "2 s: met (1.5); 4 s beside a busy process: met (3); 30 MiB private above imports: met (20)"
+    )
+    assert "2 s: 1.50 times that (3)" in goals(row, entry(3.0), base)
+    assert goals(row, entry(3.0), base).endswith("Spent on waiting")
+
+
+def test_every_row_with_a_goal_says_what_its_time_is_spent_on_and_can_be_run(tmp_path):
+    for row in ROWS.values():
+        timed = (row.wall, row.busy, row.cpu, row.peak_mib, row.private_mib)
+        assert row.spent or not any(timed)
+        assert not row.above or row.above in ROWS
+        assert row.command(tmp_path / "weights", tmp_path)[0] == sys.executable
+
+
+def test_a_row_is_run_in_a_cache_of_its_own(tmp_path):
+    found = Bench(tmp_path, sys.executable, 60).row(ROWS["help"])
+    assert "train-compare" in found.output
+
+
+def test_the_giants_file_holds_what_is_read_and_is_as_long_as_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.speed.weights.PARAMETERS", {"test_vit": 1_000_000})
+    write_attention("test_vit", tmp_path / "a.safetensors")
+    found = open_checkpoint(tmp_path / "a.safetensors")
+    assert sum(np.prod(found.shape(name)) for name in found) == 1_000_000
+    assert np.isfinite(open_model(None, tmp_path / "a.safetensors").heads(0).W_Q).all()
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="nothing was measured")
+def test_the_table_is_what_the_results_say():
+    assert fill(json.loads(RESULTS.read_text())) == PAGE.read_text()

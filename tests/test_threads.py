@@ -1,0 +1,108 @@
+"""How many threads work: the user's number, else one of BLAS for each core that affinity, quota and load leave."""
+
+import os
+import subprocess
+import sys
+from threading import current_thread
+
+import pytest
+
+from attnlens import threads
+from attnlens.threads import available_cores, free_cores, limited_to, over_threads
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Return a function that pretends a machine of eight cores with a quota, a load and so many running processes."""
+    monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+    monkeypatch.setattr(threads, "LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(threads, "_affinity", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv(threads.USER, raising=False)
+
+    def pretend(quota="", load=0.0, running=1, version=2):
+        if version == 2:
+            (tmp_path / "cpu.max").write_text(quota)
+        else:
+            for name, text in zip(("quota", "period"), quota.split(), strict=True):
+                (tmp_path / f"cpu.cfs_{name}_us").write_text(f"{text}\n")
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+        if running is not None:
+            (tmp_path / "loadavg").write_text(f"{load} 0.0 0.0 {running}/321 4567\n")
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("quota", "version", "cores"),
+    [
+        ("max 100000", 2, 8),
+        ("200000 100000", 2, 2),
+        ("150000 100000", 2, 2),
+        ("50000 100000", 2, 1),
+        ("-1 100000", 1, 8),
+        ("300000 100000", 1, 3),
+        ("", 2, 8),
+    ],
+)
+def test_a_control_groups_quota_bounds_the_cores(machine, quota, version, cores):
+    machine(quota, version=version)
+    assert available_cores() == cores
+
+
+def test_the_users_number_and_a_share_bound_the_cores(machine, monkeypatch):
+    machine("500000 100000")
+    monkeypatch.setenv(threads.USER, "3")
+    assert available_cores() == 3
+    with limited_to(2):
+        assert available_cores() == 2
+    monkeypatch.setenv(threads.USER, "64")
+    assert available_cores() == 5
+
+
+@pytest.mark.parametrize(
+    ("load", "running", "free"),
+    [(0.0, 1, 8), (3.2, 4, 5), (3.2, 1, 8), (0.1, 4, 5), (50.0, 51, 1), (3.2, None, 5), (0.2, None, 8)],
+    ids=["idle", "busy", "ended just now", "began just now", "crowded", "by the load", "idle by the load"],
+)
+def test_cores_are_free_that_nothing_else_keeps_busy(machine, load, running, free):
+    machine(load=load, running=running)
+    assert free_cores() == free
+
+
+def test_a_machine_larger_than_the_quota_is_busy_elsewhere(machine):
+    machine("200000 100000", load=5.0, running=6)
+    assert free_cores() == 2
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_the_users_number_is_that_of_the_workers(machine, monkeypatch, cores):
+    machine()
+    monkeypatch.setenv(threads.USER, str(cores))
+    found = set(over_threads(lambda _: current_thread().name, range(200)))
+    assert len(found) <= cores
+
+
+PRINT_THREADS = """
+import os, sys
+import attnlens.cli.app as app
+def told(*_, **__):
+    import scipy.linalg, torch
+    from threadpoolctl import threadpool_info
+    blas = {found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"}
+    print(sorted(blas), torch.get_num_threads())
+app.app = told
+from attnlens.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("given", "blas"), [({}, "[1]"), ({"OMP_NUM_THREADS": "1"}, "[1]")])
+def test_every_command_passes_the_guard(given, blas):
+    plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_THREADS], env={**plain, **given}, capture_output=True, text=True, check=True
+    )
+    found, _, torch_threads = done.stdout.strip().rpartition(" ")
+    assert found == blas
+    assert 1 <= int(torch_threads) <= available_cores()
