@@ -89,7 +89,7 @@ Remote = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
 TableFile = Annotated[
-    Path | None, typer.Option("--table", metavar="FILE", help="Write the table to this CSV file, too.")
+    Path | None, typer.Option("--table", metavar="FILE", help="Write the table to this CSV file, too. Default: none.")
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace files that attnlens did not write. Inputs are never replaced.")
