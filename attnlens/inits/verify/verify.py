@@ -30,6 +30,7 @@ from attnlens.inits.verify.gains import gain_problem, has_dead_channels
 from attnlens.inits.verify.mistakes import (
     MISTAKES,
     Tolerance,
+    balanced_spread_error,
     clones,
     diagonal_spread,
     one_product,
@@ -333,12 +334,12 @@ def _deviation(
         measured, wanted, limit = getattr(row, name), getattr(expected, name), getattr(tolerance, name)
         if abs(measured - wanted) > limit:
             return f"{name} is {measured:.4g}, expected {wanted:.4g} ± {limit:.2g}"
-    width, _ = size_of(layer, row)
+    width, rank = size_of(layer, row)
     if like is not None and expected.alpha > 0:
         low, high = spread_limits(width)
         if fold == "balanced":
             drawn = float(diagonal_spread(one_product(like, row.circuit, row.head, fold)))
-            error = math.sqrt(2) * (1 - low)  # of two draws
+            error = math.sqrt(2) * balanced_spread_error(width, rank)  # of two draws
             low, high = drawn * (1 - error), drawn * (1 + error)
         measured = float(diagonal_spread(one_product(layer.weights, row.circuit, row.head, fold)))
         if not low <= measured <= high:
