@@ -198,6 +198,10 @@ class FactoredProduct:
 
     def balanced(self) -> FactoredProduct:
         """Return diag(r)^-1 @ M @ diag(c)^-1 with the `gains` r and c that `balance` finds; signs stay."""
+        return self._balanced
+
+    @cached_property
+    def _balanced(self) -> FactoredProduct:
         gains = balance(self)
         return replace(self.scaled(1 / gains.rows, 1 / gains.cols), gains=gains)
 

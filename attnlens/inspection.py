@@ -275,6 +275,7 @@ def inspect(
     opened = open_model(
         architecture, held, num_heads, access, filters=True, model_args=model_args, input_size=input_size
     )
+    provenance = opened.provenance_beside()
     unwanted = opened.not_asked_for(asked)
     if len(unwanted) == len(opened.architecture.specs) and unwanted and not opened.architecture.filters:
         first = next(iter(unwanted.values()))
@@ -300,7 +301,7 @@ def inspect(
         depth=len(opened.architecture.order),
         specs=specs,
         refused=(*opened.architecture.refused, *unwanted.values()),
-        provenance={**opened.provenance(), **run_provenance()},
+        provenance={**provenance(), **run_provenance()},
         opened=opened,
         spectra=spectra,
         gains={key: gains for _, _, found in results for key, gains in found.items()},

@@ -116,6 +116,25 @@ def _busy_cores() -> int:
         return 0
 
 
+def beside(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin a call in a thread, where there is a second core; the function returned gives its result, or raises."""
+    if available_cores() < 2:
+        return function
+    from concurrent.futures import Future
+    from threading import Thread
+
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001  # raised where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()  # what fails meanwhile does not wait for it
+    return future.result
+
+
 def over_threads(
     function: Callable[[Item], Result],
     items: Sequence[Item],

@@ -61,7 +61,6 @@ class Vocabulary:
 CIRCUIT = Vocabulary("circuit", ("qk", "ov"), {"W_QK": "qk", "W_OV": "ov"})
 FOLD = Vocabulary("fold", ("raw", "effective", "centred", "balanced"))
 FOLD_CHOICE = Vocabulary("fold", (*FOLD.words, "both", "all"))
-FITTED_FOLD = Vocabulary("fold", ("raw", "effective", "balanced"))
 PER = Vocabulary("per", ("head", "layer", "model"))
 HEADS = Vocabulary("head", ("each", "all"))
 COMPOSED = Vocabulary("kind", ("q", "k", "v"))

@@ -5,26 +5,32 @@
 
 Mutants are those of cosmic-ray's operators (arithmetic, comparisons, signs, numbers, booleans, loops). All that can be
 made in `PARTS` are counted, a seeded sample of each part is planted in copies of the tree, and the test files of the
-part are run until one fails. ``killed``: a test failed; ``timeout``: the tests did not end, counted as killed;
-``survived``: all passed, equivalent mutants among them. The score is killed / planted. With ``--parts`` the others keep
-what the file says of them.
+part are run one after the other until a test fails, those first that name the mutated module. ``killed``: a test
+failed; ``timeout``: the tests did not end, counted as killed; ``survived``: all passed. The score is killed / planted.
+`EQUIVALENT` holds the survivors that no test could kill, with the reason; the score without them stands beside the
+other. With ``--parts`` the others keep what the file says of them, and with ``--mutants 0`` nothing is planted and the
+scores are counted anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
+import py_compile
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
@@ -37,11 +43,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "circuits": (
         ("attnlens/circuits.py",),
-        ("tests/test_circuits.py", "tests/test_diagonal.py"),
+        ("tests/test_circuits.py", "tests/test_diagonal.py", "tests/test_balance.py"),
     ),
     "statistics": (
         ("attnlens/statistics/*.py",),
-        ("tests/test_diagonal.py", "tests/test_inverse.py", "tests/test_draws.py", "tests/test_inference.py"),
+        (
+            *("tests/test_verdict_rules.py", "tests/test_pairs.py", "tests/test_depth.py", "tests/test_diagonal.py"),
+            *("tests/test_inverse.py", "tests/test_table.py", "tests/test_draws.py", "tests/test_balance.py"),
+            *("tests/test_inference.py", "tests/test_trace.py", "tests/test_params.py"),
+        ),
     ),
     "layouts": (
         ("attnlens/layouts/*.py", "attnlens/layouts/*/*.py"),
@@ -76,6 +86,8 @@ OPERATORS = tuple(
     )
 )
 TIMEOUT_S = 600
+EQUIVALENT = Path(__file__).parent / "equivalent_mutants.json"
+"""Survivors that compute the same as the code they change: file, change and the reason."""
 
 
 @dataclass(frozen=True)
@@ -121,22 +133,29 @@ def run(mutant: Mutant, tree: Path) -> Mutant:
     after = mutate_code(before, get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
     assert after is not None
     start = time.monotonic()
+    pairs = enumerate(zip(before.splitlines(), after.splitlines(), strict=False), 1)
+    line, old, new = next((line, old, new) for line, (old, new) in pairs if old != new)
     path.write_text(after)
     try:
-        outcome = "killed" if _tests_fail(mutant.part, tree) else "survived"
+        outcome = "killed" if _tests_fail(_nearest_first(mutant), tree) else "survived"
     except TimeoutError:
         outcome = "timeout"
     finally:
         path.write_text(before)
-    pairs = enumerate(zip(before.splitlines(), after.splitlines(), strict=False), 1)
-    change = next((f"{line}: {old.strip()} -> {new.strip()}" for line, (old, new) in pairs if old != new), "")
+    change = f"{line}: {old.strip()} -> {new.strip()}"
     seconds = round(time.monotonic() - start, 1)
     return Mutant(mutant.part, mutant.file, mutant.operator, mutant.occurrence, outcome, change, seconds)
 
 
-def _tests_fail(part: str, tree: Path) -> bool:
-    """Run the tests of a part on a copy of the tree, in a fork of this process, which has imported torch already."""
-    process = get_context("fork").Process(target=_pytest, args=(part, tree))
+def _nearest_first(mutant: Mutant) -> list[str]:
+    """Return the test files of a mutant's part, those first that name its module."""
+    module = mutant.file.removesuffix(".py").replace("/", ".")
+    return sorted(PARTS[mutant.part][1], key=lambda file: module not in (ROOT / file).read_text())
+
+
+def _tests_fail(files: Sequence[str], tree: Path) -> bool:
+    """Run test files on a copy of the tree, in a fork of this process, which has imported torch already."""
+    process = get_context("fork").Process(target=_pytest, args=(files, tree))
     process.start()
     process.join(TIMEOUT_S)
     if process.is_alive():
@@ -146,7 +165,7 @@ def _tests_fail(part: str, tree: Path) -> bool:
     return process.exitcode != 0
 
 
-def _pytest(part: str, tree: Path) -> None:
+def _pytest(files: Sequence[str], tree: Path) -> None:
     import pytest
 
     for name in [name for name in sys.modules if name.split(".")[0] in ("attnlens", "benchmarks", "tests")]:
@@ -157,9 +176,14 @@ def _pytest(part: str, tree: Path) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    imported = "ignore::pytest.PytestAssertRewriteWarning"  # of plugins, before the fork
-    options = ("-q", "-x", "-p", "no:cacheprovider", "-W", imported, *LEFT_OUT)
-    os._exit(int(pytest.main([*options, *PARTS[part][1]])))
+    options = ("-q", "-x", "-p", "no:cacheprovider", "--assert=plain", *LEFT_OUT)
+    os._exit(any(pytest.main([*options, file]) for file in files))
+
+
+def _compile(tree: Path) -> None:
+    """Leave bytecode that is valid by a module's text: a mutant may come within the second of the one before."""
+    for folder in ("attnlens", "benchmarks", "tests"):
+        compileall.compile_dir(tree / folder, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
 
 def _import_heavy() -> None:
@@ -178,28 +202,37 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="plant no more of a part after so many")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/mutation.json")
     given = parser.parse_args()
-    sys.dont_write_bytecode = True  # a mutant may come within the second that decides whether bytecode is stale
-    _import_heavy()
+    sys.dont_write_bytecode = True  # of mutants
+    if given.mutants:
+        _import_heavy()
+    changed = _git("status", "--porcelain", "attnlens", "tests").splitlines()
+    at = {"commit": _git("rev-parse", "HEAD"), "changed_since": changed}
     results = json.loads(given.output.read_text()) if given.output.exists() else {"parts": {}}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         trees: Queue[Path] = Queue()
-        for job in range(given.jobs):
-            tree = Path(folder) / str(job)
-            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv"))
-            trees.put(tree)
-        for part in given.parts:
+        first = Path(folder) / "0"
+        shutil.copytree(ROOT, first, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv"))
+        _compile(first)
+        trees.put(first)
+        for job in range(1, given.jobs):
+            trees.put(Path(shutil.copytree(first, Path(folder) / str(job))))
+        for part in given.parts if given.mutants else ():
             possible = list(mutants_of(part))
             end = time.monotonic() + 60 * given.minutes
             planted = list(pool.map(partial(_one, trees, end), sample(possible, given.mutants, given.seed)))
             tree = trees.get()
             # A survivor shows that the tests pass as they are; where there is none they are run once without a mutant.
-            if all(each is None or each.outcome != "survived" for each in planted) and _tests_fail(part, tree):
+            survivors = [each for each in planted if each and each.outcome == "survived"]
+            if not survivors and _tests_fail(PARTS[part][1], tree):
                 raise SystemExit(f"the tests of {part} fail without any mutant: {' '.join(PARTS[part][1])}")
             trees.put(tree)
-            results["parts"][part] = _part([each for each in planted if each], len(possible), given.seed)
-            results = _totals(results)
-            write_text_atomic(given.output, json.dumps(results, indent=1) + "\n")
-    print(f"{results['score']:.1%} of {results['planted']} mutants killed")
+            results["parts"][part] = _part([each for each in planted if each], len(possible), given.seed, at)
+            write_text_atomic(given.output, json.dumps(_scored(results["parts"]), indent=1) + "\n")
+    results = _scored(results["parts"])
+    write_text_atomic(given.output, json.dumps(results, indent=1) + "\n")
+    for part in (results, *results["parts"].values()):
+        name, equivalent = part.get("part", "all"), part["equivalent"]
+        print(f"{name}: {part['killed']} of {part['planted']} killed, {equivalent} of the others equivalent")
 
 
 def _one(trees: Queue[Path], end: float, mutant: Mutant) -> Mutant | None:
@@ -214,23 +247,53 @@ def _one(trees: Queue[Path], end: float, mutant: Mutant) -> Mutant | None:
     return found
 
 
-def _part(planted: list[Mutant], possible: int, seed: int) -> dict[str, Any]:
-    counts = Counter(mutant.outcome for mutant in planted)
+def _part(planted: list[Mutant], possible: int, seed: int, tree: dict[str, Any]) -> dict[str, Any]:
     return {
-        **run_provenance(),
         "command": " ".join(["python -m benchmarks.mutation", *sys.argv[1:]]),
+        **tree,
+        **run_provenance(),
+        "cosmic_ray": version("cosmic-ray"),
         "seed": seed,
         "possible": possible,
-        "planted": len(planted),
-        **{outcome: counts[outcome] for outcome in ("killed", "timeout", "survived")},
         "mutants": [asdict(mutant) for mutant in planted],
     }
 
 
-def _totals(results: dict[str, Any]) -> dict[str, Any]:
-    planted, survived = (sum(part[name] for part in results["parts"].values()) for name in ("planted", "survived"))
-    killed = planted - survived
-    return {"score": killed / max(planted, 1), "planted": planted, "killed": killed, "parts": results["parts"]}
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _scored(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the counts and scores of every part and of all, equivalent survivors named."""
+    table = json.loads(EQUIVALENT.read_text())
+    reasons = {(one["file"], one["change"]): one["reason"] for one in table}
+    for part in parts.values():
+        for mutant in part["mutants"]:
+            reason = reasons.get((mutant["file"], mutant["change"].partition(": ")[2]))
+            mutant.pop("equivalent", None)
+            if reason and mutant["outcome"] == "survived":
+                mutant["equivalent"] = reason
+    scored = {name: {"part": name, **_counts(part["mutants"]), **_rest(part)} for name, part in parts.items()}
+    return {**_counts([mutant for part in parts.values() for mutant in part["mutants"]]), "parts": scored}
+
+
+def _rest(part: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name not in _counts([])}
+
+
+def _counts(mutants: list[dict[str, Any]]) -> dict[str, Any]:
+    outcomes = Counter(mutant["outcome"] for mutant in mutants)
+    equivalent = sum("equivalent" in mutant for mutant in mutants)
+    killed = outcomes["killed"] + outcomes["timeout"]
+    return {
+        "planted": len(mutants),
+        "killed": killed,
+        "of_these_by_timeout": outcomes["timeout"],
+        "survived": outcomes["survived"],
+        "equivalent": equivalent,
+        "score": round(killed / max(len(mutants), 1), 4),
+        "score_without_equivalent": round(killed / max(len(mutants) - equivalent, 1), 4),
+    }
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from scipy import stats
 
 from attnlens.circuits import FOLDS, FactoredProduct, layer_ov, ov_circuit, qk_circuit
 from attnlens.heads import Array, HeadWeights
+from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.statistics.inference import Inference, infer
 from attnlens.statistics.verdicts import LEVEL, Judgement, Verdict, corrected, judge
@@ -47,6 +50,7 @@ EFFECTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0)
 TESTS = ("p_value", "sign_p_value", "rotation_p_value", "pairing_p_value")
 SILENT = (Verdict.NONE, Verdict.NOT_DESCRIBED)
 Draw = Callable[[], Array]
+Piece = tuple[Callable[[Generator], Any], Generator]
 
 
 def structures(rng: Generator, d: int, k: int) -> dict[str, Draw]:
@@ -132,18 +136,21 @@ def structures(rng: Generator, d: int, k: int) -> dict[str, Draw]:
     }
 
 
-def simulate(rng: Generator) -> list[dict[str, Any]]:
-    """Measure every structure at every size, without a diagonal and with one planted."""
-    rows = []
-    for (d, k), n in SIZES.items():
-        for name, draw in structures(rng, d, k).items():
-            A, B = np.ascontiguousarray(np.swapaxes(np.stack([draw() for _ in range(n)]), 0, 1))
-            rows.append({"structure": name, "d": d, "k": k, "n": n, **level_of(A, B)})
-            planted = FactoredProduct(A, B + PLANTED * A)
-            found, fit = infer(planted), fit_diagonal(planted, None)
-            rows[-1]["planted"] = covered(found, fit.alpha, fit.beta, float(fit.beta.mean()))
-            print(rows[-1], flush=True)
-    return rows
+def simulate(rng: Generator, name: str, d: int, k: int) -> dict[str, Any]:
+    """Measure a structure at a size, without a diagonal and with one planted."""
+    n = SIZES[d, k]
+    draw = structures(rng, d, k)[name]
+    A, B = np.ascontiguousarray(np.swapaxes(np.stack([draw() for _ in range(n)]), 0, 1))
+    planted = FactoredProduct(A, B + PLANTED * A)
+    found, fit = infer(planted), fit_diagonal(planted, None)
+    return {
+        "structure": name,
+        "d": d,
+        "k": k,
+        "n": n,
+        **level_of(A, B),
+        "planted": covered(found, fit.alpha, fit.beta, float(fit.beta.mean())),
+    }
 
 
 def level_of(A: Array, B: Array) -> dict[str, Any]:
@@ -190,32 +197,52 @@ def circuits(layers: list[HeadWeights], fold: Any) -> Iterator[tuple[str, Factor
         yield "sum", layer_ov(weights, fold)
 
 
-def families(layers: list[HeadWeights], rng: Generator, networks: int) -> list[dict[str, Any]]:
-    """Measure the words of whole networks whose heads' units are rotated at random, by fold."""
-    counts: dict[str, Counter[str]] = {fold: Counter() for fold in FOLDS}
-    alone: dict[str, dict[str, list[float]]] = {fold: {} for fold in FOLDS}
-    for _ in range(networks):
-        null = [rotated(weights, rng) for weights in layers]
-        for fold in FOLDS:
-            measured = [(kind, fit_diagonal(p, None), infer(p)) for kind, p in circuits(null, fold)]
-            for test in ("p_value", "sign_p_value"):
-                words = [judgement.verdict for judgement in judged(measured, test)]
-                counts[fold][f"{test}: identity"] += any("identity" in word.value for word in words)
-                counts[fold][f"{test}: any word"] += any(word not in SILENT for word in words)
-                for kind, _, found in measured:
-                    values = np.ravel(getattr(found, test)).tolist()
-                    alone[fold].setdefault(f"{test}: {kind}", []).extend(values)
-    return [
-        {
-            "fold": fold,
-            "networks": networks,
-            "circuits": sum(np.size(found.p_value) for _, _, found in measured),
-            "networks_with_a_false_word": {what: rate(counts[fold][what], networks) for what in sorted(counts[fold])},
-            "below_0.05": {what: share(np.array(p) < 0.05) for what, p in alone[fold].items()},
-            "below_0.0005": {what: share(np.array(p) < 0.0005) for what, p in alone[fold].items()},
+def network(rng: Generator, layers: list[HeadWeights]) -> dict[str, Any]:
+    """Measure the words and p-values of a network whose heads' units are rotated at random, by fold."""
+    null = [rotated(weights, rng) for weights in layers]
+    found: dict[str, Any] = {}
+    for fold in FOLDS:
+        measured = [(kind, fit_diagonal(p, None), infer(p)) for kind, p in circuits(null, fold)]
+        found[fold] = {}
+        for test in ("p_value", "sign_p_value"):
+            words = [judgement.verdict for judgement in judged(measured, test)]
+            p_values: dict[str, list[float]] = {}
+            for kind, _, inference in measured:
+                p_values.setdefault(kind, []).extend(np.ravel(getattr(inference, test)).tolist())
+            found[fold][test] = {
+                "identity": any("identity" in word.value for word in words),
+                "any word": any(word not in SILENT for word in words),
+                "p": p_values,
+            }
+    return found
+
+
+def families(networks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Count false words over networks and small p-values over their products, by fold."""
+    rows = []
+    for fold in FOLDS:
+        tests = networks[0][fold]
+        false = {
+            f"{test}: {what}": rate(sum(each[fold][test][what] for each in networks), len(networks))
+            for test in tests
+            for what in ("any word", "identity")
         }
-        for fold in FOLDS
-    ]
+        alone = {
+            f"{test}: {kind}": np.concatenate([each[fold][test]["p"][kind] for each in networks])
+            for test in tests
+            for kind in tests[test]["p"]
+        }
+        rows.append(
+            {
+                "fold": fold,
+                "networks": len(networks),
+                "circuits": sum(map(len, tests["p_value"]["p"].values())),
+                "networks_with_a_false_word": false,
+                "below_0.05": {what: share(p < 0.05) for what, p in alone.items()},
+                "below_0.0005": {what: share(p < 0.0005) for what, p in alone.items()},
+            }
+        )
+    return rows
 
 
 def judged(measured: list[tuple[str, Any, Inference]], test: str) -> list[Judgement]:
@@ -226,21 +253,20 @@ def judged(measured: list[tuple[str, Any, Inference]], test: str) -> list[Judgem
     return [word for (_, fit, found), p in zip(measured, parts, strict=True) for word in judge(fit, found, p)]
 
 
-def power(rng: Generator) -> list[dict[str, Any]]:
-    """Measure rejection and words at planted diagonals."""
-    rows = []
-    for d, k, n in POWER:
-        for effect in EFFECTS:
-            A, B = rng.standard_normal((2, n, d, k))
-            product = FactoredProduct(A, B + effect / math.sqrt(d * k) * A)  # beta = planted k, alpha = sqrt(d k)
-            found = infer(product)
-            words = Counter(judgement.verdict for judgement in judge(fit_diagonal(product, None), found, found.p_value))
-            rows.append({
-                "d": d, "k": k, "n": n, "beta_d_over_alpha": effect,
-                **{test: share(getattr(found, test) < LEVEL) for test in TESTS},
-                "words": {word.value: round(count / n, 4) for word, count in words.items()},
-            })  # fmt: skip
-    return rows
+def power(rng: Generator, d: int, k: int, n: int, effect: float) -> dict[str, Any]:
+    """Measure rejection and words at a planted diagonal."""
+    A, B = rng.standard_normal((2, n, d, k))
+    product = FactoredProduct(A, B + effect / math.sqrt(d * k) * A)  # beta = planted k, alpha = sqrt(d k)
+    found = infer(product)
+    words = Counter(judgement.verdict for judgement in judge(fit_diagonal(product, None), found, found.p_value))
+    return {
+        "d": d,
+        "k": k,
+        "n": n,
+        "beta_d_over_alpha": effect,
+        **{test: share(getattr(found, test) < LEVEL) for test in TESTS},
+        "words": {word.value: round(count / n, 4) for word, count in words.items()},
+    }
 
 
 def share(held: Array) -> float:
@@ -253,39 +279,72 @@ def rate(count: int, n: int) -> dict[str, Any]:
     return {"count": count, "rate": round(count / n, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
 
 
+def pieces(layers: list[HeadWeights], networks: int) -> dict[str, list[Piece]]:
+    """Return every piece of every part; each gets a generator of its own, so that any number of jobs draws the same."""
+    names = structures(np.random.default_rng(SEED), 8, 2)
+    parts: dict[str, list[Callable[[Generator], Any]]] = {
+        "networks": [partial(network, layers=layers)] * networks if layers else [],
+        "power": [partial(power, d=d, k=k, n=n, effect=effect) for d, k, n in POWER for effect in EFFECTS],
+        "simulated": [partial(simulate, name=name, d=d, k=k) for d, k in SIZES for name in names],
+    }
+    generators = iter(np.random.default_rng(SEED).spawn(sum(map(len, parts.values()))))
+    return {part: [(what, next(generators)) for what in some] for part, some in parts.items()}
+
+
+def timed(piece: Piece) -> tuple[Any, float]:
+    """Return what a piece finds, and the CPU time it took: on a shared machine elapsed time measures the neighbours."""
+    start = time.process_time()
+    return piece[0](piece[1]), time.process_time() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", help=f"weights of {NETWORK}; without it no network is rotated")
     parser.add_argument("--networks", type=int, default=NETWORKS)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--keep", type=Path, default=os.devnull, help="file of what is done: the run goes on there")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "null_level.json")
     options = parser.parse_args()
-    start = time.process_time()  # the machine is shared: elapsed time would measure the neighbours
-    rng = np.random.default_rng(SEED)
-    results: dict[str, Any] = {
-        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')} "
-        f"OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'unset')} python -m benchmarks.null_level"
-        + (" --checkpoint FILE" if options.checkpoint else ""),
-        "machine": platform.platform() + ", " + platform.machine(),
-        "versions": {name: version(name) for name in ("numpy", "scipy")} | {"python": platform.python_version()},
-        "seed": SEED,
-    }
-    results["networks"] = "left out: no --checkpoint"
+    layers = []
     if options.checkpoint:
         import attnlens
 
         inspection = attnlens.inspect(NETWORK, options.checkpoint)
         layers = [inspection.heads(layer) for layer in inspection.layers]
-        results["networks"] = families(layers, rng, options.networks)
-        print(json.dumps(results["networks"], indent=1), flush=True)
-    results["power"] = power(rng)
-    results["simulated"] = simulate(rng)
-    results["cpu_seconds"] = round(time.process_time() - start)
+    found: dict[str, Any] = {}
+    seconds = 0.0
+    parts = pieces(layers, options.networks)
+    with ProcessPoolExecutor(options.jobs) as pool, options.keep.open("a+") as kept:
+        kept.seek(0)
+        done = [json.loads(line) for line in kept]
+        for part, some in parts.items():
+            before = [each for each in done if each[0] == part]
+            found[part] = [result for _, result, _ in before]
+            seconds += sum(took for *_, took in before)
+            for result, took in pool.map(timed, some[len(before) :]):
+                found[part].append(result)
+                kept.write(json.dumps([part, result, took]) + "\n")
+                kept.flush()
+                seconds += took
+                at = f"{part}: {len(found[part])} of {len(some)}, {seconds:.0f} s of CPU time"
+                print(at, file=sys.stderr, flush=True)
+    found["networks"] = families(found["networks"]) if layers else "left out: no --checkpoint"
+    results: dict[str, Any] = {
+        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')} "
+        f"OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'unset')} python -m benchmarks.null_level"
+        + (" --checkpoint FILE" if options.checkpoint else ""),
+        "machine": platform.platform() + ", " + platform.machine(),
+        **run_provenance(),
+        "seed": SEED,
+        **found,
+        "cpu_seconds": round(seconds),
+    }
     lines = [
         f"{json.dumps(key)}: "
         + ("[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value))
         for key, value in results.items()
     ]
-    target = Path(__file__).parent / "results" / "null_level.json"
-    target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    options.output.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measurement of whole commands: what a process takes, what a table says of goals, that the table is current."""
+"""The measurement of whole commands: what a process takes, what the table says of goals, that it is current."""
 
 import json
 import os

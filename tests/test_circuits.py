@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 
-from attnlens.circuits import FactoredProduct, WholeProduct, layer_ov, ov_circuit, parse_folds, qk_circuit
-from attnlens.errors import UsageError
+from attnlens.circuits import (
+    FOLDS,
+    FactoredProduct,
+    WholeProduct,
+    layer_ov,
+    ov_circuit,
+    parse_folds,
+    qk_circuit,
+    side_by_side,
+    sum_of,
+)
+from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.heads import InputNorm
 from tests.conftest import random_heads
 
 
@@ -125,7 +136,131 @@ def test_layer_ov_is_the_sum_over_heads():
         np.testing.assert_allclose(layer_ov(heads, fold).dense(), ov_circuit(heads, fold).dense().sum(0), atol=1e-9)
 
 
+def test_each_side_is_folded_with_the_norm_it_reads():
+    rng = np.random.default_rng(6)
+    gain_q, gain_k, gain_v = rng.normal(size=(3, 13))
+    for centres in ((True, False, True), (False, True, False)):
+        own = {"k": InputNorm(gain_k, centres[1]), "v": InputNorm(gain_v, centres[2])}
+        heads = random_heads().replace(norm_gain=gain_q, norm_centres=centres[0], own_norms=own)
+        C = [np.eye(13) - 1 / 13 if each else np.eye(13) for each in centres]
+        for h in range(6):
+            W_Q, W_K = gain_q[:, None] * heads.W_Q[h], gain_k[:, None] * heads.W_K[h // 2]
+            W_OV = gain_v[:, None] * heads.W_V[h // 2] @ heads.W_O[h] * heads.layer_scale
+            np.testing.assert_allclose(qk_circuit(heads, "effective").dense()[h], W_Q @ W_K.T, atol=1e-10)
+            np.testing.assert_allclose(qk_circuit(heads, "centred").dense()[h], C[0] @ W_Q @ W_K.T @ C[1], atol=1e-10)
+            np.testing.assert_allclose(ov_circuit(heads, "effective").dense()[h], W_OV, atol=1e-10)
+            np.testing.assert_allclose(ov_circuit(heads, "centred").dense()[h], C[2] @ W_OV, atol=1e-10)
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("value_dim", [1, 7])
+def test_the_sum_for_diagonal_and_corners_is_the_layers_sum_and_so_are_its_parts(fold, value_dim):
+    heads = random_heads(value_dim=value_dim)
+    total = layer_ov(heads, fold)
+    assert isinstance(total, WholeProduct) == (value_dim == 7)
+    quick = sum_of(ov_circuit(heads, fold), heads, fold)
+    np.testing.assert_allclose(quick.dense(), total.dense(), atol=1e-9)
+    np.testing.assert_allclose(quick.diagonal(), np.diagonal(total.dense()), atol=1e-9)
+    np.testing.assert_allclose(quick.dense(5), total.dense()[:5, :5], atol=1e-9)
+    np.testing.assert_allclose(total.parts.dense().sum(0), total.dense(), atol=1e-9)
+    assert total.parts.shape == (6, 13, 13)
+
+
+def test_factors_side_by_side_keep_their_heads_together():
+    factors = np.arange(2 * 3 * 5.0).reshape(2, 3, 5)
+    np.testing.assert_array_equal(side_by_side(factors), np.concatenate([factors[0], factors[1]], axis=1))
+
+
+def test_a_layer_without_an_output_projection_has_no_ov_circuit():
+    with pytest.raises(UnsupportedAttentionError, match=r"blocks\.2\.attn has no output projection"):
+        ov_circuit(random_heads().replace(W_O=None))
+
+
+def test_products_are_taken_out_of_a_stack_with_their_gains_and_put_into_one_of_one_dimension():
+    stack = product(cols=13, stack=(2, 3)).balanced()
+    dense = stack.dense()
+    for index in ((1, 2), (0, 1)):
+        np.testing.assert_array_equal(stack.head(index).dense(), dense[index])
+        np.testing.assert_array_equal(stack.head(index).gains.rows, stack.gains.rows[index])
+        np.testing.assert_array_equal(stack.head(index).gains.cols, stack.gains.cols[index])
+    mask = np.array([[True, False, False], [False, True, True]])
+    np.testing.assert_array_equal(stack.head(mask).dense(), dense[mask])
+    np.testing.assert_array_equal(stack.stacked().dense(), dense.reshape(6, 13, 13))
+    assert stack.head((1, 2)).gains is not None
+    assert product(stack=(5,)).head(3).gains is None
+
+
+def test_whole_products_are_taken_out_of_a_stack_and_keep_their_rank_bound():
+    M = np.random.default_rng(7).normal(size=(2, 3, 13, 11))
+    stack = WholeProduct(M, np.eye(11), 5)
+    for one, expected in ((stack, M), (stack.head((1, 2)), M[1, 2]), (stack.stacked(), M.reshape(6, 13, 11))):
+        np.testing.assert_array_equal(one.diagonal(), np.diagonal(expected, axis1=-2, axis2=-1))
+        np.testing.assert_allclose(one.total(), expected.sum((-2, -1)))
+        np.testing.assert_array_equal(one.dense(), expected)
+        assert one.rank_bound == 5
+    one = stack.head((1, 2))
+    np.testing.assert_array_equal(one.T.dense(), M[1, 2].T)
+    np.testing.assert_array_equal(one.dense(7), M[1, 2][:7, :7])
+    assert one.T.rank_bound == 5
+    np.testing.assert_allclose(one.singular_values(), np.linalg.svd(M[1, 2])[1][:5])
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (61, 0), (0, -70), (-300, 70), (200, 200)])
+def test_the_unit_of_a_product_is_the_product_but_for_a_power_of_two(left, right):
+    plain = product(cols=13, stack=(2,))
+    parts = product(seed=1, cols=13, stack=(3,))
+    far = FactoredProduct(np.ldexp(plain.A, left), np.ldexp(plain.B, right))
+    unit, exponent = far.unit
+    moved = abs(left) > 60 or abs(right) > 60
+    assert (unit is far) == (not moved)
+    np.testing.assert_array_equal(np.ldexp(unit.dense(), exponent[..., None, None] - left - right), plain.dense())
+    if moved:
+        assert 2**-10 < np.abs(unit.A).max() < 2
+        assert 2**-10 < np.abs(unit.B).max() < 2
+    unit, exponent = FactoredProduct(far.A[0], far.B[0], parts=parts).unit
+    np.testing.assert_allclose(np.ldexp(unit.parts.dense(), exponent), parts.dense())
+    whole = WholeProduct(np.ldexp(plain.dense()[0], left), np.eye(13), 5, parts=parts)
+    unit, exponent = whole.unit
+    assert (unit is whole) == (abs(left) <= 55)
+    np.testing.assert_array_equal(np.ldexp(unit.dense(), exponent - left), plain.dense()[0])
+    np.testing.assert_array_equal(unit.B, np.eye(13))
+    np.testing.assert_allclose(np.ldexp(unit.parts.dense(), exponent), parts.dense())
+
+
+@pytest.mark.parametrize("cols", [13, 11])
+def test_squares_off_the_diagonal_are_weighted_by_column(cols):
+    factors = product(rows=13, cols=cols, stack=(2,))
+    weights = np.random.default_rng(8).uniform(size=(2, cols))
+    off = ~np.eye(13, dtype=bool) if cols == 13 else True
+    expected = (factors.dense() ** 2 * off * weights[:, None, :]).sum(-1)
+    np.testing.assert_allclose(factors.offdiagonal_squares(weights), expected)
+    for head in range(2):
+        whole = WholeProduct.of(factors.dense()[head], 5)
+        np.testing.assert_allclose(whole.offdiagonal_squares(weights[head]), expected[head])
+
+
+def test_where_only_a_diagonal_is_left_the_squares_off_it_are_zero():
+    basis = np.linalg.qr(np.random.default_rng(9).normal(size=(13, 13)))[0]
+    assert not FactoredProduct(basis, 3 * basis).offdiagonal_squares(np.ones(13)).any()
+
+
+def test_triangles_have_the_lengths_of_their_factors():
+    tall = product(stack=(2,))
+    for factor, R in zip((tall.A, tall.B), tall.triangles, strict=True):
+        np.testing.assert_allclose(np.swapaxes(R, -1, -2) @ R, np.swapaxes(factor, -1, -2) @ factor, atol=1e-12)
+        np.testing.assert_allclose(R, np.triu(R), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 5, 7, 8, 9, 31])
+def test_the_spectral_norm_of_a_whole_matrix_is_that_of_its_largest_direction(size):
+    rng = np.random.default_rng(size)
+    for M in (rng.normal(size=(size, size)), rng.normal(size=(size, size + 4)), np.eye(size), np.zeros((size, size))):
+        assert WholeProduct.of(M, size).spectral_norm() == pytest.approx(np.linalg.norm(M, 2), rel=1e-12)
+
+
 def test_an_unknown_fold_is_refused_with_the_accepted_ones():
-    with pytest.raises(UsageError, match="raw, effective, centred, balanced, both or all"):
+    with pytest.raises(UsageError, match="choose raw, effective, centred, balanced, both, all"):
         parse_folds("folded")
     assert parse_folds("both") == ("raw", "effective")
+    assert parse_folds("all") == ("raw", "effective", "centred", "balanced")
+    assert parse_folds("centred") == ("centred",)

@@ -44,6 +44,21 @@ def test_the_table_says_that_all_is_well_and_names_completion():
     assert version("numpy") in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("fpu sse2 avx512f", ""),
+        ("avx512_bf16 amx_bf16", ", bfloat16 products by AMX and AVX-512 (train-compare --precision bfloat16)"),
+        (None, ""),
+    ],
+)
+def test_a_processor_that_multiplies_in_bfloat16_is_named(tmp_path, flags, said):
+    listing = tmp_path / "cpuinfo"
+    if flags is not None:
+        listing.write_text(f"processor : 0\nflags : {flags}\n")
+    assert doctor._half_products(listing) == said
+
+
 @pytest.mark.parametrize(("installed", "said"), [(None, "missing (needs >=2.0)"), ("1.26.4", "1.26.4 (needs >=2.0)")])
 def test_a_missing_or_old_package_is_named_with_the_command_that_brings_it(monkeypatch, capsys, installed, said):
     real = doctor._version

@@ -69,21 +69,21 @@ def test_the_python_example_prints_what_the_readme_says():
 
 
 def test_every_local_link_leads_somewhere():
-    for page in (README, *(ROOT / "docs").glob("*.md")):
+    for page in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_tree_in_the_readme_names_every_room_of_the_package():
-    tree = README.read_text().partition("```\nattnlens/")[2].partition("```")[0]
+def test_the_tree_names_every_room_of_the_package():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().partition("```\nattnlens/")[2].partition("```")[0]
     rooms = {path.name for path in (ROOT / "attnlens").iterdir() if not path.name.startswith("_")} - {"py.typed"}
     assert {name for name in rooms if name not in re.findall(r"[\w.]+", tree)} == set()
 
 
-def test_the_readme_counts_the_initialisers():
+def test_the_results_count_the_initialisers():
     from attnlens.inits import initialisers
 
-    assert re.findall(r"Of (\d+) initialisers", README.read_text()) == [str(len(initialisers()))]
+    assert re.findall(r"Of (\d+) initialisers", (ROOT / "docs" / "results.md").read_text()) == [str(len(initialisers()))]
 
 
 def test_the_page_of_initialisers_names_each_with_its_options_and_their_defaults():

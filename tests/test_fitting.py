@@ -265,7 +265,7 @@ def test_fit_params_prints_tables_and_writes_file_and_figures(run, folders, tmp_
     params = InitParams.load(tmp_path / "made.json")
     assert (params.per, params.fold, params.level) == ("head", "effective", 0.95)
     made = {path.name for path in (tmp_path / "figures" / folders[0].name).iterdir()}
-    assert made == {"fit_profile.png", "realised_requested.png", "tails.png"}
+    assert made == {"fit_profile.png", "realised_requested.png", "tails.png", ".attnlens.json"}
 
 
 def test_the_file_says_where_every_number_came_from(run, folders, tmp_path):
@@ -314,7 +314,7 @@ def test_without_a_model_the_shipped_one_is_fitted(run, tmp_path):
         (("fit-params", "vit_bas_patch16_224"), 1, "did you mean vit_base_patch16_224"),
         (("fit-params", "a", "b", "--checkpoint", "c.safetensors"), 2, "a checkpoint belongs to one model"),
         (("compare", "vit_tiny_patch16_224"), 2, "compare needs at least two models"),
-        (("compare", "a", "b", "-c", "c.safetensors"), 2, "1 checkpoints for 2 models"),
+        (("compare", "a", "b", "-c", "c.safetensors"), 2, "1 checkpoint for 2 models"),
     ],
 )
 def test_a_failure_is_one_line_and_leaves_nothing(run, tmp_path, arguments, code, message):

@@ -14,7 +14,7 @@ import attnlens
 from attnlens.errors import UsageError
 from attnlens.layouts import read_heads
 from attnlens.models.open import open_model
-from tests.transformers_models import CASES, build
+from tests.transformers_models import CASES, Case, build
 
 WIDTH, HEADS, TOKENS = 33, 3, 7
 
@@ -152,9 +152,12 @@ def test_transformer_lens_with_its_norms_folded_away_has_equal_products():
     assert rows["raw"] == rows["effective"]
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "mpnet", "dinov2"])
+BIGCODE = Case("GPTBigCodeModel", "GPTBigCodeConfig", {"n_embd": 36, "n_head": 3, "n_layer": 2, "vocab_size": 19})
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "mpnet", "dinov2", "gpt_bigcode"])
 def test_a_configuration_without_a_model_type_is_told_by_the_tensors_names(name, tmp_path):
-    build(CASES[name]).save_pretrained(tmp_path)
+    build({**CASES, "gpt_bigcode": BIGCODE}[name]).save_pretrained(tmp_path)
     expected = layers(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["model_type"]

@@ -1,6 +1,7 @@
 """Measuring costs no ten times what it did: operations, allocations, calls, bytes read and imports, never seconds."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from attnlens.checkpoints import base
 from attnlens.checkpoints.files import SafetensorsFile
 from attnlens.circuits import FactoredProduct, WholeProduct
+from attnlens.cli.app import COMMANDS
 from attnlens.models import opened
+from attnlens.models.open import EMBEDDED, open_model
 from benchmarks import counts
 
 EXPECTED = json.loads(counts.RESULTS.read_text())["counts"]
@@ -122,3 +125,73 @@ def test_a_walk_over_rows_is_caught(checkpoint, monkeypatch):
 
     monkeypatch.setattr(SafetensorsFile, "__getitem__", by_row)
     assert "python_calls" in counts.exceeded(counts.inspection_counts(checkpoint), EXPECTED)
+
+
+WATCHED = """
+import hashlib, json, sys
+from collections import Counter
+from attnlens.cli.app import COMMANDS
+from attnlens.models import opened
+from attnlens.models.open import EMBEDDED, open_model
+reads, hashed = Counter(), []
+read, digest = opened.read_heads, hashlib.file_digest
+def reading(spec, tensors, layer=0):
+    reads[layer] += 1
+    return read(spec, tensors, layer)
+def hashing(file, *rest):
+    hashed.append(str(file.name))
+    return digest(file, *rest)
+opened.read_heads, hashlib.file_digest = reading, hashing
+from attnlens.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+files = sum(name.endswith(".safetensors") for name in hashed)
+found = {"reads": sorted(set(reads.values())), "layers": len(reads), "hashes": files}
+print(json.dumps({**found, "modules": [*sys.modules]}))
+"""
+HEAVY = {"torch", "timm", "transformers", "sklearn", "pandas", "huggingface_hub", "scipy", "jinja2", "sympy"}
+SLOW_PARTS = {"scipy.optimize", "scipy.sparse", "scipy.stats", "scipy.integrate"}
+
+
+def watched(folder, *words):
+    """Run a command in a process of its own; return its reads of each layer, hashes of weights, and modules."""
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, *words], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "reads", "modules"),
+    [
+        (("inspect",), 1, set()),
+        (("inspect", "--fold", "all"), 1, set()),
+        (("fit-params",), 1, {"scipy"}),
+        (("report",), 2, {"scipy", "jinja2"}),
+        (("compose",), 2, set()),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_command_reads_each_layer_no_more_than_once_for_each_thing_it_measures(tmp_path, words, reads, modules):
+    open_model(None, None)  # describes the shipped ViT, where no description is shipped
+    found = watched(tmp_path, *words)
+    assert (max(found["reads"]), found["layers"], found["hashes"]) == (reads, 6, 1)
+    roots = {name.partition(".")[0] for name in found["modules"]}
+    assert roots & HEAVY == modules
+    assert SLOW_PARTS.isdisjoint(found["modules"])
+
+
+def test_a_command_of_two_models_reads_each_once(tmp_path):
+    folder = str(EMBEDDED)
+    found = watched(tmp_path, "compare", folder, folder)
+    assert (found["reads"], found["hashes"]) == ([2], 1)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_imports_nothing_that_it_works_with(command):
+    code = counts.HELP.replace('"attnlens", "--help"', f'"attnlens", {command!r}, "--help"')
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    roots = {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert roots.isdisjoint(HEAVY | {"numpy", "matplotlib", "pydantic", "rich"})

@@ -211,6 +211,18 @@ def test_a_results_folder_without_a_summary_shows_its_curves(tmp_path):
     assert read_training(train).arms == ["default", "other"]
 
 
+def test_results_compared_by_balanced_accuracy_are_read(tmp_path):
+    train = results_folder(tmp_path / "made")
+    path = train / "summary.json"
+    summary = json.loads(path.read_text())
+    for arm in summary["arms"].values():
+        arm["balanced_accuracy"] = {**arm.pop("accuracy"), "low": None, "high": None}  # without spread no interval
+    path.write_text(json.dumps({**summary, "metric": "balanced_accuracy"}))
+    found = read_training(train).summary
+    assert found.arms["default"].value.mean == 0.6
+    assert found.arms["default"].value.low is None
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

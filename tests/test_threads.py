@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from threading import current_thread
+from threading import Event, current_thread
 
 import pytest
 
 from attnlens import threads
-from attnlens.threads import available_cores, free_cores, limited_to, over_threads
+from attnlens.threads import available_cores, beside, free_cores, limited_to, over_threads
 
 
 @pytest.fixture
@@ -81,6 +81,29 @@ def test_the_users_number_is_that_of_the_workers(machine, monkeypatch, cores):
     monkeypatch.setenv(threads.USER, str(cores))
     found = set(over_threads(lambda _: current_thread().name, range(200)))
     assert len(found) <= cores
+
+
+@pytest.mark.parametrize(("cores", "apart"), [(1, False), (2, True)])
+def test_a_call_begins_beside_where_there_is_a_second_core(machine, monkeypatch, cores, apart):
+    machine()
+    monkeypatch.setenv(threads.USER, str(cores))
+    began = Event()
+
+    def work():
+        began.set()
+        return current_thread().name
+
+    result = beside(work)
+    assert began.wait(10 if apart else 0) == apart
+    assert (result() != current_thread().name) == apart
+
+
+def test_what_fails_beside_is_raised_where_the_result_is_asked_for(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv(threads.USER, "2")
+    result = beside(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        result()
 
 
 PRINT_THREADS = """

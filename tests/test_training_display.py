@@ -15,8 +15,10 @@ import torch
 from rich.console import Console
 
 from attnlens.training.config import Run
+from attnlens.training.data.images import load_dataset
 from attnlens.training.display import Display
 from attnlens.training.figures import QUANTITIES, curve_matrix, draw_curves, draw_structure
+from attnlens.training.networks.base import PLAIN
 from attnlens.training.options import eval_every
 from attnlens.training.results import summarise
 from attnlens.training.stack_size import fastest_stack, stack_rate
@@ -56,20 +58,24 @@ def test_evaluation_costs_no_more_than_a_tenth():
     assert eval_every(3, 50_000, 10_000) == 1
 
 
+CPU, WIRED = torch.device("cpu"), dict.fromkeys(config().arms, PLAIN)
+
+
 def test_the_fastest_stack_is_the_one_that_measured_fastest(monkeypatch):
     rates = {1: 10.0, 2: 30.0, 4: 20.0}
-    monkeypatch.setattr("attnlens.training.stack_size.stack_rate", lambda _config, size, _device: rates[size])
-    assert fastest_stack(config(seeds=2), torch.device("cpu")) == 2
+    monkeypatch.setattr("attnlens.training.stack_size.stack_rate", lambda _config, size, *_given: rates[size])
+    assert fastest_stack(config(seeds=2), WIRED, load_dataset("digits").limited(30, 7), CPU) == 2
 
 
 def test_stacks_that_do_not_fit_have_no_rate(monkeypatch):
-    assert stack_rate(config(), 2, torch.device("cpu")) > 0
+    data = load_dataset("digits").limited(30, 7).resident(config(), CPU)
+    assert stack_rate(config(), 2, WIRED, data, CPU) > 0
 
     def step(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("attnlens.training.engine.Stack.step", step)
-    assert stack_rate(config(), 2, torch.device("cpu")) == 0
+    assert stack_rate(config(), 2, WIRED, data, CPU) == 0
 
 
 def test_curves_draw_means_and_ranges_of_the_records():

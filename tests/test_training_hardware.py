@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from attnlens.cli import main
 from attnlens.errors import UsageError
 from attnlens.training import comparison, hardware, stack_size
 from attnlens.training.data import images as image_data
@@ -137,6 +138,17 @@ def test_more_processes_than_devices_are_refused_in_one_line(monkeypatch):
             device_named("cuda", Spread(local_rank, 4, local_rank, 4))
     assert device_named("auto", Spread(5, 8, 1, 2)) == torch.device("cuda", 1)
     assert device_named("cpu", Spread(3, 4, 3, 4)) == CPU
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_wrong_usage_under_torchrun_is_told_once_a_host(local_rank, lines, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("sys.argv", ["attnlens", "train-compare", "--precision", "float16", "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "--precision" in line] == said[-1:] * lines
 
 
 def test_each_model_scales_its_own_loss():

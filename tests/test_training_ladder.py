@@ -178,7 +178,7 @@ def test_steps_add_up_to_the_last_rung_and_what_is_left_goes_to_zero():
     values = {
         arm: {seed: 0.3 + 0.05 * n + generator.normal(0, 0.01) for seed in range(7)} for n, arm in enumerate(ARMS)
     }
-    ladder = ladder_of(ViT, values, contrasts(values, steps(ARMS)))
+    ladder = ladder_of(ViT.ladder, values, contrasts(values, steps(ARMS)))
     assert [step.arm for step in ladder] == list(ARMS[1:])
     total = np.mean(list(values["pretrained"].values())) - np.mean(list(values["default"].values()))
     assert sum(step.step.difference.mean for step in ladder) == pytest.approx(total)
@@ -188,7 +188,7 @@ def test_steps_add_up_to_the_last_rung_and_what_is_left_goes_to_zero():
         assert step.left.mean == pytest.approx(np.mean(paired))
     assert [step.arm for step in ladder if not step.nested] == ["fitted", "fitted-gains", "permuted"]
     without = {arm: scores for arm, scores in values.items() if arm != "scale"}
-    assert not ladder_of(ViT, without, contrasts(without, steps([arm for arm in ARMS if arm != "scale"])))
+    assert not ladder_of(ViT.ladder, without, contrasts(without, steps([arm for arm in ARMS if arm != "scale"])))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_report_summary_and_figure_say_what_each_step_is_worth(climbed):
 def test_the_waterfall_names_every_rung_and_step_and_hatches_those_that_go_back(climbed):
     found, _, _ = climbed
     summary = found.findings
-    ladder = ladder_of(summary.config.network, summary.finished, summary.contrasts)
+    ladder = ladder_of(summary.config.network.ladder, summary.finished, summary.contrasts)
     figure = draw_waterfall(summary, ladder)
     (axes,) = figure.axes
     assert [label.get_text().removesuffix("†") for label in axes.get_yticklabels()] == list(ARMS)

@@ -117,8 +117,8 @@ REAL = BatchedForward.__call__
 def planted(fault):
     """Return a forward pass of `ViT` with a fault in it."""
 
-    def forward(self, weights, inputs, where, *, training):
-        logits = REAL(self, weights, inputs, where, training=training)
+    def forward(self, *given, **how):
+        logits = REAL(self, *given, **how)
         if fault == "item":
             return logits * (1.0 if logits.max().item() < 1e9 else 0.0)
         if fault == "list":

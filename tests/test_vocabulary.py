@@ -150,3 +150,28 @@ def test_the_words_are_the_types():
     assert {words.name: words.words for words in types} == {words.name: get_args(of) for words, of in types.items()}
     assert FOLD.words == circuits.FOLDS
     assert set(ON_REQUEST.words) == set(OPT_IN)
+
+
+@pytest.mark.parametrize("fold", ["raw", "effective"])
+def test_an_option_of_an_initialiser_in_another_case_draws_the_same(fold):
+    import torch
+
+    drawn = []
+    for given in (fold, fold.upper()):
+        module = attnlens.create_model(
+            "vit_tiny_patch16_224", "default", depth=1, embed_dim=24, num_heads=2, img_size=32
+        )
+        with torch.no_grad():
+            module.blocks[0].norm1.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+        attnlens.init_(module, "Transfer_Attention", teacher=_teacher(), fold=given, keep="Weights")
+        drawn.append(module.blocks[0].attn.qkv.weight.detach().clone())
+    assert torch.equal(*drawn)
+
+
+def _teacher():
+    import torch
+
+    teacher = attnlens.create_model("vit_tiny_patch16_224", "mimetic", depth=1, embed_dim=24, num_heads=2, img_size=32)
+    with torch.no_grad():
+        teacher.blocks[0].norm1.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
+    return teacher

@@ -31,8 +31,10 @@ def main() -> None:
     except AttnlensError as error:
         if debug:
             raise
-        _complain(str(error))
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        wrong = isinstance(error, UsageError)
+        if not wrong or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of torchrun were told the same
+            _complain(str(error))
+        sys.exit(2 if wrong else 1)
     except (KeyboardInterrupt, Interrupted):
         from attnlens.atomic import what_was_written
 

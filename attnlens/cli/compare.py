@@ -16,6 +16,7 @@ from attnlens.cli.filter_tables import filter_distance_table
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
 from attnlens.outputs import Outputs
+from attnlens.vocabulary import FOLD
 
 if TYPE_CHECKING:
     from attnlens.fit.comparison import Comparison
@@ -49,7 +50,7 @@ def compare(
         outputs.file(table, ".csv")
     comparison = attnlens.compare(
         *models,
-        fold=fold,
+        fold=FOLD(fold),
         checkpoints=checkpoints or [],
         num_heads=num_heads,
         model_args=options.parse_model_args(model_args),

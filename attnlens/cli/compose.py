@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,8 +29,11 @@ def compose(
     weights: options.Weights = None,
     row_order: options.RowOrder = None,
     fold: Annotated[
-        Literal["raw", "effective", "centred"],
-        typer.Option(help="Compose raw products, effective ones, or centred ones, as inspect has them."),
+        str,
+        typer.Option(
+            metavar="[raw|effective|centred]",
+            help="Compose raw products, effective ones, or centred ones, as inspect has them.",
+        ),
     ] = "effective",
     layers: options.Layers = None,
     top: Annotated[int, typer.Option(min=0, help="Show so many pairs of each kind in the table.")] = 5,

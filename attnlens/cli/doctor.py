@@ -20,6 +20,7 @@ from attnlens.cli import options
 from attnlens.cli.console import write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -113,10 +114,10 @@ def _devices() -> Iterator[Finding]:
     yield Finding("device", "cuda", said, ok=usable, needed=False, remedy=remedy)
 
 
-def _half_products() -> str:
+def _half_products(listing: Path = Path("/proc/cpuinfo")) -> str:
     """Say which instructions of this processor multiply in bfloat16, where the system lists them."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+        flags = set(listing.read_text().split())
     except OSError:
         return ""
     found = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags]
@@ -188,7 +189,7 @@ def _held(folder: Path) -> str:
     if not folder.is_dir():
         return "empty"
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return f"{sum(sizes) / 1e6:.1f} MB in {len(sizes)} files"
+    return f"{sum(sizes) / 1e6:.1f} MB in {counted(len(sizes), 'file')}"
 
 
 def _print(findings: list[Finding]) -> None:
@@ -201,7 +202,7 @@ def _print(findings: list[Finding]) -> None:
     print_sheet(table)
     missing = [finding for finding in findings if finding.needed and not finding.ok]
     write_stdout(
-        f"{len(missing)} needed {'part is' if len(missing) == 1 else 'parts are'} missing: see “what to do”"
+        f"{counted(len(missing), 'needed part is', 'needed parts are')} missing: see “what to do”"
         if missing
         else "everything attnlens needs is here; `attnlens --install-completion` adds completion to your shell"
     )

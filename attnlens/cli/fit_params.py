@@ -14,6 +14,7 @@ from attnlens.cli.filter_tables import fit_filter_table
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.outputs import Outputs
+from attnlens.vocabulary import FOLD, PER, SHRINKAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,8 +41,11 @@ def fit_params(
     ] = None,
     checkpoint: options.Checkpoint = None,
     per: Annotated[
-        Literal["head", "layer", "model"],
-        typer.Option(help="Give an initialiser QK head by head and OV by layer; layer means; or one pair for all."),
+        str,
+        typer.Option(
+            metavar=options.in_brackets(PER),
+            help="Give an initialiser QK head by head and OV by layer; layer means; or one pair for all.",
+        ),
     ] = "head",
     fold: options.ProductFold = "effective",
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Set the coverage of the intervals.")] = 0.95,
@@ -51,8 +55,11 @@ def fit_params(
     weights: options.Weights = None,
     row_order: options.RowOrder = None,
     shrinkage: Annotated[
-        Literal["ledoit-wolf", "oas", "none"],
-        typer.Option(help="Shrink covariances of depthwise filters towards equal variances by this estimator."),
+        str,
+        typer.Option(
+            metavar=options.in_brackets(SHRINKAGE),
+            help="Shrink covariances of depthwise filters towards equal variances by this estimator.",
+        ),
     ] = "ledoit-wolf",
     offline: options.Offline = False,
     remote: options.Remote = False,
@@ -73,15 +80,15 @@ def fit_params(
     params = attnlens.fit_params(
         *(models or []),
         checkpoint=checkpoint,
-        per=per,
-        fold=fold,
+        per=PER(per),
+        fold=FOLD(fold),
         level=level,
         seed=seed,
         num_heads=num_heads,
         model_args=options.parse_model_args(model_args),
         weights=weights,
         row_order=row_order,
-        shrinkage=shrinkage,
+        shrinkage=SHRINKAGE(shrinkage),
         offline=offline,
         remote=remote,
         command=command_line(),

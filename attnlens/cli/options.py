@@ -11,21 +11,29 @@ import typer
 
 from attnlens.errors import UsageError
 from attnlens.outputs import model_identity, named_folder
-from attnlens.vocabulary import layer_choice
+from attnlens.vocabulary import FOLD, FOLD_CHOICE, Vocabulary, layer_choice
+
+
+def in_brackets(vocabulary: Vocabulary) -> str:
+    """Write the words an option takes as typer writes choices; what is typed is checked where the option is used."""
+    return f"[{'|'.join(vocabulary.words)}]"
+
 
 Folds = Annotated[
-    Literal["raw", "effective", "centred", "balanced", "both", "all"],
+    str,
     typer.Option(
+        metavar=in_brackets(FOLD_CHOICE),
         help="Measure raw products; effective ones, with norm gain and LayerScale folded in; centred ones: effective, "
         "with LayerNorm's centring too; balanced ones: effective, one gain a row and a column divided out; both: raw "
-        "and effective; or all four."
+        "and effective; or all four.",
     ),
 ]
 ProductFold = Annotated[
-    Literal["raw", "effective", "balanced"],
+    str,
     typer.Option(
-        help="Use raw products, effective ones with norm gain and LayerScale folded in, or balanced ones: effective, "
-        "one gain a row and a column divided out."
+        metavar=in_brackets(FOLD),
+        help="Use raw products, effective ones with norm gain and LayerScale folded in, centred ones: effective, with "
+        "LayerNorm's centring too, or balanced ones: effective, one gain a row and a column divided out.",
     ),
 ]
 Model = Annotated[
@@ -81,7 +89,7 @@ Remote = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
 TableFile = Annotated[
-    Path | None, typer.Option("--table", metavar="FILE", help="Write the table to this CSV file, too.")
+    Path | None, typer.Option("--table", metavar="FILE", help="Write the table to this CSV file, too. Default: none.")
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace files that attnlens did not write. Inputs are never replaced.")
@@ -100,7 +108,8 @@ Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Draw figures with so m
 
 INITIALISERS = (
     *("mimetic", "qk-only", "ov-only", "ov-positive", "fitted", "conv-covariance", "norm-matched", "identity"),
-    *("conditioned", "impulse", "transfer-attention", "weight-selection", "default"),
+    *("conditioned", "impulse", "transfer-attention", "weight-selection", "transfer-filters"),
+    "default",
 )
 """Names for the help, which imports no initialiser; a test holds them to the registry."""
 InitName = Annotated[

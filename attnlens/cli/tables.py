@@ -75,12 +75,12 @@ def in_words(inspection: Inspection, fold: Fold) -> str:
     stats = inspection.stats.select(fold=fold)
     sums = stats.select(circuit="ov", head=ALL_HEADS).column("diagonal_prominence")
     heads = stats.select(circuit="qk").column("diagonal_prominence")
-    told = [
-        f"{what}: {int((values < -1).sum())} negative, {int((values > 1).sum())} positive, of {len(values)}"
-        for what, values in (("summed OV", sums), ("QK heads", heads))
+    return "\n".join(
+        f"{what} whose diagonal stands out (|prom| > 1): {int((values < -1).sum())} negative and "
+        f"{int((values > 1).sum())} positive of {len(values)}"
+        for what, values in (("OV sums", sums), ("QK heads", heads))
         if len(values)
-    ]
-    return f"diagonals that stand out (|prom| > 1): {'; '.join(told)}"
+    )
 
 
 def _cells(stats: StatsTable, layer: int, fold: Fold, both: bool) -> Iterator[str | Text]:

@@ -15,6 +15,7 @@ from attnlens.cli.init import choose_initialiser
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.errors import UsageError
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from attnlens.inits import Check, VerifyReport
@@ -119,5 +120,5 @@ def findings(report: VerifyReport) -> list[str]:
     if len(others) > 8:
         lines.append(f"failed: {len(others) - 8} more (--json lists them all)")
     passed = sum(check.passed for check in report.checks)
-    lines.append(f"{'passed' if report.passed else 'FAILED'}: {passed} of {len(report.checks)} checks")
+    lines.append(f"{'passed' if report.passed else 'FAILED'}: {passed} of {counted(len(report.checks), 'check')}")
     return lines

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from attnlens.atomic import Writer, write_atomic
+from attnlens.atomic import Write, Writer, write_atomic
 from attnlens.errors import UsageError
 from attnlens.figures import style
+from attnlens.threads import beside
 
 
 def save_figures(
@@ -34,40 +35,48 @@ def save_figures(
     """
     if format not in WRITERS:
         raise UsageError(f"figures cannot be written as {format!r}: choose {', '.join(WRITERS)}")
-    write = WRITERS[format]
     with style.look():
-        return [
-            into(Path(folder) / f"{name}.{format}", partial(write, figure, dpi)) for name, figure in figures.items()
-        ]
+        writers = {name: WRITERS[format](figure, dpi) for name, figure in figures.items()}
+        return [into(Path(folder) / f"{name}.{format}", write) for name, write in writers.items()]
 
 
-def _write_png(figure: Figure, dpi: float, file: IO[bytes]) -> None:
-    """Render once and encode: `Figure.savefig` lays everything out twice, and its RGBA takes longer to compress."""
+def _png(figure: Figure, dpi: float) -> Write:
+    """Render once, and encode beside the rendering of the next figure.
+
+    `Figure.savefig` lays everything out twice, and its RGBA takes longer to compress.
+    """
+    encoded = beside(partial(_encoded, _pixels(figure, dpi), dpi))
+    return lambda file: file.write(encoded())
+
+
+def _pixels(figure: Figure, dpi: float) -> Image.Image:
     canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
     usual = figure.get_dpi()
     try:
         figure.set_dpi(dpi)
         canvas.draw()
-        pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     finally:
         figure.set_dpi(usual)
+
+
+def _encoded(pixels: Image.Image, dpi: float) -> bytes:
     drawn_by = PngInfo()
     drawn_by.add_text("Software", "attnlens")
-    pixels.save(file, format="png", dpi=(dpi, dpi), compress_level=2, pnginfo=drawn_by)
+    found = BytesIO()
+    pixels.save(found, format="png", dpi=(dpi, dpi), compress_level=2, pnginfo=drawn_by)
+    return found.getvalue()
 
 
-def _write_pdf(figure: Figure, dpi: float, file: IO[bytes]) -> None:
-    figure.savefig(
-        file, format="pdf", dpi=dpi, metadata={"CreationDate": None, "Creator": "attnlens", "Producer": None}
-    )
+def _pdf(figure: Figure, dpi: float) -> Write:
+    about = {"CreationDate": None, "Creator": "attnlens", "Producer": None}
+    return lambda file: figure.savefig(file, format="pdf", dpi=dpi, metadata=about)
 
 
-def _write_svg(figure: Figure, dpi: float, file: IO[bytes]) -> None:
-    figure.savefig(file, format="svg", dpi=dpi, metadata={"Date": None, "Creator": "attnlens"})
+def _svg(figure: Figure, dpi: float) -> Write:
+    about = {"Date": None, "Creator": "attnlens"}
+    return lambda file: figure.savefig(file, format="svg", dpi=dpi, metadata=about)
 
 
-WRITERS: dict[str, Callable[[Figure, float, IO[bytes]], None]] = {
-    "png": _write_png,
-    "pdf": _write_pdf,
-    "svg": _write_svg,
-}
+WRITERS: dict[str, Callable[[Figure, float], Write]] = {"png": _png, "pdf": _pdf, "svg": _svg}
+"""By format, what renders a figure where that is a step of its own, and returns how it is written."""

@@ -20,7 +20,7 @@ from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_de
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.threads import Progress
 from attnlens.vocabulary import CIRCUIT, FOLD, Vocabulary
-from attnlens.words import told_apart
+from attnlens.words import counted, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,8 @@ def compare(
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
     if checkpoints and len(checkpoints) != len(models):
-        raise UsageError(f"{len(checkpoints)} checkpoints for {len(models)} models: give one for each, in their order")
+        given = counted(len(checkpoints), "checkpoint")
+        raise UsageError(f"{given} for {counted(len(models), 'model')}: give one for each, in their order")
     files = checkpoints or [None] * len(models)
     how: dict[str, Any] = {
         "fold": fold,

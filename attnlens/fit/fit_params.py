@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.circuits import FactoredProduct, Fold, Kind, fold_ov, fold_qk, layer_ov, qk_circuit
+from attnlens.circuits import FactoredProduct, Fold, Kind, fold_ov, fold_qk, layer_ov, ov_circuit, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.entries import Estimator, FilterEntry
 from attnlens.filters.fit import filter_medians, fit_filter_entries
@@ -82,6 +83,7 @@ def fit_params(
         opened = open_model(
             model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
         )
+        provenance = opened.provenance_beside()
         fitted, of_model, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
         everything += fitted
         gains += of_model
@@ -92,7 +94,7 @@ def fit_params(
         sources.append(
             Source(
                 model=opened.name,
-                provenance=opened.provenance(),
+                provenance=provenance(),
                 num_layers=len(opened.architecture.order),
                 num_heads=heads,
                 num_filter_layers=len(opened.architecture.filters),
@@ -211,20 +213,28 @@ def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str
 def _circuits(
     weights: HeadWeights, folds: Sequence[Fold]
 ) -> Iterator[tuple[Fold, Kind, list[int | str], FactoredProduct]]:
-    """Yield every product under every fold; a sum and the heads it is the sum of share what is computed of them."""
-    qk = qk_circuit(weights)
-    total = None if weights.W_O is None else layer_ov(weights)
-    for fold in folds:
-        yield fold, "qk", list(range(weights.num_heads)), fold_qk(qk, weights, fold)
-        if total is None or total.parts is None:
-            continue
+    """Yield every product under every fold.
+
+    A sum and the heads it is the sum of share what is computed of them, and so do a product and the balanced one.
+    """
+
+    @cache
+    def folded(name: str, fold: Fold) -> FactoredProduct:
         if fold == "balanced":
-            heads, summed = fold_ov(total.parts, weights, fold), fold_ov(total, weights, fold)
-        else:
-            summed = fold_ov(total, weights, fold)
-            heads = summed.parts or total.parts
-        yield fold, "ov", list(range(weights.num_value_heads)), heads
-        yield fold, "ov", [ALL_HEADS], summed
+            return folded(name, "effective").balanced()
+        if name == "heads":
+            return folded("sum", fold).parts or raw["heads"]
+        return (fold_qk if name == "qk" else fold_ov)(raw[name], weights, fold)
+
+    raw = {"qk": qk_circuit(weights)}
+    if weights.W_O is not None:
+        raw["sum"] = layer_ov(weights)
+        raw["heads"] = raw["sum"].parts or ov_circuit(weights)
+    for fold in folds:
+        yield fold, "qk", list(range(weights.num_heads)), folded("qk", fold)
+        if "sum" in raw:
+            yield fold, "ov", list(range(weights.num_value_heads)), folded("heads", fold)
+            yield fold, "ov", [ALL_HEADS], folded("sum", fold)
 
 
 @dataclass(frozen=True)

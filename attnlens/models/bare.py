@@ -91,10 +91,8 @@ def check_heads(found: Architecture, num_heads: int | None, where: str) -> None:
     """Raise `UsageError` where layers say themselves that they have another number of heads."""
     heads = sorted({spec.q.heads for spec in found.specs})
     if num_heads is not None and heads != [num_heads]:
-        raise UsageError(
-            f"{where} has layers of {' and '.join(map(str, heads))} heads, and --num-heads says {num_heads}: leave it "
-            "out"
-        )
+        held = " and ".join(str(count) for count in heads)
+        raise UsageError(f"{where} stores {held} heads in each layer, not {num_heads}: leave out --num-heads")
 
 
 def of_lens(

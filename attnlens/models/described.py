@@ -1,9 +1,9 @@
 """Descriptions of timm's architectures: shipped for one version of timm, found once and cached for any other.
 
 Describing an architecture needs torch and timm; reading its weights does not. The descriptions of every architecture
-of the timm that a release was made with are shipped in one archive. For another version, for architectures with
-arguments and for renamed ones the description is plain JSON in the user's cache folder by timm version, so the second
-inspection of such an architecture imports neither.
+of the timm that a release was made with are shipped in one archive, and the shipped ViT's. For another version, for
+other arguments and for renamed architectures the description is plain JSON in the user's cache folder by timm version,
+so that the second inspection of such an architecture imports neither.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +39,7 @@ def describe_architecture(name: str, model_args: dict[str, Any] | None = None) -
     cached = _cache_file(name, model_args or {})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Architecture.from_json(json.loads(cached.read_text()))
-    shipped = None if model_args else _shipped(name)
+    shipped = _shipped(_key(name, model_args or {}))
     if shipped is not None:
         return shipped
     found = describe_bounded(name, model_args) if model_args else build(name, {})
@@ -53,7 +53,12 @@ def layouts_file() -> Path:
     return SHIPPED / f"timm-{version('timm')}.layouts.zip"
 
 
-def _shipped(name: str) -> Architecture | None:
+def _key(name: str, model_args: Mapping[str, Any]) -> str:
+    """Return what an architecture is shipped under."""
+    return f"{name} {json.dumps(model_args, sort_keys=True)}" if model_args else name
+
+
+def _shipped(key: str) -> Architecture | None:
     """Return a shipped description that these rules made of this timm; None where there is none."""
     from lzma import LZMAError
     from zipfile import BadZipFile, ZipFile
@@ -63,24 +68,22 @@ def _shipped(name: str) -> Architecture | None:
         if json.loads(archive.read(_ABOUT))["rules"] != rules_digest():
             return None
         members = sorted(set(archive.namelist()) - {_ABOUT})
-        found = json.loads(archive.read(members[bisect_right(members, name) - 1])).get(name)
+        found = json.loads(archive.read(members[bisect_right(members, key) - 1])).get(key)
         return None if found is None else Architecture.from_json(found)
     return None
 
 
-def ship_layouts(names: Iterable[str]) -> Path:
-    """Describe architectures and write them to where the package ships them from.
+def ship_layouts(architectures: Iterable[tuple[str, dict[str, Any]]]) -> Path:
+    """Describe architectures, names with arguments, and write them to where the package ships them from.
 
     A member of the archive holds the architectures from the one it is named after up to the next member's.
     """
     from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
-    known = sorted(names)
+    found = {_key(*each): describe_architecture(*each).to_json() for each in architectures}
+    known = sorted(found)
     groups = [known[start : start + _TOGETHER] for start in range(0, len(known), _TOGETHER)]
-    members = {
-        group[0]: json.dumps({name: describe_architecture(name).to_json() for name in group}, separators=(",", ":"))
-        for group in groups
-    }
+    members = {group[0]: json.dumps({key: found[key] for key in group}, separators=(",", ":")) for group in groups}
     about = {"schema": "attnlens.layouts", "schema_version": 1, "timm": version("timm"), "rules": rules_digest()}
 
     def write(file: IO[bytes]) -> None:

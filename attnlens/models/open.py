@@ -129,7 +129,7 @@ def _as_configured(model: Any, checkpoint: Any, num_heads: int, access: Access) 
         return _labelled(by_names(), "the config.json beside it does not describe these weights")
     except AttnlensError:
         return by_names()
-    check_heads(opened.architecture, num_heads, f"the config.json of {path}")
+    check_heads(opened.architecture, num_heads, f"{path}, by its config.json,")
     return opened
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from attnlens.checkpoints import Checkpoint
+from attnlens.checkpoints import Checkpoint, SafetensorsFile
 from attnlens.circuits import Fold
 from attnlens.errors import UsageError
 from attnlens.heads import Array, HeadWeights
@@ -17,6 +17,7 @@ from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.depthwise.read_write import read_filters
 from attnlens.models.architecture import Architecture
 from attnlens.printable import utf8_text
+from attnlens.threads import beside
 from attnlens.vocabulary import layer_index
 
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
@@ -69,6 +70,22 @@ class OpenedModel:
         """Return the architecture and where its weights are from: the name given and, for a file, size and hash."""
         found = {"architecture": self.architecture.name, **self.source, **self.checkpoint.provenance()}
         return {name: utf8_text(value) if isinstance(value, str) else value for name, value in found.items()}
+
+    def provenance_beside(self) -> Callable[[], dict[str, Any]]:
+        """Begin to hash a local file beside the reading of it; the function returned gives `provenance` at the end.
+
+        It raises `CheckpointError` where the file is then no longer the one that was hashed.
+        """
+        if not isinstance(self.checkpoint, SafetensorsFile):  # what others say of themselves may depend on what is read
+            return self.provenance
+        begun = beside(self.provenance)
+
+        def found() -> dict[str, Any]:
+            result = begun()
+            self.checkpoint.check()
+            return result
+
+        return found
 
     def heads(self, layer: int) -> HeadWeights:
         """Read the weights of an attention layer, one thread at a time."""

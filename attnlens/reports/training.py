@@ -49,21 +49,25 @@ class Arm(_Part):
     """What the summary says of an arm, by the metric its comparison has."""
 
     accuracy: Mean | None = None
+    balanced_accuracy: Mean | None = None
     bits_per_byte: Mean | None = None
     lr: float | None = None
 
     @model_validator(mode="after")
     def _is_measured(self) -> Arm:
-        if self.accuracy is None and self.bits_per_byte is None:
+        if self._metric is None:
             raise ValueError("neither accuracy nor bits_per_byte is given")
         return self
 
     @property
+    def _metric(self) -> Mean | None:
+        return self.accuracy or self.balanced_accuracy or self.bits_per_byte
+
+    @property
     def value(self) -> Mean:
         """The metric's mean."""
-        metric = self.accuracy or self.bits_per_byte
-        assert metric is not None
-        return metric
+        assert self._metric is not None
+        return self._metric
 
 
 class Contrast(_Part):

@@ -42,7 +42,8 @@ def draw_landscape(results: Mapping[str, Result], fold: Fold) -> Figure:
         groups = _groups({name: results[name]["group"] for name in models})
         total = LEFT + 3 * WIDTH + 2 * GAP + 30
         heading = style.Heading(total)
-        heading.add(f"Landscape of {len(models)} models", 10, weight="bold")
+        of = "" if len(models) == len(results) else f" of {len(results)}"
+        heading.add(f"Landscape of {len(models)}{of} {'model' if len(results) == 1 else 'models'}", 10, weight="bold")
         heading.add(
             f"beta / alpha of each layer's fit, M ≈ alpha·Z + beta·I, {style.fold_words(fold, ['qk', 'ov'])}", 8.5
         )

@@ -16,6 +16,7 @@ from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.models.catalogue import Entry, load_catalogue
 from attnlens.patterns import matching_paths
 from attnlens.printable import utf8_text
+from attnlens.words import counted
 
 _WEIGHTS = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES)
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -110,12 +111,14 @@ def _of_paths(pattern: str, paths: Sequence[Path], notes: list[str]) -> list[Job
     models = [path for path in paths if path in folders or (path in files and path.parent not in folders)]
     if not models:
         raise ModelNotFoundError(
-            f"{pattern!r} matches {len(paths)} paths and none is a model: folders with weights, and files ending in "
-            f"{', '.join(_WEIGHTS)}, are"
+            f"{pattern!r} matches {counted(len(paths), 'path')} and none is a model: folders with weights, and files "
+            f"ending in {', '.join(_WEIGHTS)}, are"
         )
     others = [path for path in paths if path not in folders and path not in files and path.parent not in folders]
     if others:
-        notes.append(f"{pattern}: {len(others)} of {len(paths)} paths are no models, e.g. {others[0]}")
+        of = counted(len(paths), "path")
+        are = "is no model" if len(others) == 1 else "are no models"
+        notes.append(f"{pattern}: {len(others)} of {of} {are}, e.g. {others[0]}")
     return [Job(utf8_text(str(path)), str(path.absolute()), None, stamp(path)) for path in models]
 
 

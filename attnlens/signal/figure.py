@@ -16,6 +16,7 @@ from attnlens.figures.style import line_style
 from attnlens.heads import Array
 from attnlens.signal.propagation import Propagation
 from attnlens.signal.rewire import with_or_without
+from attnlens.words import counted
 
 WIDTH = 1050
 _THEORY: Any = {"color": style.INK, "linewidth": 0.9, "linestyle": (0, (1.2, 1.6))}
@@ -62,9 +63,10 @@ def describe(propagation: Propagation) -> str:
     mlp = {"keep": "MLPs as they are", "tailored": "tailored MLPs", "none": "no MLPs"}[propagation.mlp]
     which = "causal" if propagation.causal else "bidirectional"
     return (
-        f"{propagation.depth} blocks {parts}, {mlp}; width {propagation.embed_dim}, "
+        f"{counted(propagation.depth, 'block')} {parts}, {mlp}; width {propagation.embed_dim}, "
         f"{propagation.tokens} random tokens, {which}. "
-        f"Mean over {propagation.seeds} seeds of {propagation.sequences} sequences, band from least to largest seed."
+        f"Mean over {counted(propagation.seeds, 'seed')} of {counted(propagation.sequences, 'sequence')}"
+        f"{', band from least to largest seed' if propagation.seeds > 1 else ''}."
     )
 
 

@@ -345,7 +345,7 @@ def _write(
     """Write every result file as one set; ``summary.json`` names the others with their sha256."""
     import json
 
-    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
     drawn = _drawn(summary, source, ladder) if figures else {}
     texts = {
         "results.jsonl": results_lines(config, done),

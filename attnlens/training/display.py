@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,8 @@ class Display:
             if self._live is None:
                 left = f", {_clock(self.time_left())} left" if self.time_left() else ""
                 line = f"{self.title}: {run.name} {told} ({sum(self.ended.values())} of {sum(self.total.values())}"
-                sys.stderr.write(f"{line}, {self.rate():.0f} {self.config.items}/s{left})\n")
+                with suppress(OSError):  # a full stderr stops no training
+                    sys.stderr.write(f"{line}, {self.rate():.0f} {self.config.items}/s{left})\n")
 
     def rate(self) -> float:
         """Return items trained a second, over all workers, lately."""

@@ -245,7 +245,7 @@ class Stack:
         import torch
 
         hits, loss = (found.cpu() for found in self.tally(inputs, targets))
-        counts = torch.bincount(targets.flatten().long().cpu(), minlength=hits.shape[1])
+        counts = torch.bincount(targets.cpu().flatten().long(), minlength=hits.shape[1])
         recalls = (hits.double() / counts)[:, counts > 0]
         return Scores(
             (hits.sum(1).double() / targets.numel()).tolist(),

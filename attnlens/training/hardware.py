@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 from attnlens.errors import AttnlensError, UsageError
 from attnlens.printable import printable
-from attnlens.training.config import Attention, Config, Precision
+from attnlens.training.config import Attention, Config, Precision, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -159,9 +159,10 @@ def attention_on(config: Config, wirings: Iterable[Wiring], device: torch.device
     if device.type == "cpu" or not any(True for _ in describe_module(config.network.build(0)).indexed()):
         return ""
     kernels: tuple[Attention, ...] = ("flash", "efficient", "math")
+    plain = Recipe(epochs=1, batch_size=2, lr=config.recipe.lr)
     with room_for("with one model and two items", "free memory on it, or take a smaller network", device):
         for name in kernels:
-            tried = config.model_copy(update={"attention": name, "compiled": False})
+            tried = config.model_copy(update={"attention": name, "compiled": False, "recipe": plain})
             if all(_trains(tried, wiring, device) for wiring in dict.fromkeys(wirings)):
                 return name
     raise UsageError(f"no attention of torch runs on {device} in {config.precision}: choose another --precision")

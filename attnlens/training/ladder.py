@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from attnlens.training.statistics import Contrast, Mean, Values
-
-if TYPE_CHECKING:
-    from attnlens.training.networks.base import Network
 
 LADDER = "ladder"
 """Word of ``--arms`` for every rung a network has."""
@@ -88,9 +85,8 @@ class Step:
     """The last rung minus this one."""
 
 
-def ladder_of(network: type[Network] | Network, values: Values, declared: Sequence[Contrast]) -> list[Step]:
+def ladder_of(rungs: Sequence[Rung], values: Values, declared: Sequence[Contrast]) -> list[Step]:
     """Return every rung above the first; empty where the arms or contrasts of the ladder are not all there."""
-    rungs = network.ladder
     known: Mapping[tuple[str, str], Contrast] = {(one.arm, one.other): one for one in declared}
     arms = [rung.arm for rung in rungs]
     if not all(pair in known for pair in steps(arms)):

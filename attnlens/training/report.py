@@ -20,6 +20,7 @@ from attnlens.training.statistics import (
     Mean,
     smallest_sign_flip,
 )
+from attnlens.words import counted
 
 _ALPHA = 1 - LEVEL
 LrTable = Mapping[str, Mapping[float, float]]
@@ -39,12 +40,15 @@ def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
         "## Declared contrasts",
         _contrasts(summary),
     ]
-    ladder = ladder_of(config.network, summary.finished, summary.contrasts)
+    ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
     if ladder:
         parts += ["## What each step of the ladder is worth", _ladder(ladder, metric)]
     if summary.gaps:
         parts += ["## Share of the gap to the pre-trained model closed", _gaps(summary.gaps)]
-    parts += [f"## Epochs to {metric.value(config.target)}", _epochs(summary.epochs, config.eval_every)]
+    parts += [
+        f"## Epochs to {metric.value(config.target)}",
+        _epochs(summary.epochs, config.eval_every, config.recipe.epochs),
+    ]
     if tuning:
         parts += ["## Learning rates, chosen on the tuning split", _tuning(tuning, summary.lrs, config)]
     parts += ["## Conditions", _conditions(summary), "## Limits", _limits(summary)]
@@ -68,7 +72,7 @@ def conclusion(contrast: Contrast, family: int, metric: Metric = ACCURACY, role:
     one, n = contrast.difference, contrast.difference.n
     names = f"**{contrast.arm}** against **{contrast.other}**"
     if n < 2:
-        return f"{names}: {n} pair{'s' * (n != 1)} of finished runs, too few for an interval. Nothing can be said."
+        return f"{names}: {counted(n, 'pair')} of finished runs, too few for an interval. Nothing can be said."
     prefix = f"{names}{role}: " + (f"screening only, n = {n}. " if n < SCREENING_BELOW else "")
     shown = metric.difference
     if math.isinf(one.low):
@@ -109,8 +113,10 @@ def _frozen(config: Config) -> str:
 
 def _state(summary: Summary) -> str:
     config, ended = summary.config, sum(map(len, summary.finished.values()))
-    conditions = f"{config.seeds} seeds an arm, {config.recipe.epochs} epochs, on {config.dataset}"
-    parts = [f"{ended} of {summary.expected} runs finished; {conditions}."]
+    conditions = (
+        f"{counted(config.seeds, 'seed')} an arm, {counted(config.recipe.epochs, 'epoch')}, on {config.dataset}"
+    )
+    parts = [f"{ended} of {counted(summary.expected, 'run')} finished; {conditions}."]
     if config.source_data is not None:
         words = f"Source: {config.source_data.words}."
         parts.append(words if config.source_data.shared is False else f"**{words}**")
@@ -233,15 +239,22 @@ def _gaps(gaps: Sequence[GapClosed]) -> str:
     )
 
 
-def _epochs(arms: Sequence[EpochsTo], every: int) -> str:
+def _epochs(arms: Sequence[EpochsTo], every: int, epochs: int) -> str:
     rows = []
     for one in arms:
         missed = "not reached by half of the seeds" if one.by_seed else "none"
         median = missed if one.median is None else f"{one.median:g}"
         rows.append([one.arm, f"{one.reached} of {len(one.by_seed)}", median])
+    often = (
+        f"every {counted(every, 'epoch')} and the last one"
+        if 1 < every < epochs
+        else "each"
+        if every == 1
+        else "the last one"
+    )
     return (
         f"{_table(['arm', 'reached', 'median epoch'], rows)}\n\n"
-        f"Fixed beforehand, read at the measured epochs (every {every}), of the runs that finished. A seed that never "
+        f"Fixed beforehand, read at the measured epochs ({often}), of the runs that finished. A seed that never "
         "reached it counts as later than every number."
     )
 

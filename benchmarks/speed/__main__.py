@@ -72,8 +72,10 @@ class Bench:
             return f"{rival.needs} is not installed"
         try:
             return inside(row, run([python, "-c", rival.code, str(weights)], self.environment, self.limit))
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            return str(error)[-200:]
+        except subprocess.TimeoutExpired:
+            return f"ended after {self.limit:.0f} s"
+        except subprocess.CalledProcessError as error:
+            return str(error.stderr).strip().splitlines()[-1]
 
 
 def imports(python: str, module: str) -> bool:

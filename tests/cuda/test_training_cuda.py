@@ -194,8 +194,8 @@ def test_a_stack_nobody_asked_for_is_measured_and_stands_in_the_configuration_be
 def test_running_out_of_memory_names_a_smaller_batch(tmp_path):
     source = write_source(tmp_path)
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.0005)
-    asked = {"device": "cuda", "stack": 64, "seeds": 32, "batch_size": 120, "compiled": False}
+    torch.cuda.set_per_process_memory_fraction(7e7 / torch.cuda.get_device_properties(0).total_memory)
+    asked = {"device": "cuda", "stack": 128, "seeds": 64, "batch_size": 120, "compiled": False}
     try:
         with pytest.raises(OutOfMemoryError, match="--batch-size"):
             compare(source, tmp_path / "out", options=small(source, **asked))

@@ -29,7 +29,7 @@ def transfer_filters(
     another channel of its layer (one random permutation a layer); ``norms`` the norm of every filter, its direction
     uniform on the sphere, biases zero. ``teacher`` and ``checkpoint``: as `attnlens.inspect` takes them.
     """
-    choose("keep", keep, ("weights", "layers", "norms"))
+    keep = choose("keep", keep, ("weights", "layers", "norms"))
     opened = open_model(teacher, checkpoint, filters=True)
     mine, theirs = network.architecture.filters, opened.architecture.filters
     if len(mine) != len(theirs):

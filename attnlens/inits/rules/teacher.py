@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ def transfer_attention(
       `norm-matched`, biases zero;
     - ``norms``: the Frobenius norms of these, spread evenly over random singular vectors, biases zero.
     """
+    fold, keep = choose("fold", fold, ("raw", "effective")), choose("keep", keep, get_args(Keep))
     opened = open_model(teacher, checkpoint)
     pairs = _paired(network, opened, "same")
     cut = keeping(keep)
@@ -60,7 +61,7 @@ def transfer_attention(
                 )
         return cut(layer, _plan(layer, theirs, fold, lambda weight, _: weight))
 
-    return Rule(plan, choose("fold", fold, ("raw", "effective")), random=keep != "weights")
+    return Rule(plan, fold, random=keep != "weights")
 
 
 @initialiser("weight-selection")
@@ -80,6 +81,7 @@ def weight_selection(
     gain and LayerScale in before selecting and divides the student's out. Biases are selected alike. Source: Xu et al.,
     ICLR 2024 (arXiv 2311.18823), whose code selects rows of the packed tensors and so interleaves heads.
     """
+    fold = choose("fold", fold, ("raw", "effective"))
     opened = open_model(teacher, checkpoint)
     pairs = _paired(network, opened, choose("layers", layers, ("first", "spaced")))
 
@@ -93,7 +95,7 @@ def weight_selection(
             )
         return _plan(layer, theirs, fold, lambda weight, size: _selected(weight, size, layer, opened.name))
 
-    return Rule(plan, choose("fold", fold, ("raw", "effective")), random=False)
+    return Rule(plan, fold, random=False)
 
 
 def evenly_spaced(teacher: int, student: int) -> NDArray[np.intp]:

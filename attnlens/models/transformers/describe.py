@@ -31,7 +31,8 @@ def known_model_types() -> frozenset[str]:
 def told_model_type(config: Config, stored: Checkpoint) -> str | None:
     """Tell the ``model_type`` of a configuration without one (all before 2020) by its sizes and the tensors' names.
 
-    None where no family has all the names of a layer's projections and norm, or several fit equally well.
+    Where several have the same names, the shapes that a configuration calls for tell them apart. None where no family
+    has all the names of a layer's projections and norm, or several fit equally well.
     """
     held: dict[str, int] = {}
     for model_type, family in families().items():
@@ -39,8 +40,21 @@ def told_model_type(config: Config, stored: Checkpoint) -> str | None:
         sized = [stack for stack, own in stacks if stack.is_of(own) and own.get(stack.heads) and own.get(stack.width)]
         held[model_type] = max((_names_held(stack, stored) for stack in sized), default=0)
     best = [model_type for model_type, count in held.items() if count == max(held.values()) > 0]
-    alike = all(families()[other].stacks == families()[best[0]].stacks for other in best)
-    return best[0] if best and alike else None
+    fitting = best if _alike(best) else [model_type for model_type in best if _has_shapes(model_type, config, stored)]
+    return fitting[0] if fitting and _alike(fitting) else None
+
+
+def _alike(model_types: list[str]) -> bool:
+    return all(families()[other].stacks == families()[model_types[0]].stacks for other in model_types)
+
+
+def _has_shapes(model_type: str, config: Config, stored: Checkpoint) -> bool:
+    """Whether a family's stacks have the shapes that the configuration calls for."""
+    try:
+        found = describe_transformers({**config, "model_type": model_type}, stored, "")
+    except (CheckpointError, ModelNotFoundError):
+        return False
+    return all(name in stored and list(stored.shape(name)) == shape for name, shape in found.shapes.items())
 
 
 def _names_held(stack: Stack, stored: Checkpoint) -> int:
