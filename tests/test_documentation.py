@@ -83,7 +83,9 @@ def test_the_tree_names_every_room_of_the_package():
 def test_the_results_count_the_initialisers():
     from attnlens.inits import initialisers
 
-    assert re.findall(r"Of (\d+) initialisers", (ROOT / "docs" / "results.md").read_text()) == [str(len(initialisers()))]
+    assert re.findall(r"Of (\d+) initialisers", (ROOT / "docs" / "results.md").read_text()) == [
+        str(len(initialisers()))
+    ]
 
 
 def test_the_page_of_initialisers_names_each_with_its_options_and_their_defaults():
