@@ -270,7 +270,7 @@ def train_compare(
         time_budget=time_budget,
         workers=workers,
         save_weights=save_weights,
-        log=() if log is None else _words("--log", log),
+        log=None if log is None else _words("--log", log),
         command=command,
         output=output,
         force=force,

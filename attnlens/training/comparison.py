@@ -126,7 +126,7 @@ def train_compare(
     time_budget: float | None = None,
     resume: bool = False,
     save_weights: bool = False,
-    log: Sequence[str] = (),
+    log: Sequence[str] | None = None,
     output: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
@@ -158,7 +158,8 @@ def train_compare(
     output = default_folder(dataset) if output is None else Path(output)
     Outputs.of(params, model, checkpoint, force=force).folder(output, _RESULTS)
     control = Control(time_budget)
-    check_loggers(log)
+    loggers = log or ()
+    check_loggers(loggers)
     with control.setting_up(), spread() as process, ExitStack() as claims:
         notes = Notes(shown=process.leads and not quiet)
 
@@ -215,7 +216,7 @@ def train_compare(
             return summary, report
 
         runs = [Run(arm, seed, config.recipe.lr) for seed in range(config.seeds) for arm in config.arms]
-        listeners = claims.enter_context(logging_to(log if process.leads else (), output, config))
+        listeners = claims.enter_context(logging_to(loggers if process.leads else (), output, config))
         phase = _Phase(process, workers, quiet, listeners, lambda records, figures: found(records, figures=figures))
         if config.lr_grid:
             tried = [

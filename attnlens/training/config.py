@@ -111,6 +111,8 @@ _LATER: dict[str, Any] = {
     "tune_epochs": None,
 }
 """Fields that came after the first comparisons: at these values they are left out, so that hashes stay as they were."""
+OPTIONS = "options"
+"""What ``config.json`` holds beside a configuration: the options that lead to it, which ``--config`` reads."""
 STORED = {"train_items": "train_images", "test_items": "test_images", "network": "shape"}
 """What ``config.json`` calls fields, a text's too: the hash of every comparison there is was taken over these names."""
 
@@ -157,7 +159,9 @@ class Config(Part):
     @classmethod
     def _from_stored(cls, data: Any) -> Any:
         names = {stored: name for name, stored in STORED.items()}
-        return {names.get(name, name): value for name, value in data.items()} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        return {names.get(name, name): value for name, value in data.items() if name != OPTIONS}
 
     @model_serializer(mode="wrap")
     def _as_stored(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

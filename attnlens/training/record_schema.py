@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PARTS = ("runs", "checkpoints", "weights")
 """Folders below a results folder."""
-RESULTS_KEYS = ("config_sha256", "dataset", "data_sha256", "run")
+RESULTS_KEYS = ("config_sha256", "dataset", "data_sha256", "run", "recipe")
 """What every line of ``results.jsonl`` says beside its record."""
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
@@ -106,7 +106,7 @@ def parse_runs(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def parse_results(path: Path, folder: Path, config: Config) -> dict[str, list[dict[str, Any]]]:
-    """Return the records of every run in ``results.jsonl``, by name. Raises `ResumeError`."""
+    """Return the records of every run in ``results.jsonl`` that has ended, by name. Raises `ResumeError`."""
     advice = "put the file back as it was, or choose another --output"
     runs: dict[str, list[dict[str, Any]]] = {}
     try:
@@ -120,9 +120,7 @@ def parse_results(path: Path, folder: Path, config: Config) -> dict[str, list[di
         raise ResumeError(f"{path} cannot be read ({error}): {advice}") from error
     for name, records in runs.items():
         check_records(records, config, f"{path}, run {name},")
-        if records[-1]["status"] == "running":
-            raise ResumeError(f"{path} holds a part of {name} alone: {advice}")
-    return runs
+    return {name: records for name, records in runs.items() if records[-1]["status"] != "running"}
 
 
 def _file_name(name: Any) -> str:

@@ -15,7 +15,7 @@ from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.state import read_state, sealed
 from attnlens.strict_json import parse_json
-from attnlens.training.config import Config, Run
+from attnlens.training.config import OPTIONS, Config, Run
 from attnlens.training.record_schema import (
     PARTS,
     ResumeError,
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Record = dict[str, Any]
-OPTIONS = "options"
-"""The part of ``config.json`` that ``--config`` reads."""
 STACK_LIMIT = "stack_limit"
 """What ``config.json`` says beside the configuration once memory ran out: stacks are no larger than this."""
 
