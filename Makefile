@@ -43,12 +43,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-figures: $(VENV)/installed  ## Make the figures of README and docs again
+figures: $(VENV)/installed  ## Make the figures of the docs again
 	$(BIN)/python docs/example.py docs/gallery > docs/gallery/example.txt
 	$(BIN)/python docs/filters.py > docs/gallery/filters/filters.txt
 	$(BIN)/python docs/rewire.py > docs/gallery/signal/rewire.txt
 
-tables: $(VENV)/installed  ## Write the tables of README and docs that follow from the registries
+tables: $(VENV)/installed  ## Write the tables of the docs that follow from the registries
 	$(BIN)/python scripts/registry_tables.py
 
 catalogue: $(VENV)/installed  ## Build the catalogue of the installed timm that the package ships: some five minutes

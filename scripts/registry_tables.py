@@ -1,4 +1,4 @@
-"""Write the tables that follow from the registries into README.md and docs: `make tables`.
+"""Write the tables that follow from the registries into docs: `make tables`.
 
 Nothing in these tables is typed: families, classes, reasons and model types come from the layout rules, counts from the
 catalogue of timm that the package ships. ``--check`` writes nothing and exits with 1 where a file is not up to date.
@@ -93,7 +93,6 @@ def flags_table() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"families": families_table},
     "docs/checkpoints.md": {"foreign": foreign_table},
     "docs/families.md": {"families": families_table, "classes": classes_table, "flags": flags_table},
 }

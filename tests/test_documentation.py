@@ -62,6 +62,20 @@ def test_the_table_in_the_readme_is_what_inspect_prints(tmp_path):
     assert f"`inspect` writes {WORDS[figures]} figures" in flat("docs/trust-faults.md")
 
 
+def test_what_the_readme_shows_of_fit_params_and_init_is_what_they_print(tmp_path):
+    def printed(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from attnlens.cli import main; main()", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+
+    fitted = printed("fit-params", "-o", "params.json").stdout.partition("Pooled requests")[0]
+    asked = ("vit_tiny_patch16_224", "--init", "fitted", "--params", "params.json", "-o", "model.safetensors")
+    drawn = printed("init", *asked)
+    for text in (fitted, drawn.stdout, drawn.stderr):
+        shown = "\n".join(line.rstrip() for line in text.strip().splitlines())
+        assert shown
+        assert shown in README.read_text()
+
+
 def test_the_python_example_prints_what_the_readme_says():
     failed, tried = doctest.testfile(str(README), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried > 5
@@ -69,21 +83,23 @@ def test_the_python_example_prints_what_the_readme_says():
 
 
 def test_every_local_link_leads_somewhere():
-    for page in (README, *(ROOT / "docs").glob("*.md")):
+    for page in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_tree_in_the_readme_names_every_room_of_the_package():
-    tree = README.read_text().partition("```\nattnlens/")[2].partition("```")[0]
+def test_the_tree_names_every_room_of_the_package():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().partition("```\nattnlens/")[2].partition("```")[0]
     rooms = {path.name for path in (ROOT / "attnlens").iterdir() if not path.name.startswith("_")} - {"py.typed"}
     assert {name for name in rooms if name not in re.findall(r"[\w.]+", tree)} == set()
 
 
-def test_the_readme_counts_the_initialisers():
+def test_the_results_count_the_initialisers():
     from attnlens.inits import initialisers
 
-    assert re.findall(r"Of (\d+) initialisers", README.read_text()) == [str(len(initialisers()))]
+    assert re.findall(r"Of (\d+) initialisers", (ROOT / "docs" / "results.md").read_text()) == [
+        str(len(initialisers()))
+    ]
 
 
 def test_the_page_of_initialisers_names_each_with_its_options_and_their_defaults():
