@@ -27,7 +27,6 @@ _MARKS: Mapping[str, re.Pattern[bytes]] = {
     ".png": re.compile(rb"^\x89PNG[\s\S]{0,200}tEXtSoftware\x00attnlens"),
     ".svg": re.compile(rb"<dc:title>attnlens</dc:title>"),
     ".pdf": re.compile(rb"/Creator \(attnlens\)"),
-    ".safetensors": re.compile(rb'^[\s\S]{8}\{"__metadata__":\{[^}]*"(?:attnlens|network)":'),
     ".jsonl": re.compile(rb'^\{"config_sha256": "'),
     ".csv": re.compile(
         rb"^(?:layer,head,circuit,fold,alpha|layer,name,filters,channels|kind,from_layer,from_head|model,status,fold"
@@ -39,7 +38,7 @@ _MARKS: Mapping[str, re.Pattern[bytes]] = {
 _MANIFESTS = ("stats.json", "summary.json")
 _INPUT = re.compile(r"\.(safetensors|pth|pt|bin|npz|npy|ckpt|h5)$|^config\.json$|\.index\.json$")
 """Files of a model's folder that are read"""
-_FILE_SUFFIXES = (*_MARKS, ".pth", ".pt", ".bin", ".npz", ".txt")
+_FILE_SUFFIXES = (*_MARKS, ".safetensors", ".pth", ".pt", ".bin", ".npz", ".txt")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def is_ours(path: Path) -> bool:
     marked = mark is not None and mark.search(head) is not None
     if path.suffix == ".json":
         marked = marked and bool(_SCHEMA.search(head) or _CONFIG.search(head))
-    return marked or _listed(path)
+    return marked or _listed(path) or (path.suffix == ".safetensors" and _says_so(head))
 
 
 def named_folder(root: Path, names: Sequence[str], models: Sequence[str]) -> Path:
@@ -171,6 +170,21 @@ def _same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:
         return False
+
+
+def _says_so(head: bytes) -> bool:
+    """Whether the metadata that begin a safetensors file are of `attnlens init` or of a run of `train-compare`.
+
+    Only these are looked at: the names and shapes of tensors behind them may be many more bytes.
+    """
+    begin = head.find(b'{"__metadata__":') + len(b'{"__metadata__":')
+    if not head[8:].startswith(b'{"__metadata__":'):
+        return False
+    try:
+        metadata, _ = json.JSONDecoder().raw_decode(head[begin:].decode(errors="replace"))
+    except ValueError:
+        return False
+    return isinstance(metadata, dict) and not {"attnlens", "network"}.isdisjoint(metadata)
 
 
 def _listed(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Outputs never replace an input nor a file of others; every model has a folder and a name of its own."""
 
+import json
 import os
 import re
 import shlex
@@ -61,6 +62,14 @@ def test_a_file_of_others_is_replaced_by_force_alone(tmp_path, name):
     with pytest.raises(OutputError, match=r"was not written by attnlens, or was changed since: .* --force"):
         Outputs().check(path)
     assert Outputs(force=True).check(path) == path
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_of_ours_are_known_in_whatever_order_their_metadata_stand(tmp_path, order):
+    metadata = {"model_args": '{"depth": 2, "sizes": {"a": "}"}}', "attnlens": '{"init": "mimetic"}', "format": "pt"}
+    header = json.dumps({"__metadata__": dict(list(metadata.items())[::order])}, separators=(",", ":")).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert is_ours(tmp_path / "a.safetensors")
 
 
 def test_an_empty_file_and_none_are_nobodys(tmp_path):
@@ -223,8 +232,6 @@ def test_the_help_names_every_initialiser():
 def test_a_table_of_a_comparison_holds_what_is_printed(run, weights, tmp_path):
     code, out, _ = run("compare", weights, weights, "--json", "--table", "t.csv", "--figures", "f", "--fold", "Raw")
     assert code == 0
-    import json
-
     data = json.loads(out)
     assert data["fold"] == "raw"
     assert data["models"] == ["w (1)", "w (2)"]

@@ -31,9 +31,11 @@ def on_terminal(folder, width, *arguments, stop_after=None, environment=None):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
     own = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     own.pop("COLUMNS", None)
-    process = subprocess.Popen(
-        [*PROGRAM, *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=own
-    )
+    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+    command = [*PROGRAM, *map(str, arguments)]
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a test run in the background, and inherited
+    process = subprocess.Popen(command, cwd=folder, env=own, **streams)
+    signal.signal(signal.SIGINT, ignored)
     os.close(slave)
     shown, start = b"", time.monotonic()
     while True:
