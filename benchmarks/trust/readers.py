@@ -192,9 +192,9 @@ def read_text(path: Path, _output: Path) -> None:
 def read_cache(path: Path, output: Path) -> None:
     """Read a decoded data set from the cache; a damaged one is made again, of images that are none here."""
     key = "key"
-    name = f"{datasets.hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    (output / name).write_bytes(path.read_bytes())
-    datasets._cached(output, "cached", key, lambda: iter(()), None)  # noqa: SLF001
+    hashed = datasets.hashlib.sha256(f"{datasets._FORMAT} {key}".encode()).hexdigest()  # noqa: SLF001
+    (output / f"{hashed[:24]}.npz").write_bytes(path.read_bytes())
+    datasets._cached(output, "cached", key, lambda: iter(()), None, lambda _: None)  # noqa: SLF001
 
 
 WEIGHTS = Bound(64, 64 << 20)

@@ -64,7 +64,7 @@ def _tails_problem(row: ProductReport, product: FactoredProduct, drawn: PlannedG
     N, rows, cols = product.dense(), product.gains.rows, product.gains.cols
     order = placed(N, rows, cols, wanted)
     nearest = offdiagonal_tails(N[np.ix_(order, order)], rows, cols)
-    if float(apart(row.kurtosis, wanted) - apart(nearest, wanted)) <= TAILS:
+    if float(apart(nearest, wanted)) > TAILS:
         return ""
     return (
         f"excess kurtosis before balancing is {row.kurtosis:.3g}, expected {wanted:.3g} ± {100 * TAILS:.0f}%: with its "
