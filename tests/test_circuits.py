@@ -264,3 +264,27 @@ def test_an_unknown_fold_is_refused_with_the_accepted_ones():
     assert parse_folds("both") == ("raw", "effective")
     assert parse_folds("all") == ("raw", "effective", "centred", "balanced")
     assert parse_folds("centred") == ("centred",)
+
+
+def test_blocks_of_entries_are_those_of_the_dense_product():
+    rng = np.random.default_rng(5)
+    factors = product(rows=13, cols=11, rank=5)
+    rows, cols = rng.integers(0, 13, (3, 7)), rng.integers(0, 11, (3, 2))
+    dense = factors.A @ factors.B.T
+    blocks = np.array([dense[np.ix_(*chosen)] for chosen in zip(rows, cols, strict=True)])
+    for one in (factors, WholeProduct.of(dense, 5)):
+        np.testing.assert_allclose(one.entries(rows, cols), blocks, atol=1e-12)
+
+
+def test_overlaps_of_a_whole_product_are_those_of_its_singular_vectors():
+    M = np.random.default_rng(6).normal(size=(13, 13))
+    u, s, vt = np.linalg.svd(M)
+    _, overlaps = WholeProduct.of(M, 13).spectral_form()
+    np.testing.assert_allclose(overlaps((), vt.T), s**3 * np.einsum("ij,ji->i", vt, u), rtol=1e-9)
+
+
+def test_every_whole_product_of_a_stack_is_centred_by_itself():
+    M = np.random.default_rng(7).normal(size=(3, 5, 5))
+    C = np.eye(5) - 1 / 5
+    np.testing.assert_allclose(WholeProduct.of(M, 5).centred(True, True).dense(), C @ M @ C, atol=1e-12)
+    np.testing.assert_allclose(WholeProduct.of(M, 5).centred(True, False).dense(), C @ M, atol=1e-12)
