@@ -286,20 +286,11 @@ def params() -> bytes:
 @cache
 def decoded() -> bytes:
     """Return a decoded data set as the cache keeps it."""
-    from attnlens.training.data.images import Images
+    from attnlens.training.data.cache import Decoded, write_decoded
 
     pixels, labels = np.arange(8 * 3 * 4 * 4, dtype=np.uint8).reshape(8, 3, 4, 4), np.arange(8) % 2
-    found = Images("cached", pixels[:6], labels[:6], pixels[6:], labels[6:], ("cat", "dog"))
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        train=found.train,
-        train_labels=found.train_labels,
-        test=found.test,
-        test_labels=found.test_labels,
-        classes=np.array(found.classes),
-        sha256=np.array(found.sha256()),
-    )
+    write_decoded(buffer, Decoded(pixels[:6], labels[:6], pixels[6:], labels[6:], ("cat", "dog"), {}, ""))
     return buffer.getvalue()
 
 
