@@ -17,7 +17,17 @@ from attnlens.cli.options import parse_layers
 from attnlens.errors import UsageError
 from tests.test_inspect import SMALL, small_vit
 
-WITHOUT_DEFAULT = {"checkpoint", "config", "num_heads", "family", "params", "time_budget", "train"}
+WITHOUT_DEFAULT = {
+    "checkpoint",
+    "config",
+    "depth",
+    "embed_dim",
+    "num_heads",
+    "family",
+    "params",
+    "time_budget",
+    "train",
+}
 """Options that do nothing unless they are given."""
 
 

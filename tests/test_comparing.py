@@ -98,5 +98,5 @@ def test_a_model_without_noise_has_no_log_distance():
 def test_one_model_or_unmatched_checkpoints_are_refused():
     with pytest.raises(UsageError, match="at least two models"):
         compare(small_vit())
-    with pytest.raises(UsageError, match="1 checkpoints for 2 models: give one for each"):
+    with pytest.raises(UsageError, match="1 checkpoint for 2 models: give one for each"):
         compare("a", "b", checkpoints=["c"])

@@ -116,7 +116,7 @@ def test_caches_follow_the_environment(monkeypatch, tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "weights").write_bytes(bytes(2_000_000))
     found = findings()
-    assert found["Hugging Face hub cache"].found == f"{tmp_path / 'hub'}, 2.0 MB in 1 files"
+    assert found["Hugging Face hub cache"].found == f"{tmp_path / 'hub'}, 2.0 MB in 1 file"
     assert "HF_HUB_OFFLINE" in found["network"].found
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "deep"))

@@ -13,6 +13,7 @@ from attnlens.errors import UsageError
 from attnlens.fit.fit_params import fit_params
 from attnlens.inits import init_, init_file, verify_init
 from attnlens.inits.file import save_weights
+from attnlens.models.open import EMBEDDED
 from tests.test_inits_names import NAMES, SMALL, options, vit
 
 WIDTH = {"embed_dim": 96, "num_heads": 3, "depth": 2}
@@ -214,7 +215,10 @@ def test_the_commands_work_without_a_model(run):
     made = run("init", "--seed", 1, "--output", "model.safetensors")
     assert made.code == 0, made.err
     assert run("verify-init", "model.safetensors").code == 0
-    trained = run("verify-init")  # the shipped ViT is a trained one
+    asked = run("verify-init")
+    assert asked.code == 2
+    assert "verify-init needs a network to look at" in asked.err
+    trained = run("verify-init", EMBEDDED, "--init", "mimetic")
     assert trained.code == 1
     assert "FAILED: 0 of 30 checks" in trained.out
     assert trained.err.count("Traceback") == 0
@@ -227,7 +231,7 @@ def test_the_commands_work_without_a_model(run):
         (("init", "no_such_vit"), 1, "timm has no architecture named 'no_such_vit'"),
         (("init", "--option", "alpha_qk"), 2, "give name=value"),
         (("init", "--params", "p.json", "--init", "mimetic"), 2, "--params goes with --init fitted"),
-        (("verify-init", "--init", "fitted"), 2, "needs the option 'params'"),
+        (("verify-init", str(EMBEDDED), "--init", "fitted"), 2, "needs the option 'params'"),
     ],
 )
 def test_wrong_usage_is_told_in_one_line(run, tmp_path, arguments, code, text):

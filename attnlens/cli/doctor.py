@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 USES = {
     "pandas": "StatsTable.to_pandas",
     "ray": "scan --ray",
+    "tensorboard": "train-compare --log tensorboard",
     "text": "train-compare --dataset hfds/... and text:wikitext-103",
+    "wandb": "train-compare --log wandb",
 }
 """Extra of the package -> what needs it."""
 

@@ -177,8 +177,10 @@ class Guard:
         system = (
             "/proc/self",
             "/proc/cpuinfo",
+            "/proc/loadavg",
             "/proc/meminfo",
             "/sys/devices",
+            "/sys/fs/cgroup",
             "/dev/null",
             "/dev/urandom",
             str(cache),
