@@ -101,6 +101,7 @@ EDITS = {
     "numbers": _scaled,
     "no table": lambda data: {**data, "table": []},
     "a table of text": lambda data: {**data, "table": "rows"},
+    "numbers as text": lambda data: {**data, "table": [[*row[:4], *map(str, row[4:])] for row in data["table"]]},
     "short rows": lambda data: {**data, "table": [row[:3] for row in data["table"]]},
     "a row twice": lambda data: {**data, "table": data["table"] * 2},
     "layers beyond the depth": lambda data: {**data, "depth": 1},
