@@ -1,5 +1,8 @@
 """Circuits against dense float64 products and against attention itself."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -16,6 +19,8 @@ from attnlens.circuits import (
 )
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import InputNorm
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.inference import infer
 from tests.conftest import random_heads
 
 
@@ -288,3 +293,19 @@ def test_every_whole_product_of_a_stack_is_centred_by_itself():
     C = np.eye(5) - 1 / 5
     np.testing.assert_allclose(WholeProduct.of(M, 5).centred(True, True).dense(), C @ M @ C, atol=1e-12)
     np.testing.assert_allclose(WholeProduct.of(M, 5).centred(True, False).dense(), C @ M, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-40])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_products_memory_is_free_with_the_last_of_it(whole, scale):
+    circuit = product(rows=13, cols=13)
+    circuit = WholeProduct.of(scale * circuit.dense(), 5) if whole else FactoredProduct(scale * circuit.A, circuit.B)
+    held = weakref.ref(circuit.A)
+    gc.disable()  # what only the collector frees lives on through many layers
+    try:
+        infer(circuit)
+        fit_diagonal(circuit, circuit.singular_values())
+        del circuit
+        assert held() is None
+    finally:
+        gc.enable()
