@@ -33,7 +33,7 @@ class WholeProduct(FactoredProduct):
     @classmethod
     def of(cls, M: Array, inner: int) -> WholeProduct:
         """Wrap a formed matrix ``[rows, cols]``."""
-        return cls(M, np.eye(M.shape[-1]), inner)
+        return cls(M, _identity(M.shape[-1]), inner)
 
     @cached_property
     def _scaled_down(self) -> tuple[FactoredProduct, NDArray[np.int_]] | None:
@@ -143,3 +143,11 @@ class WholeProduct(FactoredProduct):
         M = self.A - self.A.mean(-2, keepdims=True) if rows else self.A
         parts = self.parts and self.parts.centred(rows, cols)
         return WholeProduct(M - M.mean(-1, keepdims=True) if cols else M, self.B, self.inner, parts=parts)
+
+
+def _identity(size: int) -> Array:
+    """Return the identity ``[size, size]`` as a view of one row of zeros about a one, which each row sees further on."""
+    row = np.zeros(2 * size - 1)
+    row[size - 1] = 1.0
+    step = row.itemsize
+    return np.lib.stride_tricks.as_strided(row[size - 1 :], (size, size), (-step, step), writeable=False)
