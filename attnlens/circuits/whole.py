@@ -146,7 +146,7 @@ class WholeProduct(FactoredProduct):
 
 
 def _identity(size: int) -> Array:
-    """Return the identity ``[size, size]`` as a view of one row of zeros about a one, which each row sees further on."""
+    """Return the identity ``[size, size]`` as a view of zeros about a one: a row begins one before the last."""
     row = np.zeros(2 * size - 1)
     row[size - 1] = 1.0
     step = row.itemsize
