@@ -4,13 +4,14 @@ import doctest
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from attnlens.cli.app import load_command
+from attnlens.cli.app import COMMANDS, load_command
 from attnlens.models.catalogue import shipped_file
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,59 @@ def test_a_default_in_a_synopsis_is_that_of_the_command():
                 assert defaults[option] == float(value), (page.name, command, option)
                 checked.add((command, option))
     assert {("fit-params", "--level"), ("fit-params", "--dpi"), ("signal", "--eta"), ("init", "--seed")} <= checked
+
+
+def pages() -> list[Path]:
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of attnlens on a page, in lines of code and in sentences, without their remarks."""
+    lines = re.findall(r"^    ((?:torchrun .* -m )?attnlens (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    found = [line.replace("\\\n", " ") for line in lines] + re.findall(r"`((?:\w+=\S+ )*attnlens [^`]+)`", text)
+    return [re.sub(r"\s{2,}#.*$|^.*?(?=attnlens )", "", " ".join(one.split("\n"))) for one in found]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+def test_every_command_on_a_page_is_accepted_with_its_options_and_words(page):
+    for command in commands(page.read_text()):
+        name, *words = shlex.split(command)[1:]
+        if name in COMMANDS and words and not re.search(r"(?<!/)\[(?!train)|\.\.\.$| \.\.\. ", command):
+            load_command(name).make_context(name, words)  # raises for an option, a word or a number that is not taken
+
+
+def test_commands_are_found_on_pages_and_a_wrong_one_is_refused():
+    assert sum(len(commands(page.read_text())) for page in pages()) > 100
+    (wrong,) = commands("so `attnlens inspect --folds raw`")
+    with pytest.raises(Exception, match="--folds"):
+        load_command("inspect").make_context("inspect", shlex.split(wrong)[2:])
+
+
+def test_a_synopsis_names_options_that_are_there_and_every_word_of_a_choice():
+    checked = set()
+    for page in pages():
+        for command, synopsis in re.findall(
+            r"^    attnlens ([a-z-]+) (.*(?:\n {12,}\S.*)*)", page.read_text(), re.MULTILINE
+        ):
+            known = load_command(command)
+            help_text = " ".join(known.get_help(known.make_context(command, [], resilient_parsing=True)).split())
+            for option in re.findall(r"--[\w-]+", synopsis):
+                assert option in help_text, (page.name, command, option)
+            for option, words in re.findall(r"(--[\w-]+) ([\w-]+(?:\|[\w-]+)+)", synopsis):
+                assert re.search(rf"{option} [<\[]{re.escape(words)}[>\]]", help_text), (page.name, command, option)
+                checked.add((command, option))
+    assert {("fit-params", "--fold"), ("fit-params", "--per"), ("init", "--gains"), ("signal", "--mlp")} <= checked
+
+
+def test_every_file_of_the_repository_that_a_page_names_is_there():
+    named = 0
+    for page in pages():
+        text = page.read_text()
+        for code in [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^    (.+)$", text, re.MULTILINE)]:
+            for path in re.findall(r"(?<![\w./<-])(?:attnlens|benchmarks|docs|scripts|tests)/[\w./*-]*[\w*]", code):
+                assert any(ROOT.glob(path)), (page.name, path)
+                named += 1
+    assert named > 80
 
 
 def test_the_page_of_signal_propagation_names_each_variant_with_its_options():

@@ -63,7 +63,8 @@ def train_compare(
         str | None,
         typer.Option(
             help="Start from this pre-trained model, as for inspect; or, from drawn weights or those of --checkpoint, "
-            "convmixer-tiny, timm's convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
+            "convmixer-tiny, timm's convmixer_* and convnext*, or gpt-tiny. Default: the ViT shipped with attnlens; "
+            "for text gpt-tiny."
         ),
     ] = None,
     checkpoint: options.Checkpoint = None,

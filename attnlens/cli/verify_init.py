@@ -31,7 +31,11 @@ def verify_init(
     pairs: options.InitOptions = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Compare whole matrices with the draw of this seed. Default: compare statistics."),
+        typer.Option(
+            min=0,
+            help="Compare whole matrices with the draw of this seed. Default: the seed that the file states; where it "
+            "states none, compare statistics.",
+        ),
     ] = None,
     json_: options.Json = False,
 ) -> None:
