@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -218,11 +219,16 @@ def claims() -> dict[str, list[str]]:
     """Return what pages say with numbers that the code or a file of results holds, by page."""
     from attnlens.checkpoints import archives, converted
     from attnlens.cli.train_compare import EXIT_CODES
+    from attnlens.filters.statistics import DRAWS
+    from attnlens.fit.params import VERSION
     from attnlens.inits.verify.mistakes import SAME_DRAW
+    from attnlens.models import bounded
     from attnlens.models.architecture import LARGEST_ARGUMENT, MOST_MODULES
     from attnlens.printable import LONGEST
+    from attnlens.reports.matrices import CODES, CORNER, HEATMAP_BYTES
     from attnlens.training.config import TUNING_SEEDS
     from attnlens.training.data import image_files
+    from attnlens.training.data.images import UNEVEN
     from attnlens.training.networks.convmixer import PRESETS as CONVMIXERS
     from attnlens.training.networks.vit import ViT
     from attnlens.training.options import PRESETS
@@ -233,7 +239,11 @@ def claims() -> dict[str, list[str]]:
     alike = [each for each in CONVMIXERS.values() if {**each, "kernel_size": mixer["kernel_size"]} == mixer]
     kernels = " or ".join(f"{each['kernel_size']} x {each['kernel_size']}" for each in alike)
     seeds = next(p.default for p in load_command("train-compare").params if p.name == "seeds")
-    trust = json.loads((ROOT / "benchmarks" / "results" / "trust.json").read_text())
+    trust, tolerance, balance = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("trust", "init_tolerance", "balance_speed")
+    )
+    draws, expanded = tolerance["largest"], f"{archives.EXPANDS} times"
     scan, faults = trust["scan"], trust["faults"]
     kills = faults["kills_by_command"]
     parts = {name: part["cases"] for name, part in faults["parts"].items() if "cases" in part}
@@ -244,9 +254,26 @@ def claims() -> dict[str, list[str]]:
             f"(`--train-images`, {text['train_images']:,}), each of `--context` bytes ({text['context']})",
             f"`--target` ({text['target']:g})",
             f"with seeds from {TUNING_SEEDS:,} on",
+            f"more than {UNEVEN} times its fair share",
             f"0 after a budget, {EXIT_CODES['interrupt']} after Ctrl-C, {EXIT_CODES['terminate']} after SIGTERM",
         ],
-        "docs/inits.md": [f"cosine above {SAME_DRAW}"],
+        "docs/inits.md": [
+            f"cosine above {SAME_DRAW}",
+            f"{draws['alpha']['sd']:.2f} alpha/d in alpha and {draws['beta']['sd']:.2f} alpha/d in beta",
+            f"means within {draws['alpha']['mean']:.2f} alpha/d",
+            f"n = {tolerance['rows'][0]['n']} draws at each of {len(tolerance['rows'])} settings",
+        ],
+        "docs/checkpoints.md": [f"{expanded} the archive's bytes and {archives.ALLOWANCE >> 20} MiB"],
+        "docs/filters.md": [f"mean over {DRAWS} sets of filters", f"unless p = 1/{DRAWS + 1}"],
+        "docs/params.md": [f"schema `attnlens.params`, version {VERSION}"],
+        "docs/report.md": [
+            f"its first {CORNER} x {CORNER} entries",
+            f"more than {HEATMAP_BYTES // CORNER**2 // 2} products",  # raw and effective
+            f"in {len(CODES)} levels",
+        ],
+        "docs/reproduction.md": [
+            f"cost of balancing: {median(balance['balance_over_rest']):.2f} of the other statistics"
+        ],
         "docs/trust.md": [
             f"of images only {', '.join(image_files.FORMATS)} are ever decoded",
             f"at most {LONGEST:,} printable characters",
@@ -254,7 +281,9 @@ def claims() -> dict[str, list[str]]:
             f"{WEIGHTS.multiple} bytes for each byte of file, and {WEIGHTS.constant >> 20} MiB",
             f"{IMAGES.multiple} bytes for each byte of file, and {IMAGES.constant >> 20} MiB",
             f"Pixels may be {image_files.DECODED} times the file",
-            f"members may hold {archives.EXPANDS} times its length",
+            f"members may hold {expanded} its length, and {archives.ALLOWANCE >> 20} MiB",
+            f"at most {bounded.SECONDS} seconds of processor time and {bounded.MEMORY >> 20} MiB",
+            f"at most {bounded.CHEAP_SECONDS} seconds and {bounded.CHEAP_MEMORY >> 20} MiB",
             f"tar may expand {image_files.EXPANDS}-fold and {image_files.ALLOWANCE >> 20} MiB",
             f"at most {MOST_MODULES:,} modules",
             f"is above {LARGEST_ARGUMENT:,}",
@@ -263,6 +292,7 @@ def claims() -> dict[str, list[str]]:
         "docs/scale.md": [
             f"{scan['local']['models']} small models with random weights",
             f"{scan['local']['read']} were read, {scan['local']['failed_as_planted']} failed as planted",
+            f"{scan['local']['compared_with_inspect']} of {scan['local']['compared_with_inspect']} compared were equal",
             f"{scan['scan_seconds']['local']:.0f} s and {scan['scan_seconds']['ray']:.0f} s on 2 cores",
         ],
         "docs/trust-faults.md": [
