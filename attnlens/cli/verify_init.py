@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def verify_init(
-    model: options.Model = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="timm name (with or without tag), hf-hub: or local-dir: name, checkpoint file or folder; default: "
+            "what --checkpoint says it is of."
+        ),
+    ] = None,
     checkpoint: options.Checkpoint = None,
     model_args: options.ModelArgs = None,
     init: options.InitName = None,
