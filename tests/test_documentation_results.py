@@ -2,9 +2,13 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+import attnlens
+from attnlens.statistics.verdicts import Verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -209,6 +213,40 @@ def test_a_large_model_takes_what_its_page_says():
         size, attention = run["parameters"] / 1e9, run["attention_parameters"] / 1e9
         measured = [run["peak_above_imports_mb"], run["cpu_seconds"], run["cpu_seconds"] / attention, run["seconds"]]
         assert agree(" ".join(cells[1:]).replace(" B", "").replace(" MB", ""), [size, attention, *measured]), cells
+
+
+@pytest.fixture(scope="module")
+def real(dinov2_file):
+    return attnlens.fit_params("vit_small_patch14_dinov2", checkpoint=dinov2_file)
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_the_products_of_a_real_network_are_as_the_results_say(real):
+    positive = {Verdict.IDENTITY, Verdict.IDENTITY_LOW_RANK}
+    rows = table("results.md", "layer | QK heads `identity` or `identity + low rank`")
+    assert [int(cells[0]) for cells in rows] == list(range(12))
+    for layer, (_, heads, beta, interval, verdict, raw) in enumerate(rows):
+        words = [entry.verdict in positive for entry in real.select("qk", layer=layer)]
+        (total,), (stored,) = (real.select("ov", "all", layer, fold) for fold in ("effective", "raw"))
+        assert heads == f"{sum(words)} of {len(words)}"
+        assert agree(f"{beta} {interval}", [total.beta, total.beta_low, total.beta_high]), layer
+        assert verdict == total.verdict
+        assert agree(raw.partition(",")[0], [stored.beta]), layer
+        assert raw.partition(", ")[2] == stored.verdict
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_the_words_for_a_real_network_are_counted_as_the_page_of_verdicts_does(real):
+    words = list(Verdict)
+    rows = table("verdicts.md", "circuit | fold | identity")
+    assert len(rows) == 9
+    for circuit, fold, *counts in rows:
+        kind, head = circuit[:2].lower(), "all" if circuit.endswith("sums") else "each"
+        found = Counter(entry.verdict for entry in real.select(kind, head, fold=fold))
+        assert list(map(int, counts)) == [found[word] for word in words], (circuit, fold)
+        assert circuit.split()[1] == str(found.total())
 
 
 def test_a_number_that_no_result_holds_is_seen():
