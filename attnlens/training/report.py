@@ -184,7 +184,8 @@ def _reachable(contrasts: Sequence[Contrast]) -> str:
         return ""
     family = len(contrasts)
     least = smallest_sign_flip(n, family)
-    never = "" if least < _ALPHA else ": none can go under .05 that way"
+    one = "this contrast cannot" if family == 1 else "none of these contrasts can"
+    never = "" if least < _ALPHA else f": {one} go under .05 that way"
     return (
         f"With n = {n} and {counted(family, 'contrast')} the corrected sign-flip p cannot go under {_p(least)}{never}."
     )
