@@ -75,14 +75,15 @@ class Comparison:
     def share(self, arm):
         return [self.gaps[arm][name] for name in ("share", "low", "high")] if arm in self.gaps else []
 
-    def rung(self, arm, *, p, left):
+    def rung(self, arm, *, p, left=None):
+        """Return the numbers of a rung: with p-values or without, what is left with its interval, without, or not."""
         step = self.steps.get(arm)
         if step is None:
             return []
         told = []
         for name in ("step", "from_start"):
             told += [*points(step[name]["difference"]), *([step[name]["t_holm"]] if p else [])]
-        return told + ([] if arm == "pretrained" else points(step["left"], interval=left))
+        return told + ([] if arm == "pretrained" or left is None else points(step["left"], interval=left))
 
 
 def of_arm(cells):
@@ -106,6 +107,10 @@ def ladder_among_results(one, arm):
     return one.accuracy(arm) + one.rung(arm, p=False, left=False)
 
 
+def ladder_on_the_front_page(one, arm):
+    return one.accuracy(arm) + one.rung(arm, p=False)
+
+
 def wiring(one, arm):
     return one.accuracy(arm, interval=True) + one.over_default(arm, p=True)
 
@@ -122,6 +127,7 @@ COMPARISONS = [
     ("training.md", "arm | test accuracy, mean", "digits_cpu", digits_on_its_page),
     ("results.md", "start | test accuracy, mean of n = 6", "digits_cpu", digits_among_results),
     ("results.md", "start keeps of the source", "ladder_natural_cpu", ladder_among_results),
+    ("../README.md", "start keeps of the source", "ladder_natural_cpu", ladder_on_the_front_page),
     ("signal.md", "network | test accuracy, mean", "skipless_cpu", wiring),
     ("filters.md", "start of the filters | filters frozen", "convmixer_natural_frozen_cpu", start),
     ("filters.md", "start of the filters | filters trained", "convmixer_natural_cpu", start),
@@ -148,6 +154,25 @@ def test_a_table_of_starts_holds_the_numbers_of_its_comparison(page, first, fold
     assert {arm for arm, _ in told} == set(arms)
     for arm, shown in told:
         assert agree(shown, expected(found, arm)), (page, arm, shown, expected(found, arm))
+
+
+def test_sentences_on_the_ladder_give_its_shares_and_its_stars():
+    found = Comparison("ladder_natural_cpu")
+
+    def share(arm):
+        return " ".join(f"{one:.2f}"[1:] for one in found.share(arm))
+
+    told = {page: " ".join((ROOT / "docs" / page).read_text().split()) for page in ("results.md", "training.md")}
+    written = "{} [{}, {}] of the gap"
+    for text in told.values():
+        assert "closes " + written.format(*share("pretrained-attention").split()) in text
+    assert "closes " + written.format(*share("fitted").split()) in told["training.md"]
+    assert f"Holm over {len(found.summary['contrasts'])} declared contrasts" in told["results.md"]
+    for page in ("results.md", "../README.md"):
+        for arm, shown in map(of_arm, table(page, "start keeps of the source")):
+            step = found.steps.get(arm)
+            starred = [step[name]["t_holm"] < 0.05 for name in ("step", "from_start")] if step else []
+            assert [cell.endswith("*") for cell in shown.split(" | ")[1:3]][: len(starred)] == starred, (page, arm)
 
 
 @pytest.mark.parametrize("heading", ["The ladder on natural images, on a CPU", "The ladder on digits"])
