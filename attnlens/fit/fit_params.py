@@ -61,8 +61,9 @@ def fit_params(
     """Return the fit of every circuit and every layer of filters of models: what to request of an initialiser.
 
     ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
-    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective`` or
-    ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with their gains.
+    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective``,
+    ``centred`` or ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with
+    their gains.
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.

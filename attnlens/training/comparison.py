@@ -173,7 +173,7 @@ def train_compare(
         data = load_data(options, cache, say)
         if data.told:
             say(f"{data.name}: {data.told}")
-        say("opening the model and fitting what its arms start from")
+        say("opening the model and what its arms start from")
         source = find_source(options, data)
         say("building every arm once")
         config, data = resolve(options, data, source, on, output, resume=resume)
