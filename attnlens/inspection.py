@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -342,7 +342,7 @@ def measure_layer(
     gains: dict[GainsKey, Gains] = {}
     raw = {"qk": qk_circuit(weights)}
     if weights.W_O is not None:
-        raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
+        raw |= {"ov": ov_circuit(weights), "sum": replace(layer_ov(weights), parts=None)}
     for fold in folds:
         if fold != "raw" and "norm_unknown" in weights.leaves_out:
             continue

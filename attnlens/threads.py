@@ -135,6 +135,22 @@ def beside(function: Callable[[], Result]) -> Callable[[], Result]:
     return future.result
 
 
+def import_beside(*modules: str) -> None:
+    """Begin to import modules that are needed later, while something else works outside the interpreter.
+
+    What cannot be imported fails where it is needed.
+    """
+    from importlib import import_module
+    from threading import Thread
+
+    def work() -> None:
+        with suppress(ImportError):
+            for module in modules:
+                import_module(module)
+
+    Thread(target=work, daemon=True).start()
+
+
 def over_threads(
     function: Callable[[Item], Result],
     items: Sequence[Item],

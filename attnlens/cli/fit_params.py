@@ -72,11 +72,13 @@ def fit_params(
 ) -> None:
     """Fit alpha and beta with intervals and verdicts, and write the parameter file that drives an initialiser."""
     from attnlens.atomic import FileSet
+    from attnlens.threads import import_beside
 
     outputs = Outputs.of(models, checkpoint, force=force)
     outputs.file(output, ".json")
     if figures is not None:
         outputs.folder(figures)
+    import_beside("attnlens.fit.figures")
     params = attnlens.fit_params(
         *(models or []),
         checkpoint=checkpoint,

@@ -51,17 +51,15 @@ def inspect(
 
     Of depthwise convolutions (ConvNeXt, ConvMixer, ...) the covariance of each layer's filters is measured.
     """
-    from importlib import import_module
-    from threading import Thread
-
     from attnlens.atomic import FileSet
     from attnlens.circuits import parse_folds
     from attnlens.inspection import Corners, save_inspection
+    from attnlens.threads import import_beside
 
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
-    Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
+    import_beside(*(f"attnlens.figures.{name}" for name in ("heatmaps", "profiles", "spectra")))
     folds = parse_folds(fold)
     corners = Corners("effective" if "effective" in folds else folds[0], crop)
     inspection = attnlens.inspect(
