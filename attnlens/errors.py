@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnlens.arguments import told
 from attnlens.printable import one_line
 
 
@@ -9,8 +10,8 @@ class AttnlensError(Exception):
     """Base of every error attnlens raises on purpose; its text is one printable line, whatever files call things."""
 
     def __str__(self) -> str:
-        """Return the text, made safe for a terminal by `attnlens.printable`."""
-        return one_line(super().__str__())
+        """Return the text, made safe for a terminal by `attnlens.printable`, naming arguments or options as is read."""
+        return one_line(told(super().__str__()))
 
 
 class UsageError(AttnlensError, ValueError):

@@ -24,7 +24,7 @@ class InputNorm:
     centres: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class HeadWeights:
     """Hold W_Q, W_K, W_V, W_O of one layer, one matrix per head.
 
@@ -62,6 +62,11 @@ class HeadWeights:
     layer_scale: Float[Array, " out_dim"] | None = None
     scale: float = 1.0
     leaves_out: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        """Say the layer and its sizes."""
+        sizes = f"{self.num_heads} heads, embed_dim {self.embed_dim}, head_dim {self.head_dim}"
+        return f"<HeadWeights of layer {self.layer}, {self.name}: {sizes}>"
 
     @property
     def num_heads(self) -> int:

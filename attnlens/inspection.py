@@ -41,9 +41,10 @@ from attnlens.models.opened import Access, IndexedSpecs, OpenedModel, unknown_no
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.statistics.gains import describe_gains, gain_profiles
-from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
+from attnlens.statistics.table import ALL_HEADS, Row, StatsTable, Tabular
 from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, ON_REQUEST, head_index, layer_choice, layer_index
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,8 +66,8 @@ class Corners:
 
     fold: Fold
     size: int
-    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict)
-    shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict)
+    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict, repr=False)
+    shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
         """Keep the corners of a stack of products, or of a sum."""
@@ -86,9 +87,11 @@ class Corners:
         return panels, {layer: self.shapes[circuit, layer] for layer in layers}
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Tabular):
     """What `inspect` found: ``stats`` is the table of attention, ``filters`` what there is of depthwise filters.
+
+    Its rows are those of ``stats``; of a model without attention those of ``filters``.
 
     Circuits, covariances and figures are made from the weights on request.
     """
@@ -112,6 +115,17 @@ class Inspection:
     def layers(self) -> tuple[int, ...]:
         """Indices of the attention layers that were read."""
         return tuple(layer for layer, _ in self.specs)
+
+    def _table(self) -> StatsTable:
+        return self.stats if self.specs else self.filters.stats
+
+    def _headline(self) -> str:
+        parts = []
+        if self.specs:
+            parts.append(f"{len(self.specs)} of {counted(self.depth, 'attention layer')}, {' and '.join(self.folds)}")
+        if self.filters.specs:
+            parts.append(f"{len(self.filters.specs)} of {counted(self.filters.depth, 'layer')} of depthwise filters")
+        return f"Inspection of {self.model}: {'; '.join(parts)}"
 
     def heads(self, layer: int) -> HeadWeights:
         """Read one layer's weights again."""
@@ -307,6 +321,24 @@ def inspect(
         gains={key: gains for _, _, found in results for key, gains in found.items()},
         filters=filters,
     )
+
+
+def inspected(model: Any, checkpoint: Any = None, **how: Any) -> Inspection:
+    """Return an inspection as it is, and of all else what `inspect` finds.
+
+    Raises `UsageError` where a checkpoint is given beside an inspection, or its fold was not measured.
+    """
+    if not isinstance(model, Inspection):
+        return inspect(model, checkpoint, **how)
+    if checkpoint is not None:
+        raise UsageError(f"{model.model} is inspected already: give its checkpoint to inspect(), or the model itself")
+    missing = [fold for fold in parse_folds(how.get("fold", "raw")) if fold not in model.folds]
+    if model.specs and missing:
+        raise UsageError(
+            f"{model.model} was inspected without fold {missing[0]!r}: choose from {', '.join(model.folds)}, or "
+            f"inspect it with fold={missing[0]!r}"
+        )
+    return model
 
 
 def save_inspection(

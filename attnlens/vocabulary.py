@@ -87,6 +87,11 @@ def index(name: str, value: Any) -> int:
     return found
 
 
+def several(given: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what was given one by one, or all of one list or tuple."""
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else tuple(given)
+
+
 def layer_index(value: Any, known: Iterable[int], missing: str = "was not read") -> int:
     """Return the index of a layer that is among those known; ``missing`` says what is wrong with another."""
     known = sorted(known)

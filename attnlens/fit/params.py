@@ -9,7 +9,7 @@ Of depthwise filters it holds the covariance of every layer and a closed form fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,8 +29,10 @@ from attnlens.fit.gains import LEVELS, CircuitGains, GainsOption
 from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import _Part, relative_depth
+from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.strict_json import parse_json
 from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, index
+from attnlens.words import counted, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,8 +65,11 @@ class LayerRequest(_Part):
     """the same of single OV heads"""
 
 
-class InitParams(_Part):
-    """Fitted parameters of one or more models; see the module's text for what carries over and how."""
+class InitParams(Tabular, _Part):
+    """Fitted parameters of one or more models; see the module's text for what carries over and how.
+
+    Its rows are the entries with the names of their models; where there are none, those of depthwise filters.
+    """
 
     schema_: Literal["attnlens.params"] = Field(alias="schema")
     schema_version: Literal[4]
@@ -105,6 +110,27 @@ class InitParams(_Part):
         if self.filters:
             parts.append(filter_fits_html(self.sources, self.filters, self.created))
         return "\n".join(parts)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # pydantic's yields fields
+        """Yield each row as a dictionary."""
+        return Tabular.__iter__(self)
+
+    def __str__(self) -> str:
+        """Say what `repr` says."""
+        return repr(self)
+
+    def _table(self) -> StatsTable:
+        rows: Sequence[Entry | FilterEntry] = self.entries or self.filters
+        return StatsTable.of({"model": self.sources[row.source].model, **_flat(row)} for row in rows)
+
+    def _headline(self) -> str:
+        models = listed([source.model for source in self.sources], "model")
+        parts = []
+        if self.entries:
+            parts.append(f"{counted(len(self.entries), 'fit')}, {self.fold} products a {self.per}")
+        if self.filters:
+            parts.append(f"{counted(len(self.filters), 'layer')} of depthwise filters")
+        return f"InitParams of {models}: {'; '.join(parts)}"
 
     def figures(self) -> dict[str, Figure]:
         """Draw ``fit_profile``, ``realised_requested`` and ``tails``, a colour a model.
@@ -250,6 +276,14 @@ class InitParams(_Part):
             return None
         own = min(self.filter_medians, key=lambda found: found.strided != strided)
         return closed_form(kernel, own.relative().at(kernel))
+
+
+def _flat(row: Entry | FilterEntry) -> dict[str, Any]:
+    """Return the fields of an entry that are single numbers or words."""
+    found = row.model_dump(exclude={"source", "depth"})
+    first = ("layer", "head", "circuit", "fold", "alpha", "beta", "verdict")
+    ordered = {name: found[name] for name in first if name in found} | found
+    return {name: value for name, value in ordered.items() if not isinstance(value, list | dict)}
 
 
 class _OfVersion2(BaseModel):

@@ -15,7 +15,8 @@ from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError
 from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
-from attnlens.statistics.table import StatsTable
+from attnlens.statistics.preview import shown_rows
+from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display, Notes
@@ -42,9 +43,12 @@ if TYPE_CHECKING:
 Records = dict[str, list[Record]]
 
 
-@dataclass(frozen=True)
-class TrainComparison:
-    """What `train_compare` found in the runs that have ended, and why it stopped, if it did."""
+@dataclass(frozen=True, repr=False)
+class TrainComparison(Tabular):
+    """What `train_compare` found in the runs that have ended, and why it stopped, if it did.
+
+    Its rows are those of ``summary``: one an arm.
+    """
 
     folder: Path
     findings: Summary
@@ -67,12 +71,28 @@ class TrainComparison:
         """A row a declared contrast: the paired difference, its interval and p-values."""
         return self.findings.contrast_table()
 
-    def __repr__(self) -> str:
-        """Say in one line what was compared, how far it got and where it is kept."""
+    def _table(self) -> StatsTable:
+        return self.summary
+
+    def _headline(self) -> str:
         config = self.findings.config
         return (
-            f"<TrainComparison of {', '.join(config.arms)} on {config.dataset}: {len(self.runs)} of "
-            f"{self.findings.expected} runs ended, in {self.folder}>"
+            f"TrainComparison of {', '.join(config.arms)} on {config.dataset}: {len(self.runs)} of "
+            f"{self.findings.expected} runs ended, in {self.folder}"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a row an arm, and the curves of every run."""
+        from attnlens.figures.notebook import fragment
+        from attnlens.training.figures import draw_curves
+
+        return fragment(
+            lambda: draw_curves(self.findings),
+            title=self._headline(),
+            note="mean of each arm's runs with its 95% interval; minus_default: the difference, paired by seed",
+            head=self.summary.columns,
+            rows=shown_rows(self.summary.rows),
+            about=("config", self.findings.to_json()["config"]),
         )
 
 

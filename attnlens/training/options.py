@@ -181,7 +181,7 @@ def find_source(options: Options, data: Dataset) -> Source:
     if source.opened is None and LADDER in (options.arms or ()):
         raise UsageError(
             f"--arms ladder starts from a pre-trained source, and {source.name} has no weights: give --checkpoint FILE "
-            "as train-compare --save-weights writes it"
+            "as `attnlens train-compare --save-weights` writes it"
         )
     if source.network.reads != data.kind:
         raise UsageError(f"--model {name} reads {source.network.needs}")
