@@ -29,9 +29,9 @@ NAMES = {"model-arg": "model_args"}
 
 VALUES = (
     *("arms", "augment", "batch-size", "checkpoint", "classes", "context", "contrasts", "dataset", "device"),
-    *("drop-path", "embed-dim", "eval-every", "family", "fold", "image-size", "init", "layers", "log", "model"),
+    *("drop-path", "embed-dim", "family", "fold", "image-size", "layers", "log", "model"),
     *("model-arg", "num-heads", "optimizer", "output", "params", "patch-size", "precision", "ray", "row-order"),
-    *("seed", "stack", "target", "test-images", "tokens", "train", "train-images", "tune-epochs", "tune-lr"),
+    *("stack", "target", "test-images", "tokens", "train", "train-images", "tune-epochs", "tune-lr"),
     *("weights", "workers"),
 )
 """Options with a value, which messages name."""

@@ -383,7 +383,7 @@ def test_a_head_count_that_is_none_is_refused(num_heads, given):
 
 @pytest.mark.parametrize("args", [[1], {1: 2}, {"norm_layer": nn.LayerNorm}, {"depth": torch.tensor(3)}])
 def test_arguments_that_are_no_plain_data_are_refused(args):
-    with pytest.raises(attnlens.AttnlensError, match=r"^model_args of model_args "):
+    with pytest.raises(attnlens.AttnlensError, match=r"^model_args of this call "):
         attnlens.inspect("vit_tiny_patch16_224", vit().state_dict(), model_args=args)
 
 

@@ -73,8 +73,8 @@ def draw_mosaics(rows: Mapping[str, Mapping[int, Covariance]], *, model: str, ti
     largest = max(max(image.shape) for image in images.values())
     if largest**2 * len(images) > MAX_ENTRIES:
         raise UsageError(
-            f"covariances of {counted(len(layers), 'layer')} of filters are too large to draw: choose fewer with "
-            "--layers"
+            f"covariances of {counted(len(layers), 'layer')} of filters are too large to draw: choose fewer layers "
+            "with --layers"
         )
     target = 600 if len(layers) == 1 else 330 if len(layers) <= 4 else 180
     panel = max(target, largest)

@@ -158,7 +158,7 @@ def _check_beside(opened: OpenedModel) -> None:
 def _open(
     model: Any, checkpoint: Weights | None, access: Access, model_args: dict[str, Any] | None = None
 ) -> OpenedModel:
-    given = check_model_args(model_args or {}, "--model-arg")
+    given = check_model_args(model_args or {}, "this call")
     if model is None and checkpoint is None:
         return _open_folder(EMBEDDED, None, "embedded", given, ONLINE)
     state = checkpoint if model is None else model

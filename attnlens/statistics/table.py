@@ -103,7 +103,7 @@ class Tabular:
     def __repr__(self) -> str:
         """Say what this is, and show the first and last rows: what fits a screen."""
         table = self._table()
-        return f"<{self._headline()}>\n{text_preview(table.columns, table.rows)}"
+        return "\n".join(filter(None, (f"<{self._headline()}>", text_preview(table.columns, table.rows))))
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the first and last rows with every column."""
