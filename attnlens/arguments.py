@@ -27,22 +27,16 @@ FLAGS = {
 NAMES = {"model-arg": "model_args"}
 """Options whose argument has another name than their own with underscores."""
 
-VALUES = (
-    *("arms", "augment", "batch-size", "checkpoint", "classes", "context", "contrasts", "dataset", "device"),
-    *("drop-path", "embed-dim", "family", "fold", "image-size", "layers", "log", "model"),
-    *("model-arg", "num-heads", "optimizer", "output", "params", "patch-size", "precision", "ray", "row-order"),
-    *("stack", "target", "test-images", "tokens", "train", "train-images", "tune-epochs", "tune-lr"),
-    *("weights", "workers"),
-)
-"""Options with a value, which messages name."""
+NOT_OURS = frozenset({"nproc-per-node"})
+"""Options of other programs."""
 
 _WORD = r"[\w./-]*\w"
 _VALUE = "|".join(
     (
         r"[A-Z]+\b",  # FILE
-        r"-?\d[\w.]*",
         r"'[^']*'",
         rf"{_WORD}(?:[,:=]{_WORD})+",  # qkv,head,dim and num_heads=N
+        r"-?\d[\w.-]*\b",
         rf"{_WORD}(?=[,;:)]|\.?$|\. )",  # the last word of a phrase: what follows an option elsewhere goes on with it
     )
 )
@@ -84,13 +78,21 @@ def _argument(found: re.Match[str]) -> str:
     rest = f" {value}" if value else ""
     if name in FLAGS:
         return f"{FLAGS[name]}{rest}"
-    if name not in VALUES:
-        return found[0]  # a command in a sentence or an option of another program
+    if name is None or name in NOT_OURS:
+        return found[0]  # a command in backticks, or of another program
     argument = NAMES.get(name, name.replace("-", "_"))
     if not value:
         return argument
     if "=" in value:
         key, _, one = value.partition("=")
         return f"{argument}={{{key!r}: {one}}}"
-    bare = value.isupper() or value[0] in "'-0123456789"
+    bare = value.isupper() or value.startswith("'") or _is_number(value)
     return f"{argument}={value if bare else repr(value)}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attnlens.arguments import told
 from attnlens.printable import one_line
 
@@ -36,6 +38,13 @@ class OutputError(AttnlensError, OSError):
 
 class ParamsError(AttnlensError, ValueError):
     """A parameter file is not valid; the text names the file and the field."""
+
+
+def first_problem(error: Any) -> str:
+    """Return which field of data pydantic refuses first, and why, in a line."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the whole"
+    return f"{field}: {first['msg']}"
 
 
 def first_line(error: BaseException) -> str:

@@ -161,8 +161,7 @@ class Inspection(Tabular):
         fold = ("effective" if "effective" in self.folds else self.folds[0]) if fold is None else FOLD(fold)
         if fold not in self.folds:
             raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(self.folds)}")
-        if size < 1:
-            raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
+        _check_size(size)
         filters = self.filters.figures(self.model) if self.filters.specs else {}
         if not self.specs:
             return filters
@@ -183,6 +182,7 @@ class Inspection(Tabular):
     def corners(self, fold: Fold, size: int) -> Corners:
         """Read the layers again and return the corners of their products."""
         fold = FOLD(fold)
+        _check_size(size)
         found = Corners(fold, size)
         for layer in self.layers:
             circuits = [circuit for circuit in CIRCUITS if (layer, circuit, fold) in self.spectra]
@@ -323,24 +323,6 @@ def inspect(
     )
 
 
-def inspected(model: Any, checkpoint: Any = None, **how: Any) -> Inspection:
-    """Return an inspection as it is, and of all else what `inspect` finds.
-
-    Raises `UsageError` where a checkpoint is given beside an inspection, or its fold was not measured.
-    """
-    if not isinstance(model, Inspection):
-        return inspect(model, checkpoint, **how)
-    if checkpoint is not None:
-        raise UsageError(f"{model.model} is inspected already: give its checkpoint to inspect(), or the model itself")
-    missing = [fold for fold in parse_folds(how.get("fold", "raw")) if fold not in model.folds]
-    if model.specs and missing:
-        raise UsageError(
-            f"{model.model} was inspected without fold {missing[0]!r}: choose from {', '.join(model.folds)}, or "
-            f"inspect it with fold={missing[0]!r}"
-        )
-    return model
-
-
 def save_inspection(
     inspection: Inspection, folder: str | os.PathLike[str], command: str, files: FileSet | None = None
 ) -> dict[str, Path]:
@@ -401,6 +383,11 @@ def _rows(
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
     ]
+
+
+def _check_size(size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
 
 
 def _caveats(spec: AttentionSpec) -> list[str]:

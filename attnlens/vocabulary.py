@@ -65,6 +65,7 @@ PER = Vocabulary("per", ("head", "layer", "model"))
 HEADS = Vocabulary("head", ("each", "all"))
 COMPOSED = Vocabulary("kind", ("q", "k", "v"))
 ON_REQUEST = Vocabulary("include", ("channel", "linear"))
+GAINS = Vocabulary("gains", ("none", "quantiles", "channels"))
 SHRINKAGE = Vocabulary("shrinkage", ("ledoit-wolf", "oas", "none"))
 
 

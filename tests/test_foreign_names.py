@@ -117,7 +117,7 @@ def test_torchvisions_vit_is_read_with_its_heads_and_its_norm(tmp_path):
 def test_without_num_heads_one_line_asks_for_model_or_num_heads(tmp_path, name):
     save_file({"encoder.self_attention.in_proj_weight": torch.zeros(9, 3)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(
-        UsageError, match=r"does not say which architecture.*model with checkpoint .*num_heads"
+        UsageError, match=r"does not say which architecture.*model with checkpoint='.*num_heads"
     ) as caught:
         attnlens.inspect(tmp_path / f"{name}.safetensors")
     assert "\n" not in str(caught.value)

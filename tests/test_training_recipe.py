@@ -422,7 +422,7 @@ def test_sizes_without_a_checkpoint_train_a_drawn_vit(tmp_path):
     assert "every arm starts from drawn weights" in found.report
     with pytest.raises(UsageError, match="arms names pretrained, and a plain ViT, drawn has no pre-trained weights"):
         compare(None, tmp_path / "other", options={**options, "arms": ("default", "pretrained")})
-    with pytest.raises(UsageError, match="embed_dim and model convmixer-tiny: sizes are those of the model"):
+    with pytest.raises(UsageError, match="embed_dim and model='convmixer-tiny': sizes are those of the model"):
         compare(None, tmp_path / "other", options={**options, "model": "convmixer-tiny"})
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.circuits import Fold, Kind
+from attnlens.circuits import Fold, Kind, parse_folds
 from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.comparison import FilterProfile, filter_distances, filter_profiles
-from attnlens.inspection import Inspection, inspected
+from attnlens.inspection import Inspection, inspect
 from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_depth
 from attnlens.statistics.preview import shown_rows
 from attnlens.statistics.table import ALL_HEADS, StatsTable, Tabular
@@ -151,6 +151,24 @@ def compare(
     inspections = [inspected(model, file, **how) for model, file in zip(models, files, strict=True)]
     paths = [_path_of(model, file) for model, file in zip(models, files, strict=True)]
     return compare_inspections(inspections, fold, paths)
+
+
+def inspected(model: Any, checkpoint: Any = None, **how: Any) -> Inspection:
+    """Return an inspection as it is, and of all else what `inspect` finds.
+
+    Raises `UsageError` where a checkpoint is given beside an inspection, or its fold was not measured.
+    """
+    if not isinstance(model, Inspection):
+        return inspect(model, checkpoint, **how)
+    if checkpoint is not None:
+        raise UsageError(f"{model.model} is inspected already: give its checkpoint to inspect(), or the model itself")
+    missing = [fold for fold in parse_folds(how.get("fold", "raw")) if fold not in model.folds]
+    if model.specs and missing:
+        raise UsageError(
+            f"{model.model} was inspected without fold {missing[0]!r}: choose from {', '.join(model.folds)}, or "
+            f"inspect it with fold={missing[0]!r}"
+        )
+    return model
 
 
 def compare_inspections(

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold, Kind
-from attnlens.errors import ParamsError
+from attnlens.errors import ParamsError, first_problem
 from attnlens.filters.closed_form import closed_form
 from attnlens.filters.entries import FilterEntry, FilterEntryOfVersion2, FilterMedians, carried_over
 from attnlens.filters.fit import filter_medians
@@ -31,7 +31,7 @@ from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import _Part, relative_depth
 from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.strict_json import parse_json
-from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, index
+from attnlens.vocabulary import CIRCUIT, FOLD, GAINS, HEADS, index
 from attnlens.words import counted, listed
 
 if TYPE_CHECKING:
@@ -85,6 +85,13 @@ class InitParams(Tabular, _Part):
     gains: list[CircuitGains] = Field(description="of the balanced products; none where none were fitted")
     filters: list[FilterEntry]
     filter_medians: list[FilterMedians]
+
+    def __init__(self, **fields: Any) -> None:
+        """Check every field. Raises `ParamsError` for the first that is wrong."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ParamsError(first_problem(error)) from error
 
     @model_validator(mode="after")
     def _refer_to_sources(self) -> InitParams:
@@ -165,11 +172,13 @@ class InitParams(Tabular, _Part):
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ParamsError(f"{where} is not a parameter file: its field 'schema' is not {SCHEMA!r}")
         try:
-            return cls.model_validate(_migrated(data, where))
+            current = _migrated(data, where)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise ParamsError(f"{where}: {field}: {first['msg']}") from error
+            raise ParamsError(f"{where}: {first_problem(error)}") from error
+        try:
+            return cls(**current)
+        except ParamsError as error:
+            raise ParamsError(f"{where}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the file atomically."""
@@ -209,6 +218,7 @@ class InitParams(Tabular, _Part):
 
         Raises `ParamsError` for gains that the file does not hold, `UsageError` for channels of another depth.
         """
+        gains = GAINS(gains)
         places = [(layer, spec.q.heads, spec.o.heads if spec.o else 0) for layer, spec in architecture.indexed()]
         depth = len(architecture.order)
         depths = [source.num_layers for source in self.sources if source.num_layers]

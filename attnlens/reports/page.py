@@ -15,11 +15,11 @@ from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
 from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.comparison import Comparison, compare_inspections, inspected
 from attnlens.fit.entries import Entry
 from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
-from attnlens.inspection import Inspection, inspect, inspected
+from attnlens.inspection import Inspection, inspect
 from attnlens.outputs import Outputs
 from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
 from attnlens.reports.filters import Picture, filter_section, picture

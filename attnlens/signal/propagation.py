@@ -15,7 +15,6 @@ from attnlens.heads import Array
 from attnlens.signal.arms import ARMS, build_arm, resolved_options
 from attnlens.signal.kernels import cosines, mean_cosine
 from attnlens.signal.rewire import RewireReport
-from attnlens.statistics.preview import shown_rows
 from attnlens.statistics.table import Row, StatsTable, Tabular
 from attnlens.vocabulary import Vocabulary
 from attnlens.words import counted
@@ -59,20 +58,6 @@ class Propagation(Tabular):
     def _headline(self) -> str:
         what = f"{counted(self.depth, 'block')}, {counted(self.seeds, 'seed')}, {counted(self.tokens, 'token')}"
         return f"Propagation through {self.model}: {', '.join(self.arms)}; {what}"
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the first and last rows, and the curves by depth."""
-        from attnlens.figures.notebook import fragment
-        from attnlens.signal.figure import draw_signal
-
-        return fragment(
-            lambda: draw_signal(self),
-            title=self._headline(),
-            note="layer 0: the input; theory where there is one",
-            head=self.table.columns,
-            rows=shown_rows(self.table.rows),
-            about=("arms", {arm: str(report) for arm, report in self.arms.items()}),
-        )
 
     def curve(self, arm: str, column: str) -> Array:
         """Return ``[seed, layer]`` of a column; layer 0 is the input. Raises `UsageError` for an arm that is none."""
