@@ -262,7 +262,8 @@ def compose(
             deviations |= {pair: deviation for pair, _, deviation in found}
     if not scores:
         raise UnsupportedAttentionError(
-            f"no two layers of {opened.name} compose: of {len(specs)} layers none stands behind another of its width"
+            f"no two layers of {opened.name} compose: of {counted(len(specs), 'layer')} none stands behind "
+            "another of its width"
         )
     ordered = sorted(scores, key=lambda pair: (KINDS.index(pair[0]), pair[1:]))
     return Composition(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attnlens.words import counted
+
 if TYPE_CHECKING:  # the shapes are checked at every call while tests run: tests/conftest.py
     from jaxtyping import Float
 
@@ -65,7 +67,7 @@ class HeadWeights:
 
     def __repr__(self) -> str:
         """Say the layer and its sizes."""
-        sizes = f"{self.num_heads} heads, embed_dim {self.embed_dim}, head_dim {self.head_dim}"
+        sizes = f"{counted(self.num_heads, 'head')}, embed_dim {self.embed_dim}, head_dim {self.head_dim}"
         return f"<HeadWeights of layer {self.layer}, {self.name}: {sizes}>"
 
     @property

@@ -102,9 +102,10 @@ class InitParams(Tabular, _Part):
         ]
         if not self.entries and not self.filters:
             raise ValueError("entries and filters are both empty")
+        there = f"there {'is' if len(self.sources) == 1 else 'are'} {counted(len(self.sources), 'source')}"
         for name, row in rows:
             if row.source >= len(self.sources):
-                raise ValueError(f"{name}.source is {row.source}, but there are {len(self.sources)} sources")
+                raise ValueError(f"{name}.source is {row.source}, but {there}")
         if {entry.strided for entry in self.filters} != {found.strided for found in self.filter_medians}:
             raise ValueError("filters and filter_medians go together: one for each kind of stride")
         return self

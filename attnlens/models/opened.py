@@ -19,6 +19,7 @@ from attnlens.models.architecture import Architecture
 from attnlens.printable import utf8_text
 from attnlens.threads import beside
 from attnlens.vocabulary import layer_index
+from attnlens.words import counted
 
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
 StrPath = str | os.PathLike[str]
@@ -59,7 +60,8 @@ class OpenedModel:
 
     def __repr__(self) -> str:
         """Say which architecture was opened under which name."""
-        return f"<OpenedModel {self.name}: {self.architecture.name}, {len(self.architecture.specs)} attention layers>"
+        layers = counted(len(self.architecture.specs), "attention layer")
+        return f"<OpenedModel {self.name}: {self.architecture.name}, {layers}>"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", utf8_text(self.name))

@@ -9,6 +9,7 @@ from attnlens.statistics.preview import shown_rows
 from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.training.results import Summary
 from attnlens.training.stop import Reason
+from attnlens.words import counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +47,7 @@ class TrainComparison(Tabular):
         config = self.findings.config
         return (
             f"TrainComparison of {', '.join(config.arms)} on {config.dataset}: {len(self.runs)} of "
-            f"{self.findings.expected} runs ended, in {self.folder}"
+            f"{counted(self.findings.expected, 'run')} ended, in {self.folder}"
         )
 
     def _repr_html_(self) -> str:
