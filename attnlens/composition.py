@@ -27,7 +27,7 @@ from attnlens.layouts.spec import Slot
 from attnlens.models.open import open_model
 from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
-from attnlens.statistics.table import Row, StatsTable
+from attnlens.statistics.table import Row, StatsTable, Tabular
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import COMPOSED, layer_choice, layer_index
@@ -132,8 +132,8 @@ def _gram_block(factors: Array, rows: slice, cols: slice) -> Array:
     return np.matmul(np.swapaxes(factors[..., rows], -1, -2), factors[..., cols]).reshape(len(factors), -1)
 
 
-@dataclass(frozen=True)
-class Composition:
+@dataclass(frozen=True, repr=False)
+class Composition(Tabular):
     """What `compose` found, by kind ("q", "k" or "v"), earlier layer and later layer."""
 
     model: str
@@ -149,6 +149,12 @@ class Composition:
     provenance: dict[str, Any]
     labels: Mapping[int, str] = field(default_factory=dict)
     """What else a reader must know of a layer, in words: how its layout was found."""
+
+    def _table(self) -> StatsTable:
+        return self.stats
+
+    def _headline(self) -> str:
+        return f"Composition of heads in {self.model}: {counted(len(self.heads), 'layer')}, {self.fold} products"
 
     def baseline(self, layer: int) -> float:
         """Return the root of the mean squared score of unrelated directions, 1 / sqrt(d)."""

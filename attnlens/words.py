@@ -12,6 +12,13 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
+def listed(names: Sequence[str], one: str, most: int = 3) -> str:
+    """Name a few things, ``a, b and c``; write how many there are of more than ``most``."""
+    if len(names) > most:
+        return counted(len(names), one)
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 def p_text(value: float, digits: int = 3) -> str:
     """Write a p-value without the zero in front: ``.042``, ``< .001``, ``> .999``; ``none`` for NaN."""
     if math.isnan(value):

@@ -12,6 +12,7 @@ ROOMS = (
     *(
         "printable",
         "words",
+        "arguments",
         "errors",
         "vocabulary",
         "provenance",
