@@ -65,6 +65,9 @@ PER = Vocabulary("per", ("head", "layer", "model"))
 HEADS = Vocabulary("head", ("each", "all"))
 COMPOSED = Vocabulary("kind", ("q", "k", "v"))
 ON_REQUEST = Vocabulary("include", ("channel", "linear"))
+FIGURE_STYLE = Vocabulary("style", ("default", "paper"), {"screen": "default"})
+FIGURE_WIDTH = Vocabulary("width", ("column", "page"), {"text": "page", "two-columns": "page", "one-column": "column"})
+FIGURE_FORMAT = Vocabulary("format", ("png", "pdf", "svg"))
 SHRINKAGE = Vocabulary("shrinkage", ("ledoit-wolf", "oas", "none"))
 
 

@@ -14,6 +14,7 @@ ROOMS = (
         "words",
         "errors",
         "vocabulary",
+        "figure_styles",
         "provenance",
         "threads",
         "atomic",

@@ -42,7 +42,9 @@ def inspect(
     remote: options.Remote = False,
     crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -57,6 +59,7 @@ def inspect(
     from attnlens.circuits import parse_folds
     from attnlens.inspection import Corners, save_inspection
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
@@ -88,7 +91,7 @@ def inspect(
     from attnlens.figures import save_figures
 
     with FileSet(outputs.check) as files:
-        save_figures(inspection.figures(shown, crop, corners), folder, format_, dpi, into=files.write)
+        save_figures(inspection.figures(shown, crop, corners), folder, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()
     if json_:
