@@ -24,7 +24,7 @@ from attnlens.scans.tables import LAYER_COLUMNS
 from attnlens.signal.figure import draw_signal
 from attnlens.training.config import Run
 from attnlens.training.figures import QUANTITIES, draw_curves, draw_structure
-from attnlens.training.ladder import ladder_of
+from attnlens.training.ladder import ladder_of, steps
 from attnlens.training.live import Journal
 from attnlens.training.results import summarise
 from attnlens.training.stop import Control

@@ -14,9 +14,10 @@ from attnlens.training.data import reading, rows
 from attnlens.training.data.decoding import pixels_of, quiet_pillow
 from attnlens.training.data.folders import split_of
 from attnlens.training.data.image_files import DatasetError
-from attnlens.training.data.images import Images, ResidentImages, load_dataset
+from attnlens.training.data.images import Images, ResidentImages
 from attnlens.training.data.on_device import Chunked, SideBySide
 from attnlens.training.data.rows import Picked, in_file
+from attnlens.training.data.sources import load_dataset
 from tests.training_setup import compare, config, small, write_source
 
 SEVEN = np.random.default_rng(7).integers(0, 256, (7, 7, 3)).astype(np.uint8)
@@ -218,7 +219,7 @@ def test_hidden_and_damaged_files_are_left_out_and_counted(odd, tmp_path):
     assert found.classes == ("a", "b")
     assert found.left_out == {"hidden": 4, "unreadable": 2}
     assert "left out: 4 hidden, 2 unreadable; the first unreadable one: b/cut.png (" in found.note
-    assert "of 1 animated images (b/moving.gif, ...) the first frame" in found.note
+    assert "of 1 animated image (b/moving.gif, ...) the first frame" in found.note
     values = np.concatenate([found.train, found.test])
     assert (values == 10).all((1, 2, 3)).sum() == 1
     again = load_dataset(str(odd), cache=tmp_path / "cache")

@@ -18,6 +18,7 @@ from attnlens.figures import scales, style
 from attnlens.figures.panels import Given, Legend, Place, open_panels
 from attnlens.heads import Array
 from attnlens.scans.tables import GRID, Curve, Result, curves, model_rows, spread
+from attnlens.words import counted
 
 PANELS: Mapping[Kind, str] = {"qk": "QK, mean over heads", "ov": "OV, summed over heads"}
 PAPER_PANELS: Mapping[Kind, str] = {"qk": "QK, mean", "ov": "OV, sum"}
@@ -43,6 +44,7 @@ def draw_landscape(results: Mapping[str, Result], fold: Fold, *, ax: Given | Non
             told = f"No model of this scan has a square circuit under the fold {fold}."
             return style.message_figure("Landscape", told, ax)
         groups = _groups({name: results[name]["group"] for name in models})
+<<<<<<< HEAD
         of = "" if len(models) == len(results) else f" of {len(results)}"
         panels = open_panels(
             [[*PANELS, "models"]],
@@ -64,6 +66,14 @@ def draw_landscape(results: Mapping[str, Result], fold: Fold, *, ax: Given | Non
             ],
             legend=_legend(groups),
             ax=ax,
+=======
+        total = LEFT + 3 * WIDTH + 2 * GAP + 30
+        heading = style.Heading(total)
+        shown = "" if len(models) == len(results) else f"{len(models)} of "
+        heading.add(f"Landscape of {shown}{counted(len(results), 'model')}", 10, weight="bold")
+        heading.add(
+            f"beta / alpha of each layer's fit, M ≈ alpha·Z + beta·I, {style.fold_words(fold, ['qk', 'ov'])}", 8.5
+>>>>>>> main
         )
         for name, axes in panels.axes.items():
             if name == "models":

@@ -14,6 +14,7 @@ from attnlens.statistics.table import StatsTable
 from attnlens.strict_json import parse_json
 from attnlens.training.record_schema import ResumeError
 from attnlens.training.structure import FOLDS, Structure, measure_structure, structure_line
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +72,7 @@ class StructureTracker:
 
     def __repr__(self) -> str:
         """Say what is tracked, how far, and where."""
-        return f"<StructureTracker of {self._opened.name}: {len(self.lines)} epochs in {self.folder}>"
+        return f"<StructureTracker of {self._opened.name}: {counted(len(self.lines), 'epoch')} in {self.folder}>"
 
     @property
     def model(self) -> str:
@@ -139,7 +140,7 @@ class StructureTracker:
             points = [(float(line["epoch"]), line["structure"]) for line in self.lines]
             last = max(1.0, points[-1][0])
             title = f"{self._opened.name}: structure through training"
-            drawn = structure_figure(title, f"{points[-1][0]:g} epochs.", {self.run: [points]}, last)
+            drawn = structure_figure(title, f"{counted(int(points[-1][0]), 'epoch')}.", {self.run: [points]}, last)
             save_figures({"structure": drawn}, self.folder)
 
 

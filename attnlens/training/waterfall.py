@@ -17,6 +17,7 @@ from attnlens.training.ladder import Step
 from attnlens.training.metrics import Metric
 from attnlens.training.results import Summary
 from attnlens.training.statistics import LEVEL, Mean
+from attnlens.words import counted
 
 _ROW = 30
 _GAIN, _LOSS = "#0072B2", "#D55E00"
@@ -32,7 +33,7 @@ def draw_waterfall(summary: Summary, ladder: Sequence[Step], *, ax: Given | None
     metric, config = summary.config.metric, summary.config
     start = Mean.of(list(summary.finished[ladder[0].below].values()))
     told = (
-        f"{metric.title}, n = {ladder[0].step.difference.n} seeds; bars: step over the rung above; whiskers: "
+        f"{metric.title}, {counted(ladder[0].step.difference.n, 'seed')}; bars: step over the rung above; whiskers: "
         f"{LEVEL:.0%} interval of the step; hatched: {metric.worse} than the rung above"
     )
     narrow = style.current().paper and style.current().width < 5
