@@ -54,25 +54,13 @@ def filter_drawings(
         layer: Covariance(covariance, spec.kernel, f"layer {layer}: {spec.filters} of {_times(spec.kernel)}")
         for layer, (covariance, spec) in covariances.items()
     }
-<<<<<<< HEAD
-    notes = "; ".join(f"{why} ({len(layers)} of {len(measured)} layers)" for why, layers in left_out.items())
+    notes = "; ".join(f"{why} ({len(layers)} of {counted(len(measured), 'layer')})" for why, layers in left_out.items())
     title = "Covariance of each layer's depthwise filters"
     return {
         "filter_covariance": partial(draw_mosaics, {"": measured}, model=model, title=title, notes=notes),
         "filter_profile": partial(draw_filter_profile, stats, model=model, notes=notes),
         "filter_spectra": partial(draw_filter_spectra, spectra, model=model),
     }
-=======
-    notes = "; ".join(f"{why} ({len(layers)} of {counted(len(measured), 'layer')})" for why, layers in left_out.items())
-    with style.look():
-        return {
-            "filter_covariance": draw_mosaics(
-                {"": measured}, model=model, title="Covariance of each layer's depthwise filters", notes=notes
-            ),
-            "filter_profile": draw_filter_profile(stats, model=model, notes=notes),
-            "filter_spectra": draw_filter_spectra(spectra, model=model),
-        }
->>>>>>> main
 
 
 def draw_mosaics(

@@ -44,13 +44,12 @@ def draw_landscape(results: Mapping[str, Result], fold: Fold, *, ax: Given | Non
             told = f"No model of this scan has a square circuit under the fold {fold}."
             return style.message_figure("Landscape", told, ax)
         groups = _groups({name: results[name]["group"] for name in models})
-<<<<<<< HEAD
-        of = "" if len(models) == len(results) else f" of {len(results)}"
+        shown = "" if len(models) == len(results) else f"{len(models)} of "
         panels = open_panels(
             [[*PANELS, "models"]],
             Place(115, 400, 400, gap=105, above=45, below=60, shape=0.9),
             [
-                (f"Landscape of {len(models)}{of} {'model' if len(results) == 1 else 'models'}", 10),
+                (f"Landscape of {shown}{counted(len(results), 'model')}", 10),
                 (
                     f"beta / alpha of each layer's fit, M ≈ alpha·Z + beta·I, {style.fold_words(fold, ['qk', 'ov'])}",
                     8.5,
@@ -66,14 +65,6 @@ def draw_landscape(results: Mapping[str, Result], fold: Fold, *, ax: Given | Non
             ],
             legend=_legend(groups),
             ax=ax,
-=======
-        total = LEFT + 3 * WIDTH + 2 * GAP + 30
-        heading = style.Heading(total)
-        shown = "" if len(models) == len(results) else f"{len(models)} of "
-        heading.add(f"Landscape of {shown}{counted(len(results), 'model')}", 10, weight="bold")
-        heading.add(
-            f"beta / alpha of each layer's fit, M ≈ alpha·Z + beta·I, {style.fold_words(fold, ['qk', 'ov'])}", 8.5
->>>>>>> main
         )
         for name, axes in panels.axes.items():
             if name == "models":

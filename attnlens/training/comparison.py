@@ -388,32 +388,3 @@ def _write(
             found["ladder"] = finite([asdict(step) for step in ladder])
         data = json.dumps(found, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
-<<<<<<< HEAD
-=======
-
-
-def _drawn(summary: Summary, source: Source, ladder: Sequence[Any]) -> dict[str, Figure]:
-    from attnlens.training.figures import draw_curves, draw_structure, has_structure
-    from attnlens.training.waterfall import draw_waterfall
-
-    figures = {"curves": draw_curves(summary)}
-    if has_structure(summary):
-        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
-    if ladder:
-        figures["waterfall"] = draw_waterfall(summary, ladder)
-    return figures
-
-
-def describe_device(device: torch.device) -> str:
-    """Name the GPU, or the processor and its cores."""
-    import os
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{named[1] if named else platform.machine()}, {counted(os.cpu_count() or 1, 'core')}"
->>>>>>> main

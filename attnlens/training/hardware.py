@@ -219,4 +219,4 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
+    return f"{named[1] if named else platform.machine()}, {counted(os.cpu_count() or 1, 'core')}"
