@@ -47,6 +47,7 @@ figures: $(VENV)/installed  ## Make the figures of the docs again
 	$(BIN)/python docs/example.py docs/gallery > docs/gallery/example.txt
 	$(BIN)/python docs/filters.py > docs/gallery/filters/filters.txt
 	$(BIN)/python docs/rewire.py > docs/gallery/signal/rewire.txt
+	$(BIN)/python docs/paper_figure.py
 
 tables: $(VENV)/installed  ## Write the tables of the docs that follow from the registries
 	$(BIN)/python scripts/registry_tables.py

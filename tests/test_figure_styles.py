@@ -196,8 +196,9 @@ def test_scales_that_are_not_linear_are_named_and_their_ticks_reach_the_data(dra
                 continue
             words = [*(other.get_ylabel() for other in rows), axes.get_title(loc="left"), axes.get_xlabel()]
             assert any(re.search(r"\(log|\(arcsinh", text) for text in words), words
-            data = np.concatenate([np.asarray(line.get_data()["xy".index(which)], float) for line in axes.lines])
-            data = data[np.isfinite(data)] if axes.lines else np.zeros(0)
+            lines = [np.asarray(line.get_data()["xy".index(which)], float) for line in axes.lines]
+            data = np.concatenate([*lines, []])
+            data = data[np.isfinite(data)]
             ticks = np.asarray(getattr(axes, f"get_{which}ticks")())
             where = getattr(axes, f"{which}axis").get_transform().transform
             if data.size and which == "y":

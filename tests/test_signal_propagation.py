@@ -125,9 +125,14 @@ def test_the_figure_draws_means_bands_and_theory(found):
     assert any(np.array_equal(y, found.curve("u-spa", "theory_cosine")[0]) for y in lines)
     assert len(alike.collections) == 7  # a band an arm
     assert len(error.collections) == 5
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in figure.legends[0].get_texts()}
+    labels = sorted(boxes, key=lambda text: (-round(boxes[text].y1 / 4), boxes[text].x0))  # line by line
     assert labels == [*found.arms, "theory"]
-    lines = figure.legends[0].get_lines()
+    handles = dict(
+        zip([t.get_text() for t in figure.legends[0].get_texts()], figure.legends[0].get_lines(), strict=True)
+    )
+    lines = [handles[label] for label in labels]
     looks = [(str(line._dash_pattern), line.get_marker()) for line in lines]
     assert all(len(set(each)) > 4 for each in zip(*looks, strict=True))
     assert len(set(looks)) == len(looks)

@@ -169,12 +169,13 @@ def paper_figure(rows: int, columns: int, shape: float) -> tuple[Figure, list[li
 def fit_height(figure: Figure, axes: Sequence[Axes], place: Place, rows: int) -> None:
     """Make the figure so high that the first of its axes, in so many rows, has the shape of its place.
 
-    Higher where a label of a y axis is longer than that.
+    Higher where the label of a y axis is longer than that, or that of a colour bar longer than all rows.
     """
     for _ in range(2):
         figure.draw_without_rendering()
         box = axes[0].get_window_extent()
-        longest = max(one.yaxis.label.get_window_extent().height if one.get_ylabel() else 0 for one in axes)
+        labels = {one: one.yaxis.label.get_window_extent().height for one in figure.axes if one.get_ylabel()}
+        longest = max(size if one in axes else size / rows for one, size in {axes[0]: 0.0, **labels}.items())
         wanted = max(place.shape * box.width, place.lowest * figure.dpi, longest + 4)
         missing = rows * (wanted - box.height) / figure.dpi
         figure.set_figheight(max(0.8, min(_LONGEST, figure.get_figheight() + missing)))
