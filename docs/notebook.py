@@ -56,7 +56,7 @@ import matplotlib.pyplot as plt
 
 with figure_style("paper", "column"):
     figure, (left, right) = plt.subplots(1, 2, figsize=(3.25, 1.5), layout="constrained")
-    inspection.figure("depth_profile", ax={"beta qk": left, "beta sum": right})
+    inspection.figure("depth_profile", ax={"beta sum": right, "beta qk": left})
     left.set_title("QK")
     right.set_title("OV, sum")
 

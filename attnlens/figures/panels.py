@@ -138,7 +138,7 @@ def given_axes(names: Sequence[str], ax: Given) -> dict[str, Axes]:
         if unknown is not None or not ax:
             asked = "no panel is named" if unknown is None else f"panel {unknown!r} is not known"
             raise UsageError(f"ax: {asked}: choose {', '.join(names)}")
-        return {name: ax[name] for name in names if name in ax}
+        return dict(ax)
     flat = [ax] if isinstance(ax, Axes) else list(getattr(ax, "flat", ax))
     if len(flat) != len(names) or not all(isinstance(one, Axes) for one in flat):
         raise UsageError(

@@ -16,14 +16,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
-from attnlens import figure_styles
 from attnlens.circuits import Fold, Kind
 from attnlens.figure_styles import SCREEN_DPI, Style, chosen, use
+from attnlens.figure_styles import current as current_style
 
 DPI = SCREEN_DPI
 """Device pixels an inch that every figure is laid out for."""
 
-current = figure_styles.current
+current = current_style
 INK, FAINT, RULE = "#222222", "#666666", "#b5b5b5"
 
 # Okabe & Ito's palette (https://jfly.uni-koeln.de/color/), which stays distinct under the common colour blindnesses.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -37,33 +36,48 @@ def draw_waterfall(summary: Summary, ladder: Sequence[Step], *, ax: Given | None
         f"{LEVEL:.0%} interval of the step; hatched: {metric.worse} than the rung above"
     )
     narrow = style.current().paper and style.current().width < 5
+    points = style.PAPER_POINTS if style.current().paper else 7.5
+    beside = [
+        (-1.0, f"step, {metric.unit}", "" if narrow else "left"),
+        (0.0, f"from {metric.value(start.mean)}", ""),
+        *(
+            (float(row), _told(step, metric, short=narrow), "" if narrow else _unsigned(step.left.mean, metric))
+            for row, step in enumerate(ladder, 1)
+        ),
+    ]
+    wide, more = (0.63 * points * max(len(row[column]) for row in beside) for column in (1, 2))
+    ends = 5 + wide + 8 + more
     rows = len(ladder) + 1
     with style.look():
         panels = open_panels(
             [["waterfall"]],
-            Place(185, 330, _ROW * rows, above=46, below=62, right=260, shape=0.04 * rows, lowest=0.17 * rows, least=0),
+            Place(
+                185,
+                330,
+                _ROW * rows,
+                above=46,
+                below=62,
+                right=style.pixels(ends) + 12,
+                shape=0.04 * rows,
+                lowest=0.17 * rows,
+                least=0,
+            ),
             [(f"{config.dataset}: what each step of the ladder adds", 9.5), (told, 7.5)],
             notes=_notes(ladder),
             ax=ax,
         )
         for axes in panels.axes.values():
             _draw_bars(axes, start, ladder, metric)
-            _beside(axes, -1.0, f"step, {metric.unit}", "" if narrow else "left", weight="bold")
-            _beside(axes, 0, f"from {metric.value(start.mean)}", "")
-            for row, step in enumerate(ladder, 1):
-                left = _unsigned(step.left.mean, metric)
-                _beside(axes, row, _told(step, metric, short=narrow), "" if narrow else left)
+            for row, step, left in beside:
+                for text, across, side in ((step, 5.0, "left"), (left, ends, "right")):
+                    _write_beside(axes, row, text, across, ha=side, size=points, weight="bold" if row < 0 else "normal")
         return panels.finish()
 
 
-def _beside(axes: Axes, row: float, step: str, left: str, **how: Any) -> None:
-    """Write a row's step to the right of the axes, and what is left right of that."""
-    points = mpl.rcParams["font.size"] if style.current().paper else 7.5
-    place: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
-    for text, across, side in ((step, 5, "left"), (left, 118 * points / 7.5, "right")):
-        if text:
-            where: Any = {"xytext": (across, 0), "ha": side, "va": "center", "fontsize": points}
-            axes.annotate(text, (1, row), **place, **where, **how)
+def _write_beside(axes: Axes, row: float, text: str, across: float, **how: Any) -> None:
+    """Write a text so many points to the right of the axes, at a row's height."""
+    where: Any = {"xytext": (across, 0), "textcoords": "offset points", "annotation_clip": False, "va": "center"}
+    axes.annotate(text, (1, row), xycoords=axes.get_yaxis_transform(), **where, **how)
 
 
 def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) -> None:
@@ -71,7 +85,7 @@ def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) 
     names = [ladder[0].below, *(f"{step.arm}{'' if step.nested else '†'}" for step in ladder)]
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if style.current().paper else 6, min_n_ticks=3))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3 if style.current().paper else 6, min_n_ticks=3))
     axes.tick_params(axis="y", length=0)
     before = start.mean
     axes.plot([scale * before], [0], marker="D", markersize=4, color=style.INK, zorder=3)
