@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
+
 Composed = Literal["q", "k", "v"]
 KINDS: tuple[Composed, ...] = ("q", "k", "v")
 COLUMNS = ("kind", "from_layer", "from_head", "layer", "head", "fold", "score", "baseline", "deviation")
@@ -202,12 +205,38 @@ class Composition(Tabular):
         ]
         return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers, "pairs": pairs}
 
-    def figures(self) -> dict[str, Figure]:
-        """Draw ``q_composition``, ``k_composition`` and ``v_composition``."""
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``q_composition``, ``k_composition`` and ``v_composition``.
+
+        ``style`` and ``width`` are those of `attnlens.figure_style`.
+        """
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(), style, width)
+
+    def figure(
+        self,
+        name: str,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(), name, ax, style, width)
+
+    def _drawings(self) -> dict[str, Drawing]:
+        from functools import partial
+
         from attnlens.figures.composition import draw_composition
 
         about = {"model": self.model, "fold": self.fold}
-        return {f"{kind}_composition": draw_composition(self.logs(kind), self.heads, kind, **about) for kind in KINDS}
+        return {
+            f"{kind}_composition": partial(draw_composition, self.logs(kind), self.heads, kind, **about)
+            for kind in KINDS
+        }
 
     def logs(self, kind: Composed) -> dict[tuple[int, int], Array]:
         """Return log2(score / baseline), ``[earlier head, later head]`` by earlier and later layer."""

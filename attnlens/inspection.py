@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,9 @@ from attnlens.words import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
+
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
 
 
 UNSAID = frozenset({"qk_bias"})
@@ -146,7 +150,15 @@ class Inspection(Tabular):
             return product
         return product.head(head_index(head, product.shape[0], weights.layer))
 
-    def figures(self, fold: Fold | None = None, size: int = 64, corners: Corners | None = None) -> dict[str, Figure]:
+    def figures(
+        self,
+        fold: Fold | None = None,
+        size: int = 64,
+        corners: Corners | None = None,
+        *,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> dict[str, Figure]:
         """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
         Where balanced products were measured, ``gains`` too.
@@ -154,30 +166,50 @@ class Inspection(Tabular):
         The heatmaps show the top-left ``size x size`` corner of every product under ``fold`` (effective where it was
         measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured.
         ``corners`` are those that were kept while measuring; without them, or where they are of another fold or size,
-        the layers are read again. Raises `UsageError` for a fold that was not measured or a size below 1.
+        the layers are read again. ``style`` and ``width`` are those of `attnlens.figure_style`. Raises `UsageError` for
+        a fold that was not measured or a size below 1.
         """
-        from attnlens.figures import gains, heatmaps, profiles, spectra, style
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(fold, size, corners), style, width)
+
+    def figure(
+        self,
+        name: str,
+        fold: Fold | None = None,
+        size: int = 64,
+        corners: Corners | None = None,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, and return the figure it is in.
+
+        ``ax`` are axes to draw into, with no title and no prose: one where the figure has one panel, one a panel in
+        reading order, or a dict from names of panels to axes, which draws those alone: ``{"beta ov": ax}``. The names
+        are in the error for others. A figure with a colour bar takes its room from the axes. Raises `UsageError`.
+        """
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(fold, size, corners), name, ax, style, width)
+
+    def _drawings(self, fold: Fold | None, size: int, corners: Corners | None) -> dict[str, Drawing]:
+        from attnlens.figures.circuits import circuit_drawings
 
         fold = ("effective" if "effective" in self.folds else self.folds[0]) if fold is None else FOLD(fold)
         if fold not in self.folds:
             raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(self.folds)}")
         _check_size(size)
-        filters = self.filters.figures(self.model) if self.filters.specs else {}
+        filters = self.filters.drawings(self.model) if self.filters.specs else {}
         if not self.specs:
             return filters
+        known = corners if corners is not None and (corners.fold, corners.size) == (fold, size) else None
         words = in_words(self.left_out(), len(self.layers))
-        about: dict[str, Any] = {"model": self.model, "notes": f"Note: {words}." if words else ""}
-        if corners is None or (corners.fold, corners.size) != (fold, size):
-            corners = self.corners(fold, size)
-        with style.look():
-            return {
-                "qk_heatmap": heatmaps.draw_heatmap(*corners.of("qk"), circuit="qk", fold=fold, **about),
-                "ov_heatmap": heatmaps.draw_heatmap(*corners.of("ov"), circuit="ov", fold=fold, **about),
-                "depth_profile": profiles.draw_profile(self.stats, self.folds, **about),
-                "spectra": spectra.draw_spectra(self.spectra, fold, **about),
-                **({"gains": gains.draw_gains(gain_profiles(self.gains), **about)} if self.gains else {}),
-                **filters,
-            }
+        about: Any = {"model": self.model, "notes": f"Note: {words}." if words else ""}
+        read = cache(lambda: known or self.corners(fold, size))
+        profiles = gain_profiles(self.gains) if self.gains else {}
+        return circuit_drawings(self.stats, self.folds, self.spectra, profiles, read, fold=fold, **about) | filters
 
     def corners(self, fold: Fold, size: int) -> Corners:
         """Read the layers again and return the corners of their products."""

@@ -66,6 +66,9 @@ HEADS = Vocabulary("head", ("each", "all"))
 COMPOSED = Vocabulary("kind", ("q", "k", "v"))
 ON_REQUEST = Vocabulary("include", ("channel", "linear"))
 GAINS = Vocabulary("gains", ("none", "quantiles", "channels"))
+FIGURE_STYLE = Vocabulary("style", ("default", "paper"), {"screen": "default"})
+FIGURE_WIDTH = Vocabulary("width", ("column", "page"), {"text": "page", "two-columns": "page", "one-column": "column"})
+FIGURE_FORMAT = Vocabulary("format", ("png", "pdf", "svg"))
 SHRINKAGE = Vocabulary("shrinkage", ("ledoit-wolf", "oas", "none"))
 
 

@@ -280,7 +280,7 @@ def rate(count: int, n: int) -> dict[str, Any]:
 
 
 def pieces(layers: list[HeadWeights], networks: int) -> dict[str, list[Piece]]:
-    """Return every piece of every part; each gets a generator of its own: neither jobs nor the length of a part move a draw."""
+    """Return every piece of every part, each with a generator that neither jobs nor the length of a part move."""
     names = structures(np.random.default_rng(SEED), 8, 2)
     parts: dict[str, list[Callable[[Generator], Any]]] = {
         "networks": [partial(network, layers=layers)] * networks if layers else [],

@@ -340,6 +340,8 @@ def test_sums_of_squares_that_cancel_are_never_negative():
         factors[1][::2] = rng.normal(size=(7, 1)) * row  # rows of B that A does not see: zero up to rounding
         product_of_zeros = FactoredProduct(*(each @ turn for each in (factors if side else factors[::-1])))
         assert min(each.min() for each in product_of_zeros.squared_margins()) >= 0
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-40])
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_products_memory_is_free_with_the_last_of_it(whole, scale):

@@ -15,6 +15,7 @@ ROOMS = (
         "arguments",
         "errors",
         "vocabulary",
+        "figure_styles",
         "provenance",
         "threads",
         "atomic",

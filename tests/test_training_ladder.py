@@ -236,7 +236,7 @@ def test_the_waterfall_names_every_rung_and_step_and_hatches_those_that_go_back(
         assert bool(bar.get_hatch()) == (step.step.difference.mean <= 0)
     figure.canvas.draw()
     renderer, box = figure.canvas.get_renderer(), figure.bbox
-    for text in (*figure.texts, *axes.get_yticklabels(), axes.xaxis.label):
+    for text in (*figure.texts, *axes.texts, *axes.get_yticklabels(), axes.xaxis.label):
         extent = text.get_window_extent(renderer)
         assert extent.x0 >= 0
         assert extent.x1 <= box.x1, text.get_text()

@@ -40,7 +40,9 @@ def compose(
     offline: options.Offline = False,
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -50,6 +52,7 @@ def compose(
     from attnlens.layouts.flags import FLAGS, layers_by_reason
     from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("composition.csv", "composition.json"))
@@ -80,7 +83,7 @@ def compose(
     folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
     with FileSet(outputs.check) as files:
         save_composition(composition, folder, command_line(), files)
-        save_figures(composition.figures(), folder, format_, dpi, into=files.write)
+        save_figures(composition.figures(), folder, into=files.write)
     if json_:
         write_stdout(json.dumps(composition.to_json()))
     else:

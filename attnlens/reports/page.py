@@ -16,8 +16,8 @@ from attnlens.circuits import Fold
 from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections, inspected
+from attnlens.fit.comparison_figures import draw_filter_comparison
 from attnlens.fit.entries import Entry
-from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
 from attnlens.inspection import Inspection, inspect
 from attnlens.outputs import Outputs

@@ -30,6 +30,8 @@ from attnlens.words import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from attnlens.figures.panels import Given
+
 ATTEMPTS = 3
 """Times a job is begun before a model that takes its worker down is given up."""
 
@@ -84,15 +86,28 @@ class Scan(Tabular):
         """Return the rows of ``scan.csv``."""
         return [row for name, result in self.results.items() for row in model_rows(name, result)]
 
-    def figure(self, fold: Fold | None = None) -> Figure:
-        """Draw the landscape: every model's beta / alpha by relative depth, QK and OV."""
+    def figure(
+        self,
+        fold: Fold | None = None,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw the landscape: every model's beta / alpha by relative depth, QK and OV, and each model as a point.
+
+        Panels ``qk``, ``ov`` and ``models`` go into ``ax`` where it is given: see `Inspection.figure`.
+        """
+        from functools import partial
+
+        from attnlens.figures.drawings import draw_one
         from attnlens.scans.landscape import draw_landscape
 
         usual: Fold = "effective" if "effective" in self.folds else (self.folds or FOLDS)[0]
         chosen: Fold = usual if fold is None else FOLD(fold)
         if self.folds and chosen not in self.folds:
             raise UsageError(f"fold {chosen!r} was not measured: choose from {', '.join(self.folds)}")
-        return draw_landscape(self.results, chosen)
+        return draw_one({"landscape": partial(draw_landscape, self.results, chosen)}, "landscape", ax, style, width)
 
 
 def scan(

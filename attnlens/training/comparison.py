@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -19,8 +18,9 @@ from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
+from attnlens.training.drawings import comparison_drawings
 from attnlens.training.found import TrainComparison
-from attnlens.training.hardware import device_named, fixed_attention
+from attnlens.training.hardware import describe_device, device_named, fixed_attention
 from attnlens.training.ladder import ladder_of
 from attnlens.training.live import Journal, Write
 from attnlens.training.loggers import check_loggers, logging_to
@@ -32,18 +32,19 @@ from attnlens.training.seen import Seen
 from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store, stored_config
-from attnlens.training.structure import source_structure, structure_lines
+from attnlens.training.structure import structure_lines
 from attnlens.training.trainer import Listener, Session, Unit, resident_on, run_units, unit_name
-from attnlens.words import counted
 
 if TYPE_CHECKING:
-    import torch
-    from matplotlib.figure import Figure
+    pass
 
 Records = dict[str, list[Record]]
 
 
-_RESULTS = ("params.json", "results.jsonl", "summary.csv", "report.md", "summary.json", "curves.png", "structure.png")
+_FIGURES = tuple(
+    f"{name}.{suffix}" for name in ("curves", "structure", "waterfall") for suffix in ("png", "pdf", "svg")
+)
+_RESULTS = ("params.json", "results.jsonl", "summary.csv", "report.md", "summary.json", *_FIGURES)
 
 
 def train_compare(
@@ -200,7 +201,7 @@ def train_compare(
         if not control.stopping():
             done = phase.train(session(data), [run._replace(lr=lrs[run.arm]) for run in runs], done, config.dataset)
         summary, report = found(done)
-        return TrainComparison(output, summary, report, control.reason)
+        return TrainComparison(output, summary, report, control.reason, source)
 
 
 def default_folder(dataset: str) -> Path:
@@ -316,7 +317,7 @@ def _write(
     import json
 
     ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
-    drawn = _drawn(summary, source, ladder) if figures else {}
+    drawn = comparison_drawings(summary, source) if figures else {}
     texts = {
         "results.jsonl": results_lines(config, done),
         "structure.jsonl": structure_lines(done),
@@ -328,36 +329,11 @@ def _write(
             files.write(output / name, methodcaller("write", text.encode()))
         if drawn:
             from attnlens.figures import save_figures
+            from attnlens.figures.drawings import draw_all
 
-            save_figures(drawn, output, into=files.write)
+            save_figures(draw_all(drawn), output, into=files.write)
         found = {**summary.to_json(), "files": files.hashes()}
         if ladder:
             found["ladder"] = finite([asdict(step) for step in ladder])
         data = json.dumps(found, indent=1) + "\n"
         files.write(output / "summary.json", methodcaller("write", data.encode()))
-
-
-def _drawn(summary: Summary, source: Source, ladder: Sequence[Any]) -> dict[str, Figure]:
-    from attnlens.training.figures import draw_curves, draw_structure, has_structure
-    from attnlens.training.waterfall import draw_waterfall
-
-    figures = {"curves": draw_curves(summary)}
-    if has_structure(summary):
-        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
-    if ladder:
-        figures["waterfall"] = draw_waterfall(summary, ladder)
-    return figures
-
-
-def describe_device(device: torch.device) -> str:
-    """Name the GPU, or the processor and its cores."""
-    import os
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{named[1] if named else platform.machine()}, {counted(os.cpu_count() or 1, 'core')}"
