@@ -45,7 +45,7 @@ def draw_waterfall(summary: Summary, ladder: Sequence[Step], *, ax: Given | None
             for row, step in enumerate(ladder, 1)
         ),
     ]
-    wide, more = (0.63 * points * max(len(row[column]) for row in beside) for column in (1, 2))
+    wide, more = (0.63 * points * max(map(len, texts)) for texts in list(zip(*beside, strict=True))[1:])
     ends = 5 + wide + 8 + more
     rows = len(ladder) + 1
     with style.look():
