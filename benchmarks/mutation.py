@@ -57,7 +57,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attnlens/layouts/*.py", "attnlens/layouts/*/*.py"),
         (
             *("tests/test_layouts_rules.py", "tests/test_layouts_roundtrip.py", "tests/test_filters_inspect.py"),
-            *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py"),
+            *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py", "tests/test_shipped_layouts.py"),
+            *("tests/test_layouts_census.py", "tests/test_live_networks.py"),
         ),
     ),
     "inits": (
@@ -65,7 +66,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("tests/test_draws.py", "tests/test_inits_products.py", "tests/test_inits_names.py"),
             *("tests/test_inits_verify.py", "tests/test_inits_mistakes.py", "tests/test_inits_fitted.py"),
-            "tests/test_filters_init.py",
+            *("tests/test_filters_init.py", "tests/test_inits_gains.py", "tests/test_inits_reduced.py"),
+            "tests/test_inits_transformers.py",
         ),
     ),
 }
