@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import gc
 import json
 import os
 import py_compile
@@ -170,6 +171,7 @@ def _tests_fail(files: Sequence[str], tree: Path) -> bool:
 def _pytest(files: Sequence[str], tree: Path) -> None:
     import pytest
 
+    gc.freeze()  # what another thread had open at the fork is not this process's to report
     for name in [name for name in sys.modules if name.split(".")[0] in ("attnlens", "benchmarks", "tests")]:
         del sys.modules[name]
     os.chdir(tree)

@@ -45,8 +45,8 @@ def draw_waterfall(summary: Summary, ladder: Sequence[Step], *, ax: Given | None
             for row, step in enumerate(ladder, 1)
         ),
     ]
-    wide, more = (0.63 * points * max(map(len, texts)) for texts in list(zip(*beside, strict=True))[1:])
-    ends = 5 + wide + 8 + more
+    longest = max(len(step) for _, step, _ in beside) + max(len(left) for *_, left in beside)
+    ends = 5 + 0.63 * points * longest + 8  # points, of what is written beside the axes
     rows = len(ladder) + 1
     with style.look():
         panels = open_panels(
