@@ -9,10 +9,11 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
 from attnlens.outputs import Outputs
+from attnlens.words import numbered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,9 +75,9 @@ def compose(
         flag for flags in composition.leaves_out.values() for flag in flags if flag not in UNSAID
     ):
         flagged = [layer for layer, flags in composition.leaves_out.items() if flag in flags]
-        note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
+        note(f"{FLAGS[flag]}: {numbered(flagged, 'layer')}")
     for label, labelled in layers_by_reason((layer, [label]) for layer, label in composition.labels.items()).items():
-        note(f"{label}: layers {format_layers(labelled)}")
+        note(f"{label}: {numbered(labelled, 'layer')}")
     from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 

@@ -8,11 +8,11 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
 from attnlens.cli.tables import in_words, layer_table, print_sheet
 from attnlens.outputs import Outputs
-from attnlens.words import counted
+from attnlens.words import counted, numbered
 
 if TYPE_CHECKING:
     from attnlens.circuits import Fold
@@ -138,6 +138,8 @@ def caveats(inspection: Inspection) -> list[str]:
         lines.append(f"sizes {inspection.provenance['sizes']}")
     stacks = inspection.stacks()
     if len(stacks) > 1:
-        lines += [f"{path}: layers {format_layers(layers)}" for path, layers in stacks.items()]
-    lines += [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
-    return lines + [f"{why}: layers of filters {format_layers(own)}" for why, own in filters.left_out().items()]
+        lines += [f"{path}: {numbered(layers, 'layer')}" for path, layers in stacks.items()]
+    lines += [f"{why}: {numbered(layers, 'layer')}" for why, layers in inspection.left_out().items()]
+    return lines + [
+        f"{why}: {numbered(own, 'layer of filters', 'layers of filters')}" for why, own in filters.left_out().items()
+    ]
