@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from attnlens.strict_json import parse_json, within
 from benchmarks.trust import payloads, seeds
 from benchmarks.trust.guard import Case, Outcome
 from benchmarks.trust.mutations import members_of, zip_of
+from benchmarks.trust.parsers import PARSERS, corpus
 from benchmarks.trust.tally import Kept, counts, tally, together
 from tests.conftest import ROOT
 
@@ -183,3 +185,17 @@ def test_a_checkpoint_with_an_ordered_dictionary_and_its_state_is_still_loaded(t
     loaded = load_pickle(tmp_path / "a.pt", CheckpointError)
     assert torch.equal(loaded["a"]["w"], torch.ones(2, 3))
     assert loaded["same"]._metadata == state._metadata
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_parser_keeps_its_word_about_what_fuzzing_starts_from_and_its_cuts(name):
+    rng = random.Random(name)
+    known = list(corpus(name))
+    assert len(known) > 1
+    for data in known:
+        PARSERS[name](data)
+        for _ in range(5):
+            cut = bytearray(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data)
+            if cut:
+                cut[rng.randrange(len(cut))] ^= 1 << rng.randrange(8)
+            PARSERS[name](bytes(cut))
