@@ -27,7 +27,7 @@ from attnlens.layouts.spec import Slot
 from attnlens.models.open import open_model
 from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
-from attnlens.statistics.table import Row, StatsTable
+from attnlens.statistics.table import Row, StatsTable, Tabular
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import COMPOSED, layer_choice, layer_index
@@ -36,6 +36,9 @@ from attnlens.words import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
+
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
 
 Composed = Literal["q", "k", "v"]
 KINDS: tuple[Composed, ...] = ("q", "k", "v")
@@ -132,8 +135,8 @@ def _gram_block(factors: Array, rows: slice, cols: slice) -> Array:
     return np.matmul(np.swapaxes(factors[..., rows], -1, -2), factors[..., cols]).reshape(len(factors), -1)
 
 
-@dataclass(frozen=True)
-class Composition:
+@dataclass(frozen=True, repr=False)
+class Composition(Tabular):
     """What `compose` found, by kind ("q", "k" or "v"), earlier layer and later layer."""
 
     model: str
@@ -149,6 +152,12 @@ class Composition:
     provenance: dict[str, Any]
     labels: Mapping[int, str] = field(default_factory=dict)
     """What else a reader must know of a layer, in words: how its layout was found."""
+
+    def _table(self) -> StatsTable:
+        return self.stats
+
+    def _headline(self) -> str:
+        return f"Composition of heads in {self.model}: {counted(len(self.heads), 'layer')}, {self.fold} products"
 
     def baseline(self, layer: int) -> float:
         """Return the root of the mean squared score of unrelated directions, 1 / sqrt(d)."""
@@ -196,12 +205,38 @@ class Composition:
         ]
         return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers, "pairs": pairs}
 
-    def figures(self) -> dict[str, Figure]:
-        """Draw ``q_composition``, ``k_composition`` and ``v_composition``."""
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``q_composition``, ``k_composition`` and ``v_composition``.
+
+        ``style`` and ``width`` are those of `attnlens.figure_style`.
+        """
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(), style, width)
+
+    def figure(
+        self,
+        name: str,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(), name, ax, style, width)
+
+    def _drawings(self) -> dict[str, Drawing]:
+        from functools import partial
+
         from attnlens.figures.composition import draw_composition
 
         about = {"model": self.model, "fold": self.fold}
-        return {f"{kind}_composition": draw_composition(self.logs(kind), self.heads, kind, **about) for kind in KINDS}
+        return {
+            f"{kind}_composition": partial(draw_composition, self.logs(kind), self.heads, kind, **about)
+            for kind in KINDS
+        }
 
     def logs(self, kind: Composed) -> dict[tuple[int, int], Array]:
         """Return log2(score / baseline), ``[earlier head, later head]`` by earlier and later layer."""

@@ -313,22 +313,6 @@ def test_every_whole_product_of_a_stack_is_centred_by_itself():
     np.testing.assert_allclose(WholeProduct.of(M, 5).centred(True, False).dense(), C @ M, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-40])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_products_memory_is_free_with_the_last_of_it(whole, scale):
-    circuit = product(rows=13, cols=13)
-    circuit = WholeProduct.of(scale * circuit.dense(), 5) if whole else FactoredProduct(scale * circuit.A, circuit.B)
-    held = weakref.ref(circuit.A)
-    gc.disable()  # what only the collector frees lives on through many layers
-    try:
-        infer(circuit)
-        fit_diagonal(circuit, circuit.singular_values())
-        del circuit
-        assert held() is None
-    finally:
-        gc.enable()
-
-
 @pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
 def test_overlaps_of_rank_deficient_factors_are_those_of_their_singular_vectors_at_every_scale(size):
     rng = np.random.default_rng(9)
@@ -356,3 +340,19 @@ def test_sums_of_squares_that_cancel_are_never_negative():
         factors[1][::2] = rng.normal(size=(7, 1)) * row  # rows of B that A does not see: zero up to rounding
         product_of_zeros = FactoredProduct(*(each @ turn for each in (factors if side else factors[::-1])))
         assert min(each.min() for each in product_of_zeros.squared_margins()) >= 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-40])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_products_memory_is_free_with_the_last_of_it(whole, scale):
+    circuit = product(rows=13, cols=13)
+    circuit = WholeProduct.of(scale * circuit.dense(), 5) if whole else FactoredProduct(scale * circuit.A, circuit.B)
+    held = weakref.ref(circuit.A)
+    gc.disable()  # what only the collector frees lives on through many layers
+    try:
+        infer(circuit)
+        fit_diagonal(circuit, circuit.singular_values())
+        del circuit
+        assert held() is None
+    finally:
+        gc.enable()

@@ -27,7 +27,7 @@ RIDGE = 1e-12  # of a Gram matrix's trace: makes it positive definite, far below
 SAFE_EXPONENT = 60  # fourth powers of products of factors within 2^+-60 are far from overflow and underflow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FactoredProduct:
     """A stack of products M = A @ B.T kept apart: A ``[..., rows, rank]``, B ``[..., cols, rank]``, float64."""
 
@@ -37,6 +37,10 @@ class FactoredProduct:
     """What was divided out of the rows and columns of a balanced product"""
     parts: FactoredProduct | None = field(default=None, kw_only=True, repr=False)
     """Stack of the products that this one is the sum of, each with factors of its own"""
+
+    def __repr__(self) -> str:
+        """Say the shape and the rank; entries are what `dense` returns."""
+        return f"<{type(self).__name__} of shape {list(self.shape)}, rank at most {self.rank_bound}>"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # checked at every call while tests run
 _BLOCK = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WholeProduct(FactoredProduct):
     """A product whose inner width is no smaller than the matrix itself: A is M, B the identity, nothing is factored.
 

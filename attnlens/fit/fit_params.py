@@ -17,6 +17,7 @@ from attnlens.fit.entries import Entry, Heads, LayerSummary, Source, pool, sd, s
 from attnlens.fit.gains import LEVELS, CircuitGains
 from attnlens.fit.params import InitParams, Per
 from attnlens.heads import Array, HeadWeights
+from attnlens.inspection import Inspection
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.flags import FLAGS, layers_by_reason
 from attnlens.layouts.spec import OPT_IN
@@ -31,7 +32,7 @@ from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
-from attnlens.vocabulary import FOLD, PER, SHRINKAGE, coverage
+from attnlens.vocabulary import FOLD, PER, SHRINKAGE, coverage, several
 
 if TYPE_CHECKING:
     import os
@@ -60,9 +61,11 @@ def fit_params(
 ) -> InitParams:
     """Return the fit of every circuit and every layer of filters of models: what to request of an initialiser.
 
-    ``models`` are what `attnlens.inspect` takes; none means the shipped ViT. QK products are fitted head by head, OV
-    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective`` or
-    ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with their gains.
+    ``models`` are what `attnlens.inspect` takes, one by one or as one list; none means the shipped ViT. What `inspect`
+    returned stands for the model it was of, every layer of it. QK products are fitted head by head, OV
+    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective``,
+    ``centred`` or ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with
+    their gains.
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
@@ -72,7 +75,10 @@ def fit_params(
     Raises what `attnlens.inspect` raises; `UsageError` for a checkpoint with several models.
     """
     per, fold, level, shrinkage = PER(per), FOLD(fold), coverage(level), SHRINKAGE(shrinkage)
-    if checkpoint is not None and len(models) > 1:
+    given, models = models, several(models)
+    if given and not models:
+        raise UsageError("the list of models is empty: give at least one, or nothing for the shipped ViT")
+    if checkpoint is not None and (len(models) > 1 or any(isinstance(model, Inspection) for model in models)):
         raise UsageError("a checkpoint belongs to one model: give one MODEL with --checkpoint, or several without")
     access = Access(offline=offline, remote=remote, network=weights, row_order=row_order)
     everything: list[Entry] = []
@@ -80,8 +86,12 @@ def fit_params(
     filters: list[FilterEntry] = []
     sources: list[Source] = []
     for model in models or (None,):
-        opened = open_model(
-            model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+        opened = (
+            model.opened
+            if isinstance(model, Inspection)
+            else open_model(
+                model, checkpoint, num_heads, access, filters=True, model_args=model_args, input_size=input_size
+            )
         )
         provenance = opened.provenance_beside()
         fitted, of_model, heads = _fit_model(opened, len(sources), fold, level, seed, progress)
