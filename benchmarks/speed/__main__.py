@@ -38,6 +38,8 @@ from benchmarks.speed.weights import weights_file
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed.json"
 PACKAGES = ("attnlens", "numpy", "scipy", "torch", "timm", "matplotlib", "safetensors")
+LONGEST = 1800.0
+"""Seconds after which a command of attnlens hangs."""
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -63,7 +65,7 @@ class Bench:
             if row.cold:
                 evicted(weights)
                 environment = {**environment, "XDG_CACHE_HOME": str(Path(out) / "cache")}
-            return inside(row, run(row.make(weights, Path(out)), environment, self.limit))
+            return inside(row, run(row.make(weights, Path(out)), environment, LONGEST))
 
     def rival(self, row: Row, rival: Rival) -> Run | str:
         """Run another way once, or say why it cannot be run."""
@@ -127,7 +129,7 @@ def main(
     bench_python: Annotated[
         str, typer.Option(help="Interpreter that has WeightWatcher and TransformerLens.")
     ] = sys.executable,
-    limit: Annotated[float, typer.Option(help="End a process that takes longer, in seconds.")] = 120.0,
+    limit: Annotated[float, typer.Option(help="End another way that takes longer, in seconds.")] = 120.0,
     folder: Annotated[
         Path | None, typer.Option(help="Keep the random weights here. Default: a temporary folder.")
     ] = None,
