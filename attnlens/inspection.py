@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import methodcaller
 from pathlib import Path
@@ -42,9 +42,10 @@ from attnlens.models.opened import Access, IndexedSpecs, OpenedModel, unknown_no
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.statistics.gains import describe_gains, gain_profiles
-from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
+from attnlens.statistics.table import ALL_HEADS, Row, StatsTable, Tabular
 from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, ON_REQUEST, head_index, layer_choice, layer_index
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,8 +70,8 @@ class Corners:
 
     fold: Fold
     size: int
-    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict)
-    shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict)
+    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict, repr=False)
+    shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
         """Keep the corners of a stack of products, or of a sum."""
@@ -90,9 +91,11 @@ class Corners:
         return panels, {layer: self.shapes[circuit, layer] for layer in layers}
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Tabular):
     """What `inspect` found: ``stats`` is the table of attention, ``filters`` what there is of depthwise filters.
+
+    Its rows are those of ``stats``; of a model without attention those of ``filters``.
 
     Circuits, covariances and figures are made from the weights on request.
     """
@@ -116,6 +119,17 @@ class Inspection:
     def layers(self) -> tuple[int, ...]:
         """Indices of the attention layers that were read."""
         return tuple(layer for layer, _ in self.specs)
+
+    def _table(self) -> StatsTable:
+        return self.stats if self.specs else self.filters.stats
+
+    def _headline(self) -> str:
+        parts = []
+        if self.specs:
+            parts.append(f"{len(self.specs)} of {counted(self.depth, 'attention layer')}, {' and '.join(self.folds)}")
+        if self.filters.specs:
+            parts.append(f"{len(self.filters.specs)} of {counted(self.filters.depth, 'layer')} of depthwise filters")
+        return f"Inspection of {self.model}: {'; '.join(parts)}"
 
     def heads(self, layer: int) -> HeadWeights:
         """Read one layer's weights again."""
@@ -186,8 +200,7 @@ class Inspection:
         fold = ("effective" if "effective" in self.folds else self.folds[0]) if fold is None else FOLD(fold)
         if fold not in self.folds:
             raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(self.folds)}")
-        if size < 1:
-            raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
+        _check_size(size)
         filters = self.filters.drawings(self.model) if self.filters.specs else {}
         if not self.specs:
             return filters
@@ -201,6 +214,7 @@ class Inspection:
     def corners(self, fold: Fold, size: int) -> Corners:
         """Read the layers again and return the corners of their products."""
         fold = FOLD(fold)
+        _check_size(size)
         found = Corners(fold, size)
         for layer in self.layers:
             circuits = [circuit for circuit in CIRCUITS if (layer, circuit, fold) in self.spectra]
@@ -374,7 +388,7 @@ def measure_layer(
     gains: dict[GainsKey, Gains] = {}
     raw = {"qk": qk_circuit(weights)}
     if weights.W_O is not None:
-        raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
+        raw |= {"ov": ov_circuit(weights), "sum": replace(layer_ov(weights), parts=None)}
     for fold in folds:
         if fold != "raw" and "norm_unknown" in weights.leaves_out:
             continue
@@ -401,6 +415,11 @@ def _rows(
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
     ]
+
+
+def _check_size(size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
 
 
 def _caveats(spec: AttentionSpec) -> list[str]:

@@ -12,6 +12,7 @@ ROOMS = (
     *(
         "printable",
         "words",
+        "arguments",
         "errors",
         "vocabulary",
         "figure_styles",

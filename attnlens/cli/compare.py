@@ -11,12 +11,13 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import format_layers, note, tracked, write_stdout
+from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_distance_table
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
 from attnlens.outputs import Outputs
 from attnlens.vocabulary import FOLD
+from attnlens.words import numbered
 
 if TYPE_CHECKING:
     from attnlens.fit.comparison import Comparison
@@ -65,7 +66,7 @@ def compare(
     )
     for model, said in comparison.left_out.items():
         for why, layers in said.items():
-            note(f"{model}: {why}: layers {format_layers(layers)}")
+            note(f"{model}: {why}: {numbered(layers, 'layer')}")
     if json_:
         write_stdout(json.dumps(comparison.to_json(), indent=1))
     if comparison.distances and not json_:

@@ -13,8 +13,9 @@ from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.flags import layers_by_reason
 from attnlens.layouts.spec import Refusal
-from attnlens.statistics.table import Row, StatsTable
+from attnlens.statistics.table import Row, StatsTable, Tabular
 from attnlens.threads import Progress, over_threads
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +28,8 @@ Reader = Callable[[int], Array]
 IndexedFilters = tuple[tuple[int, FilterSpec], ...]
 
 
-@dataclass(frozen=True)
-class FilterInspection:
+@dataclass(frozen=True, repr=False)
+class FilterInspection(Tabular):
     """What was found in a model's depthwise filters: ``stats`` has a row a layer, under `statistics.COLUMNS`."""
 
     stats: StatsTable
@@ -44,6 +45,12 @@ class FilterInspection:
     def layers(self) -> tuple[int, ...]:
         """Indices of the layers that were read, counted over layers of filters."""
         return tuple(layer for layer, _ in self.specs)
+
+    def _table(self) -> StatsTable:
+        return self.stats
+
+    def _headline(self) -> str:
+        return f"FilterInspection of {len(self.specs)} of {counted(self.depth, 'layer')} of depthwise filters"
 
     def read(self, layer: int) -> Array:
         """Read one layer's filters ``[filter, height, width]`` again."""

@@ -15,7 +15,8 @@ from attnlens.heads import Array
 from attnlens.signal.arms import ARMS, build_arm, resolved_options
 from attnlens.signal.kernels import cosines, mean_cosine
 from attnlens.signal.rewire import RewireReport, with_or_without
-from attnlens.statistics.table import Row, StatsTable
+from attnlens.statistics.table import Row, StatsTable, Tabular
+from attnlens.vocabulary import Vocabulary
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ theory; ``theory_error``: its expectation for Gaussian coordinates with cosines 
 """
 
 
-@dataclass(frozen=True)
-class Propagation:
+@dataclass(frozen=True, repr=False)
+class Propagation(Tabular):
     """What `propagate` measured: a table by arm, seed and layer, and what was done to each arm's network."""
 
     model: str
@@ -54,8 +55,16 @@ class Propagation:
     arms: Mapping[str, RewireReport]
     """The report of each arm's first seed."""
 
+    def _table(self) -> StatsTable:
+        return self.table
+
+    def _headline(self) -> str:
+        what = f"{counted(self.depth, 'block')}, {counted(self.seeds, 'seed')}, {counted(self.tokens, 'token')}"
+        return f"Propagation through {self.model}: {', '.join(self.arms)}; {what}"
+
     def curve(self, arm: str, column: str) -> Array:
-        """Return ``[seed, layer]`` of a column; layer 0 is the input."""
+        """Return ``[seed, layer]`` of a column; layer 0 is the input. Raises `UsageError` for an arm that is none."""
+        arm = Vocabulary("arm", tuple(self.arms))(arm)
         return self.table.select(arm=arm).column(column).reshape(self.seeds, self.depth + 1)
 
     def described(self) -> str:

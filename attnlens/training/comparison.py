@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
@@ -14,12 +14,12 @@ from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError
 from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
-from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
 from attnlens.training.drawings import comparison_drawings
+from attnlens.training.found import TrainComparison
 from attnlens.training.hardware import describe_device, device_named, fixed_attention
 from attnlens.training.ladder import ladder_of
 from attnlens.training.live import Journal, Write
@@ -30,68 +30,15 @@ from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, finite, results_lines, summarise
 from attnlens.training.seen import Seen
 from attnlens.training.source import Source
-from attnlens.training.stop import Control, Reason
+from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import structure_lines
 from attnlens.training.trainer import Listener, Session, Unit, resident_on, run_units, unit_name
-from attnlens.words import counted
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from attnlens.figures.panels import Given
+    pass
 
 Records = dict[str, list[Record]]
-
-
-@dataclass(frozen=True)
-class TrainComparison:
-    """What `train_compare` found in the runs that have ended, and why it stopped, if it did."""
-
-    folder: Path
-    findings: Summary
-    report: str
-    """The text of ``report.md``."""
-    stopped: Reason
-    source: Source = field(repr=False, compare=False)
-    """What the arms start from."""
-
-    @property
-    def runs(self) -> StatsTable:
-        """A row a run: arm, seed, learning rate, whether it finished, its last epoch and score."""
-        return self.findings.run_table()
-
-    @property
-    def summary(self) -> StatsTable:
-        """A row an arm, as in ``summary.csv``: mean score with its interval, and what it is minus the default's."""
-        return self.findings.arm_table()
-
-    @property
-    def contrasts(self) -> StatsTable:
-        """A row a declared contrast: the paired difference, its interval and p-values."""
-        return self.findings.contrast_table()
-
-    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
-        """Draw ``curves``, and where they were measured ``structure`` and ``waterfall``, in a `figure_style`."""
-        from attnlens.figures.drawings import draw_all
-
-        return draw_all(comparison_drawings(self.findings, self.source), style, width)
-
-    def figure(
-        self, name: str, *, ax: Given | None = None, style: str | None = None, width: str | float | None = None
-    ) -> Figure:
-        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
-        from attnlens.figures.drawings import draw_one
-
-        return draw_one(comparison_drawings(self.findings, self.source), name, ax, style, width)
-
-    def __repr__(self) -> str:
-        """Say in one line what was compared, how far it got and where it is kept."""
-        config = self.findings.config
-        return (
-            f"<TrainComparison of {', '.join(config.arms)} on {config.dataset}: {len(self.runs)} of "
-            f"{counted(self.findings.expected, 'run')} ended, in {self.folder}>"
-        )
 
 
 _FIGURES = tuple(
@@ -108,7 +55,7 @@ def train_compare(
     model: str | None = None,
     checkpoint: str | Path | None = None,
     params: str | Path | None = None,
-    arms: Sequence[str] | None = None,
+    arms: str | Sequence[str] | None = None,
     contrasts: Sequence[tuple[str, str]] | None = None,
     seeds: int = 6,
     data_seed: int = 0,
@@ -125,7 +72,7 @@ def train_compare(
     test_images: int | None = None,
     target: float | None = None,
     eval_every: int | None = None,
-    tune_lr: Sequence[float] = (),
+    tune_lr: float | Sequence[float] = (),
     tune_seeds: int = 2,
     tune_epochs: int | None = None,
     warmup: float = 0.1,
@@ -175,6 +122,8 @@ def train_compare(
     told = dict(locals())  # what decides the numbers is declared once more, in Options
     for name in ("data_dir", "checkpoint", "params"):
         told[name] = None if told[name] is None else Path(told[name])
+    told["arms"] = arms.split(",") if isinstance(arms, str) else arms
+    told["tune_lr"] = [tune_lr] if isinstance(tune_lr, int | float) else tune_lr
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
     Outputs.of(params, model, checkpoint, force=force).folder(output, _RESULTS)
@@ -193,7 +142,7 @@ def train_compare(
         data = load_data(options, cache, say)
         if data.told:
             say(f"{data.name}: {data.told}")
-        say("opening the model and fitting what its arms start from")
+        say("opening the model and what its arms start from")
         source = find_source(options, data)
         say("building every arm once")
         config, data = resolve(options, data, source, on, output, resume=resume)
