@@ -137,7 +137,7 @@ def test_a_default_in_a_synopsis_is_that_of_the_command():
             for option, value in re.findall(r"\[(--[\w-]+) ([\d.]*\d)\]", synopsis):
                 assert defaults[option] == float(value), (page.name, command, option)
                 checked.add((command, option))
-    assert {("fit-params", "--level"), ("fit-params", "--dpi"), ("signal", "--eta"), ("init", "--seed")} <= checked
+    assert {("fit-params", "--level"), ("fit-params", "--seed"), ("signal", "--eta"), ("init", "--seed")} <= checked
 
 
 def pages() -> list[Path]:
