@@ -6,7 +6,8 @@ WORKERS ?= 2
 RESOLUTION ?= lowest-direct
 SECONDS ?= 60
 
-.PHONY: demo test test-fast test-resolved test-browser fuzz audit check docs format figures tables catalogue dist smoke clean
+.PHONY: demo test test-fast test-resolved test-browser fuzz audit check docs format figures notebook tables catalogue
+.PHONY: dist smoke clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnlens needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -67,6 +68,10 @@ figures: $(VENV)/installed  ## Make the figures of the docs again
 	$(BIN)/python docs/example.py docs/gallery > docs/gallery/example.txt
 	$(BIN)/python docs/filters.py > docs/gallery/filters/filters.txt
 	$(BIN)/python docs/rewire.py > docs/gallery/signal/rewire.txt
+	$(BIN)/python docs/paper_figure.py
+
+notebook: $(VENV)/installed  ## Run the notebook of the docs again
+	$(BIN)/python scripts/build_notebook.py
 
 tables: $(VENV)/installed  ## Write the tables of the docs that follow from the registries
 	$(BIN)/python scripts/registry_tables.py
