@@ -12,6 +12,13 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
+def listed(names: Sequence[str], one: str, most: int = 3) -> str:
+    """Name a few things, ``a, b and c``; write how many there are of more than ``most``."""
+    if len(names) > most:
+        return counted(len(names), one)
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 def numbered(indices: Iterable[int], one: str, many: str | None = None) -> str:
     """Write which of several things, by index and as ranges: ``layer 3``, ``layers 0-3, 11``."""
     runs: list[list[int]] = []

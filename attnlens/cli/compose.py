@@ -41,7 +41,9 @@ def compose(
     offline: options.Offline = False,
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -49,10 +51,13 @@ def compose(
     from attnlens.composition import save_composition
     from attnlens.inspection import UNSAID
     from attnlens.layouts.flags import FLAGS, layers_by_reason
+    from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("composition.csv", "composition.json"))
+    import_beside("attnlens.figures.composition")
     composition = attnlens.compose(
         model,
         checkpoint,
@@ -79,7 +84,7 @@ def compose(
     folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
     with FileSet(outputs.check) as files:
         save_composition(composition, folder, command_line(), files)
-        save_figures(composition.figures(), folder, format_, dpi, into=files.write)
+        save_figures(composition.figures(), folder, into=files.write)
     if json_:
         write_stdout(json.dumps(composition.to_json()))
     else:
@@ -125,13 +130,11 @@ def _pairs(composition: Composition, kind: Composed) -> tuple[np.ndarray, list[t
     """Return score over baseline, (earlier layer, head, later layer, head) and deviation of every defined pair."""
     import numpy as np
 
-    ratios, pairs, deviations = [], [], []
+    ratios, pairs, deviations = [np.empty(0)], [], [np.empty(0)]
     for (of, first, second), scores in composition.scores.items():
-        if of != kind:
-            continue
-        for (i, j), score in np.ndenumerate(scores):
-            if np.isfinite(score):
-                ratios.append(float(score) / composition.baseline(second))
-                pairs.append((first, i, second, j))
-                deviations.append(float(composition.deviations[of, first, second][i, j]))
-    return np.array(ratios), pairs, np.array(deviations)
+        if of == kind:
+            defined = np.isfinite(scores)
+            ratios.append(scores[defined] / composition.baseline(second))
+            pairs += [(first, i, second, j) for i, j in np.argwhere(defined).tolist()]
+            deviations.append(composition.deviations[of, first, second][defined])
+    return np.concatenate(ratios), pairs, np.concatenate(deviations)

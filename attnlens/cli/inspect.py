@@ -43,7 +43,9 @@ def inspect(
     remote: options.Remote = False,
     crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -51,17 +53,16 @@ def inspect(
 
     Of depthwise convolutions (ConvNeXt, ConvMixer, ...) the covariance of each layer's filters is measured.
     """
-    from importlib import import_module
-    from threading import Thread
-
     from attnlens.atomic import FileSet
     from attnlens.circuits import parse_folds
     from attnlens.inspection import Corners, save_inspection
+    from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
-    Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
+    import_beside(*(f"attnlens.figures.{name}" for name in ("heatmaps", "profiles", "spectra")))
     folds = parse_folds(fold)
     corners = Corners("effective" if "effective" in folds else folds[0], crop)
     inspection = attnlens.inspect(
@@ -89,7 +90,7 @@ def inspect(
     from attnlens.figures import save_figures
 
     with FileSet(outputs.check) as files:
-        save_figures(inspection.figures(shown, crop, corners), folder, format_, dpi, into=files.write)
+        save_figures(inspection.figures(shown, crop, corners), folder, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()
     if json_:

@@ -58,13 +58,16 @@ def scan(
     offline: options.Offline = False,
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
     from attnlens.scans.plan import plan_scan
 
+    options.draw_in(style, figure_width, format_, dpi)
     if list_:
         plan = plan_scan(patterns)
         write_stdout("\n".join(job.name for job in plan.jobs))
@@ -103,7 +106,7 @@ def scan(
     from attnlens.figures import save_figures
 
     with FileSet(Outputs(force=force).check) as files:
-        save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi, into=files.write)
+        save_figures({"landscape": scanned.figure(shown)}, output, into=files.write)
     for name, result in scanned.results.items():
         for label in result.get("labels", ()):
             note(f"{name}: {label}")

@@ -121,9 +121,9 @@ def findings(report: VerifyReport) -> list[str]:
     lines = []
     for name, checks in report.mistakes.items():
         kind = checks[0].circuit.upper() if len({c.circuit for c in checks}) == 1 else "QK and OV"
+        where = f"{counted(len(checks), f'{kind} product')}, {numbered({c.layer for c in checks}, 'layer')}"
         lines.append(
-            f"known mistake: {name} ({counted(len(checks), f'{kind} product')}, "
-            f"{numbered({c.layer for c in checks}, 'layer')}), "
+            f"known mistake: {name} ({where}), "
             f"e.g. {checks[0].name} {checks[0].circuit.upper()} head {checks[0].head}: {checks[0].problem}"
         )
     others = [check for check in report.checks if not check.passed and not check.mistake]
