@@ -276,15 +276,16 @@ def save_composition(
 ) -> None:
     """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``.
 
-    They join ``files``, such as the figures of the same run, or make a set of their own.
+    They join ``files``, such as the figures of the same run, or make a set of their own; ``composition.json`` names the
+    other files of the set with their sha256.
     """
     data = found.to_json()
     data["provenance"] = {**data["provenance"], "command": command}
-    texts = {"composition.csv": found.stats.to_csv(), "composition.json": json.dumps(data) + "\n"}
     with ExitStack() as stack:
         files = files or stack.enter_context(FileSet())
-        for name, text in texts.items():
-            files.write(Path(folder) / name, methodcaller("write", text.encode()))
+        files.write(Path(folder) / "composition.csv", methodcaller("write", found.stats.to_csv().encode()))
+        text = json.dumps({**data, "files": files.hashes()}) + "\n"
+        files.write(Path(folder) / "composition.json", methodcaller("write", text.encode()))
 
 
 class _Work:

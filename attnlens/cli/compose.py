@@ -77,8 +77,8 @@ def compose(
 
     folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
     with FileSet(outputs.check) as files:
-        save_composition(composition, folder, command_line(), files)
         save_figures(composition.figures(), folder, format_, dpi, into=files.write)
+        save_composition(composition, folder, command_line(), files)
     if json_:
         write_stdout(json.dumps(composition.to_json()))
     else:

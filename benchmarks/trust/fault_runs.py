@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.trust.fault_checks import leftovers
 
-WATCHED = {"open": 1, "os.rename": 2, "os.chmod": 1, "os.remove": 1, "os.mkdir": 1, "tempfile.mkstemp": 1}
+WATCHED = {"open": 1, "os.rename": 2, "os.link": 2, "os.chmod": 1, "os.remove": 1, "os.mkdir": 1, "tempfile.mkstemp": 1}
 """Audit events that are a step of writing, and how many of their arguments are paths: before each a kill may come.
 
-Taking a lock is one more; its argument is no path.
+Taking a lock and flushing to disk are two more; their argument is no path.
 """
 
 
@@ -53,8 +53,8 @@ def warm() -> None:
 
     for name in COMMANDS:
         load_command(name)
-    used = ("fit.comparison", "fit.fit_params", "inits", "inspection", "training.comparison")
-    for name in (*used, "fit.figures", "training.figures"):
+    used = ("fit.comparison", "fit.fit_params", "inits", "inspection", "composition", "training.comparison", "reports")
+    for name in (*used, "fit.figures", "training.figures", "figures.composition", "signal.figure", "scans.landscape"):
         import_module(f"attnlens.{name}")
 
     torch.set_num_threads(1)
@@ -166,6 +166,8 @@ def at_step(step: int, act: Callable[[], None], below: Path, told: Path | None =
 
     def before() -> Callable[[], Any]:
         sys.addaudithook(hook)
+        flush = os.fsync
+        os.fsync = lambda descriptor: (hook("fcntl.flock", ()), flush(descriptor))[1]
         return lambda: told.write_text(str(count[0])) if told else None
 
     return before
