@@ -42,7 +42,7 @@ from attnlens.provenance import run_provenance
 ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "circuits": (
-        ("attnlens/circuits.py",),
+        ("attnlens/circuits/*.py",),
         ("tests/test_circuits.py", "tests/test_diagonal.py", "tests/test_balance.py"),
     ),
     "statistics": (

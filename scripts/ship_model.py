@@ -22,7 +22,8 @@ import typer
 
 from attnlens.atomic import write_atomic, write_text_atomic
 from attnlens.training.config import AUGMENTATIONS, Config, Run
-from attnlens.training.data.images import Images, load_dataset
+from attnlens.training.data.images import Images
+from attnlens.training.data.sources import load_dataset
 from attnlens.training.networks.vit import ARCHITECTURE
 from attnlens.training.seen import METADATA_KEY, Seen
 from attnlens.training.store import Store, stored_config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlens.circuits import FactoredProduct, WholeProduct
-from attnlens.statistics.diagonal import DiagonalFit, fit_diagonal
+from attnlens.statistics.diagonal import DiagonalFit, fit_alpha_beta, fit_diagonal
 
 
 def dense_statistics(M, k):
@@ -119,6 +119,20 @@ def test_a_product_that_is_not_square_has_norms_but_no_diagonal():
     for name in ("alpha", "beta", "beta_stderr", "identity_cosine", "diagonal_prominence", "copying_score"):
         assert np.isnan(getattr(found, name)), name
     assert found.frobenius_norm > found.spectral_norm > 0
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (3, 5)])
+def test_alpha_and_beta_alone_are_those_of_the_whole_fit_for_every_product_of_a_stack(lead):
+    rng = np.random.default_rng(0)
+    square = FactoredProduct(*rng.standard_normal((2, *lead, 13, 7)))
+    whole = fit_diagonal(square, None)
+    for name, value in fit_alpha_beta(square)._asdict().items():
+        assert value.shape == lead
+        assert np.allclose(value, getattr(whole, name), rtol=1e-12, atol=0)
+    oblong = FactoredProduct(rng.standard_normal((*lead, 13, 7)), rng.standard_normal((*lead, 11, 7)))
+    for value in fit_alpha_beta(oblong):
+        assert value.shape == lead
+        assert np.isnan(value).all()
 
 
 def test_a_zero_product_gives_zero_norms_and_undefined_ratios_without_a_warning():

@@ -94,6 +94,15 @@ def test_the_tree_names_every_room_of_the_package():
     assert {name for name in rooms if name not in re.findall(r"[\w.]+", tree)} == set()
 
 
+def test_the_readme_counts_the_architectures_as_the_tables_of_the_registry_do():
+    counts = re.search(r"has (\d+) architectures .*?: (\d+) are read whole, (\d+) in part", flat("docs/families.md"))
+    every, whole, part = map(int, counts.groups())
+    assert (
+        f"in {whole + part} of the {every} architectures of timm that have attention ({part} of them in part)"
+        in flat("README.md")
+    )
+
+
 def test_the_results_count_the_initialisers():
     from attnlens.inits import initialisers
 

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from attnlens.cli.app import app
 from attnlens.errors import UsageError
 from attnlens.training.data import image_files as images
-from attnlens.training.data import images as datasets
-from attnlens.training.data.images import DatasetError, Images, load_dataset
+from attnlens.training.data import sources as datasets
+from attnlens.training.data.image_files import DatasetError
+from attnlens.training.data.images import Images
+from attnlens.training.data.sources import load_dataset
 from tests.conftest import ROOT
 from tests.training_setup import write_source
 
@@ -74,7 +76,7 @@ def test_decoded_images_come_from_the_cache_and_a_damaged_cache_is_made_again(fo
     cache = tmp_path / "cache"
     first = load_dataset(str(folder), cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "_decoded", None)
+        patch.setattr(datasets, "decoded", None)
         assert load_dataset(str(folder), cache=cache).sha256() == first.sha256()
     (file,) = cache.iterdir()
     content = bytearray(file.read_bytes())

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from attnlens.training.config import Run
-from attnlens.training.data.images import load_dataset
+from attnlens.training.data.sources import load_dataset
 from attnlens.training.display import Display
 from attnlens.training.figures import QUANTITIES, curve_matrix, draw_curves, draw_structure
 from attnlens.training.networks.base import PLAIN

@@ -14,9 +14,10 @@ from attnlens.training.data import reading, rows
 from attnlens.training.data.decoding import pixels_of, quiet_pillow
 from attnlens.training.data.folders import split_of
 from attnlens.training.data.image_files import DatasetError
-from attnlens.training.data.images import Images, ResidentImages, load_dataset
+from attnlens.training.data.images import Images, ResidentImages
 from attnlens.training.data.on_device import Chunked, SideBySide
 from attnlens.training.data.rows import Picked, in_file
+from attnlens.training.data.sources import load_dataset
 from tests.training_setup import compare, config, small, write_source
 
 SEVEN = np.random.default_rng(7).integers(0, 256, (7, 7, 3)).astype(np.uint8)

@@ -14,7 +14,7 @@ from attnlens.layouts import read_heads
 from attnlens.models.architecture import describe_module
 from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.training.arms import default_contrasts, initial_state, named_arms
-from attnlens.training.data.images import load_dataset
+from attnlens.training.data.sources import load_dataset
 from attnlens.training.ladder import ATTENTION, ladder_of, steps
 from attnlens.training.networks.vit import ViT
 from attnlens.training.report import render_report

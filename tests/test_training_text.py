@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from attnlens import gpt
 from attnlens.errors import UsageError
 from attnlens.training.comparison import best_lrs, train_compare
-from attnlens.training.data.images import DatasetError
+from attnlens.training.data.image_files import DatasetError
 from attnlens.training.data.text import ResidentText, Text, load_text, split_text
 from attnlens.training.figures import draw_curves, draw_structure
 from attnlens.training.metrics import ACCURACY, BITS_PER_BYTE

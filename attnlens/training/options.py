@@ -29,9 +29,9 @@ from attnlens.training.config import (
     TextData,
     check_config,
 )
-from attnlens.training.data.images import load_dataset
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.data.reading import Say, silent
+from attnlens.training.data.sources import load_dataset
 from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.hardware import attention_on, compiles_on, precision_on
 from attnlens.training.ladder import LADDER

@@ -30,8 +30,8 @@ from attnlens.scans.store import Store as ScanStore
 from attnlens.scans.tables import curves, spread
 from attnlens.scans.worker import Settings
 from attnlens.training.config import Config, Recipe, Run
-from attnlens.training.data import images as datasets
-from attnlens.training.data.images import load_dataset
+from attnlens.training.data import sources as datasets
+from attnlens.training.data.sources import load_dataset
 from attnlens.training.data.text import PREFIX, load_text
 from attnlens.training.engine import Stack
 from attnlens.training.networks.vit import ViT

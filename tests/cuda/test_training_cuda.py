@@ -14,7 +14,8 @@ from attnlens.models.architecture import describe_module
 from attnlens.training import trainer
 from attnlens.training.arms import WIRINGS
 from attnlens.training.data.augment import augmented, draw_epoch
-from attnlens.training.data.images import Images, load_dataset
+from attnlens.training.data.images import Images
+from attnlens.training.data.sources import load_dataset
 from attnlens.training.engine import Stack
 from attnlens.training.hardware import why_not_compiled
 from attnlens.training.networks.base import PLAIN
