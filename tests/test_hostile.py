@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
-from attnlens.errors import CheckpointError
+from attnlens.errors import CheckpointError, UsageError
 from attnlens.printable import LONGEST, one_line, printable
 from attnlens.strict_json import parse_json, within
+from benchmarks.trust.guard import Case, Outcome
+from benchmarks.trust.tally import Kept, counts, tally, together
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard reads /proc and inotify")
@@ -37,7 +39,44 @@ def test_no_hostile_file_breaks_a_promise():
     assert {name: count for name, count in found.items() if name.startswith("violations") and count} == {}
     assert found["inputs"] > 800
     assert found["accepted"] > 50, "a reader that refuses everything promises nothing"
-    assert all(count["refused"] for count in found["by_format"].values())
+    assert all(count["by hand"]["refused"] for count in found["by_format"].values())
+    built = found["by_making"]["built"]
+    assert built["past_parser_share"] > 0.6, "what is built is whole: what is odd about it lies behind the parser"
+    assert built["accepted"]
+    assert built["refused"]
+
+
+def outcomes(*verdicts):
+    case = Case("npz", "x", {}, made="built")
+    return [Outcome(case, verdict, "why", growth=7, seconds=0.5, size=3, passed=True) for verdict in verdicts]
+
+
+def test_pieces_of_a_long_run_are_kept_and_count_as_the_whole(tmp_path):
+    path = tmp_path / "kept"
+    Kept(path, 3).add("0", tally(outcomes("accepted", "refused"), 1.0))
+    other = Kept(path, 3)  # another process, later
+    assert set(other.pieces()) == {"0"}
+    other.add("250", tally(outcomes("memory"), 2.0))
+    whole = tally(outcomes("accepted", "refused", "memory"), 3.0)
+    assert together(Kept(path, 3).pieces().values()) == whole
+    found = counts(whole)
+    assert (found["inputs"], found["past_parser"], found["violations_memory"]) == (3, 3, 1)
+    assert found["by_format"]["npz"]["built"]["refused"] == 1
+    with path.open("a") as file:
+        file.write('{"piece": "500", "par')
+    assert together(Kept(path, 3).pieces().values()) == whole
+    Kept(path, 3).add("500", tally(outcomes("refused"), 1.0))  # behind the half line of a process that was killed
+    assert set(Kept(path, 3).pieces()) == {"0", "250", "500"}
+
+
+def test_counts_of_another_seed_or_of_other_sources_are_not_gone_on_with(tmp_path):
+    path = tmp_path / "kept"
+    Kept(path, 3)
+    with pytest.raises(UsageError, match="of another seed"):
+        Kept(path, 4)
+    path.write_text(json.dumps({"sources": "0" * 64, "seed": 3}) + "\n")
+    with pytest.raises(UsageError, match="of other sources"):
+        Kept(path, 3)
 
 
 def test_text_of_files_is_printable_on_one_line_of_bounded_length():

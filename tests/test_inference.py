@@ -259,6 +259,13 @@ def test_closed_forms_agree_with_seeded_draws():
     assert first == again != other
 
 
+@pytest.mark.parametrize("closed", [rotation_p_value, lambda each: pairing_p_value(each, each.squared_norm())])
+def test_a_closed_form_for_a_stack_is_that_of_each_of_its_products(closed):
+    products = [product_of(seed, 61, 23) for seed in (16, 17, 18)]
+    stack = FactoredProduct(np.stack([each.A for each in products]), np.stack([each.B for each in products]))
+    assert np.allclose(closed(stack), [closed(each) for each in products], rtol=1e-9, atol=0)
+
+
 NULLS = {
     "normal": lambda rng: rng.standard_normal((2, 61, 17)),
     "t3": lambda rng: rng.standard_t(3, (2, 61, 17)),

@@ -525,3 +525,5 @@ def test_every_product_of_a_real_network_comes_back_with_its_gains(dinov2_file):
                 np.testing.assert_allclose(found, wanted, atol=4e-3)
     assert len([row for row in report.products if row.circuit == "ov"]) == 12
     assert attnlens.verify_init(model, init="fitted", params=params, gains="channels").passed
+    init_(model, "fitted", params=params, gains="quantiles", seed=1)
+    assert attnlens.verify_init(model, init="fitted", params=params, gains="quantiles").passed

@@ -38,8 +38,13 @@ from attnlens.printable import LONGEST
 
 SECONDS = 20.0
 """Processor time a case may take."""
-PATIENCE = 60.0
-"""Time a case may take by the clock, on a machine that does other work, before its process is killed."""
+PATIENCE = 300.0
+"""Time by the clock in which a case's process may stand still, waiting for another, before it is killed.
+
+A process that does not get a processor, on a machine that does other work, does not stand still.
+"""
+_LOOK = 5.0
+"""Seconds between two looks at a process that has not answered."""
 KINDS = ("code", "outside", "memory", "error", "text", "timeout", "crash")
 """The violations."""
 
@@ -79,6 +84,8 @@ class Case:
     what: str
     files: Mapping[str, bytes | Link]
     given: str = ""
+    made: str = "by hand"
+    """By whom: by hand, by mutation of a valid file, or built whole."""
 
     @property
     def size(self) -> int:
@@ -96,6 +103,8 @@ class Outcome:
     growth: int = 0
     seconds: float = 0.0
     size: int = 0
+    passed: bool = False
+    """Whether the parser took the file, whatever was refused behind it."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,11 @@ class Bound:
         """Return the bytes allowed for files of a size."""
         return self.multiple * size + self.constant
 
+
+WEIGHTS = Bound(64, 64 << 20)
+"""Of readers of weights and JSON. Python's objects of a document of ``[[],[],...`` take thirty times its length."""
+IMAGES = Bound(256, 320 << 20)
+"""Of readers of images: decoded, stacked and split, each 64 times the file and 64 MiB at most."""
 
 Reader = Callable[[Path, Path], None]
 """Reads what lies at the first path, may write below the second."""
@@ -133,6 +147,8 @@ class _Watch:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     armed: bool = False
+    passed: bool = False
+    """Whether a reader has told that the parser is behind it."""
     seen: list[tuple[str, str]] = field(default_factory=list)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -165,6 +181,11 @@ class _Watch:
 
 _watch = _Watch()
 _hooked: list[bool] = []
+
+
+def passed() -> None:
+    """Tell, from within a reader, that the parser took the file."""
+    _watch.passed = True
 
 
 class Guard:
@@ -200,7 +221,7 @@ class Guard:
         for place in (forbidden, *(path for path in forbidden.rglob("*") if path.is_dir())):
             libc.inotify_add_watch(self._notify, os.fsencode(place), _IN_ALL)
 
-    def try_all(self, cases: Sequence[Case], batch: int = 8) -> Iterator[Outcome]:
+    def try_all(self, cases: Sequence[Case], batch: int = 50) -> Iterator[Outcome]:
         """Try cases in children of this process, a batch each, and yield what became of each."""
         waiting = list(cases)
         while waiting:
@@ -225,12 +246,19 @@ class Guard:
         outcomes: list[Outcome] = []
         pending = b""
         while len(outcomes) < len(cases):
-            ready, _, _ = select.select([here], [], [], PATIENCE)
-            data = os.read(here, 1 << 16) if ready else None
+            data = os.read(here, 1 << 16) if _answers(here, child) else None
             if not data:
                 case, verdict = cases[len(outcomes)], "timeout" if data is None else "crash"
                 os.kill(child, signal.SIGKILL)
-                outcomes.append(Outcome(case, verdict, f"more than {PATIENCE:g} s" if data is None else _last(failure)))
+                outcomes.append(
+                    Outcome(
+                        case,
+                        verdict,
+                        f"no end after {SECONDS:g} s of processor time, or stands still"
+                        if data is None
+                        else _last(failure),
+                    )
+                )
                 break
             pending += data
             *lines, pending = pending.split(b"\n")
@@ -260,18 +288,19 @@ class Guard:
             os.write(there, json.dumps(result).encode() + b"\n")
         os._exit(0)
 
-    def _try(self, case: Case, given: Path, output: Path) -> tuple[str, str, int, float, int]:
+    def _try(self, case: Case, given: Path, output: Path) -> tuple[str, str, int, float, int, bool]:
         reader, bound = self.readers[case.format]
         said = io.StringIO()
         sys.stdout = sys.stderr = said
         _watch.seen.clear()
+        _watch.passed = False
         before = _watch.reads
         _watch.reads = (*before, os.path.realpath(given))
         _watch.writes = (os.path.realpath(output), self._cache)
         self._drain()
         self._trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        base, mapped, began = _memory("VmRSS"), _memory("RssFile"), time.process_time()
+        (base, mapped), began = _memory("VmRSS", "RssFile"), time.process_time()
         verdict, detail, refused = "accepted", "", None
         tempfile.tempdir = str(output)  # archives are unpacked there
         _watch.armed = True
@@ -288,8 +317,8 @@ class Guard:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         if refused is not None:
             verdict, detail = _judged(str(refused))
-        seconds, code = time.process_time() - began, max(0, _memory("RssFile") - mapped)
-        growth = max(0, _memory("VmHWM") - base - code)
+        seconds, (peak, after) = time.process_time() - began, _memory("VmHWM", "RssFile")
+        growth = max(0, peak - base - max(0, after - mapped))
         _watch.reads = before
         text = said.getvalue()
         if any(not (c.isprintable() or c in "\n\t") for c in text):
@@ -306,7 +335,7 @@ class Guard:
         if self.canary.exists():
             self.canary.unlink()
             verdict, detail = "code", "the canary was written"
-        return verdict, detail, growth, round(seconds, 3), case.size
+        return verdict, detail, growth, round(seconds, 3), case.size, _watch.passed
 
     def _drain(self) -> list[str]:
         """Return the names that were touched in the forbidden folder since the last call."""
@@ -320,6 +349,29 @@ class Guard:
             names.append(f"{data[start + 16 : start + 16 + length].rstrip(bytes(1)).decode()} {mask:x}")
             start += 16 + length
         return names
+
+
+def _answers(pipe: int, child: int) -> bool:
+    """Wait for an answer, or the end, of a child; False where it takes too much processor time, or stands still."""
+    start, last, still = _used(child), 0.0, 0.0
+    while not select.select([pipe], [], [], _LOOK)[0]:
+        used = _used(child) - start
+        still = 0.0 if used > last or _state(child) == "R" else still + _LOOK
+        last = used
+        if used > SECONDS + _LOOK or still > PATIENCE:
+            return False
+    return True
+
+
+def _used(process: int) -> float:
+    """Return the seconds of processor time a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _state(process: int) -> str:
+    """Return R for a process that runs or waits for a processor, another letter for one that waits otherwise."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def _last(failure: Path) -> str:
@@ -349,12 +401,11 @@ def _place(error: BaseException) -> str:
     return place
 
 
-def _memory(line: str) -> int:
-    """Return a line of /proc/self/status in bytes."""
-    for text in Path("/proc/self/status").read_text().splitlines():
-        if text.startswith(line):
-            return int(text.split()[1]) * 1024
-    raise AssertionError(line)
+def _memory(*lines: str) -> list[int]:
+    """Return lines of /proc/self/status in bytes."""
+    with open("/proc/self/status") as file:  # noqa: PTH123  # some microseconds, for every input
+        found = dict(text.split(":", 1) for text in file)
+    return [int(found[line].split()[0]) * 1024 for line in lines]
 
 
 def write_files(folder: Path, files: Mapping[str, bytes | Link]) -> None:

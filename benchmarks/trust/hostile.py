@@ -11,43 +11,32 @@ import json
 import math
 import os
 import pickle
-import random
 import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.trust.guard import KINDS
+from benchmarks.trust.tally import Kept, Tally, counts, sources, tally, together
+
 _RARE = (
     *("attnlens.checkpoints.converted", "attnlens.checkpoints.adapters", "attnlens.models.renamed"),
-    *("attnlens.models.sizes", "attnlens.models.diffusers", "attnlens.models.undress", "ml_dtypes"),
+    *(
+        "attnlens.models.sizes",
+        "attnlens.models.diffusers",
+        "attnlens.models.undress",
+        "ml_dtypes",
+        "encodings.raw_unicode_escape",
+    ),
 )
 """Modules that are imported where a file calls for them."""
-AT_ONCE = 100
-"""Mutations that are drawn, and kept, at once."""
-SHARES = {
-    "safetensors": 5,
-    "pth": 6,
-    "legacy pickle": 4,
-    "npz": 4,
-    "packed": 4,
-    "timm folder": 2,
-    "transformers folder": 4,
-    "shard index": 4,
-    "params.json": 5,
-    "results folder": 6,
-    "scan folder": 4,
-    "image folder": 3,
-    "image tar": 4,
-    "decoded cache": 2,
-    "text folder": 1,
-}
-"""Of each format among the mutations: those that are read quickly are tried more often."""
+AT_ONCE = 250
+"""Inputs of a piece: drawn from a seed of their own, tried and counted together."""
 
 
 def documents(seed: int, count: int) -> list[Any]:
@@ -132,52 +121,6 @@ class _Canary:
         return os.system, ("touch CANARY",)
 
 
-def counts(outcomes: Sequence[Any]) -> dict[str, Any]:
-    """Return what trust.json says of outcomes."""
-    from benchmarks.trust.guard import KINDS
-    from benchmarks.trust.readers import IMAGES, WEIGHTS
-
-    formats: dict[str, Counter[str]] = {}
-    for outcome in outcomes:
-        formats.setdefault(outcome.case.format, Counter())[outcome.verdict] += 1
-    verdicts = Counter(outcome.verdict for outcome in outcomes)
-    share = {
-        name: max((o.growth - bound.constant) / max(o.size, 1) for o in outcomes if (o.case.format in _IMAGE) == image)
-        for name, bound, image in (("weights", WEIGHTS, False), ("images", IMAGES, True))
-        if any((o.case.format in _IMAGE) == image for o in outcomes)
-    }
-    large = [o for o in outcomes if o.size >= 1 << 20]
-    return {
-        "inputs": len(outcomes),
-        "accepted": verdicts["accepted"],
-        "refused": verdicts["refused"],
-        **{f"violations_{kind}": verdicts[kind] for kind in KINDS},
-        "by_format": {
-            name: {"inputs": sum(count.values()), "accepted": count["accepted"], "refused": count["refused"]}
-            for name, count in sorted(formats.items())
-        },
-        "largest_growth_bytes": max(o.growth for o in outcomes),
-        "largest_multiple_beyond_the_constant": {name: round(max(value, 0.0), 1) for name, value in share.items()},
-        "largest_multiple_of_files_over_1_MiB": round(max((o.growth / o.size for o in large), default=0.0), 1),
-        "longest_seconds": max(o.seconds for o in outcomes),
-        "bounds": {"weights and JSON": vars(WEIGHTS), "images": vars(IMAGES)},
-    }
-
-
-_IMAGE = ("image folder", "image tar", "decoded cache")
-
-
-def draw(workshop: Workshop, inputs: int, seed: int) -> list[Any]:
-    """Return so many mutations of valid cases."""
-    from benchmarks.trust.mutations import Mutator
-
-    mutator = Mutator(seed, documents(seed, 100))
-    names = list(SHARES)
-    drawn = mutator.random.choices(names, [SHARES[name] for name in names], k=inputs)
-    by_format = {name: [case for case in workshop.valid if case.format == name] for name in names}
-    return [placed(mutator.mutate(mutator.random.choice(by_format[name])), workshop.forbidden) for name in drawn]
-
-
 def placed(case: Any, forbidden: Path) -> Any:
     """Return a case whose documents and links name the forbidden folder by its path."""
     from benchmarks.trust.guard import Link
@@ -193,53 +136,85 @@ def placed(case: Any, forbidden: Path) -> Any:
     return replace(case, files=files)
 
 
-def run(inputs: int, seed: int, *, minutes: float = math.inf, only: str = "", watch: bool = False) -> list[Any]:
-    """Try the cases written by hand whose name holds ``only``, and so many mutations; return what became of each."""
+def run(
+    inputs: int,
+    seed: int,
+    *,
+    keep: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+    minutes: float = math.inf,
+    only: str = "",
+    watch: bool = False,
+) -> tuple[Tally, bool]:
+    """Try the cases written by hand whose name holds ``only``, and so many that are drawn, piece by piece.
+
+    Pieces that the file ``keep`` holds are not tried again; of ``shard`` (k, n) every n-th piece from the k-th on is
+    tried. Returns the counts of all pieces there are, and whether they are all.
+    """
+    from benchmarks.trust.generators import Generator
     from benchmarks.trust.handmade import handmade
     from benchmarks.trust.readers import READERS
 
-    workshop, outcomes, began = Workshop(READERS), [], time.monotonic()
+    wanted = {"by hand": 0} | {f"{start}": min(AT_ONCE, inputs - start) for start in range(0, inputs, AT_ONCE)}
+    kept, began = Kept(keep, seed), time.monotonic()
+    known = kept.pieces()
+    mine = [piece for piece in [*wanted][shard[0] :: shard[1]] if piece not in known]
+    workshop = Workshop(READERS) if mine else None
+    values = documents(seed, 400) if mine else []
     try:
-        first = [placed(case, workshop.forbidden) for case in handmade() if only in f"{case.format} {case.what}"]
-        for start in range(0, max(inputs, 1), AT_ONCE):
-            cases = [*first, *draw(workshop, min(AT_ONCE, inputs - start), seed + start)]
-            random.Random(seed).shuffle(cases)
-            first = []
-            for outcome in workshop.guard.try_all(cases):
-                if time.monotonic() - began > 60 * minutes:
-                    return outcomes
+        for number, piece in enumerate(mine, 1):
+            assert workshop is not None
+            if time.monotonic() - began > 60 * minutes:
+                break
+            start = time.monotonic()
+            if piece == "by hand":
+                cases = [case for case in handmade() if only in f"{case.format} {case.what}"]
+            else:
+                cases = Generator(f"{seed} {piece}", workshop.valid, values).draw(wanted[piece])
+            outcomes = []
+            for outcome in workshop.guard.try_all([placed(case, workshop.forbidden) for case in cases]):
                 outcomes.append(replace(outcome, case=replace(outcome.case, files={})))  # only lengths are kept
-                if watch and outcome.verdict not in ("accepted", "refused"):
+                if watch and outcome.verdict in KINDS:
+                    case = outcome.case
                     sys.stderr.write(
-                        f"{outcome.verdict}: {outcome.case.format}, {outcome.case.what}: {outcome.detail}\n"
+                        f"{outcome.verdict}: piece {piece}, {case.format}, {case.made}, {case.what}: {outcome.detail}\n"
                     )
-                if watch and len(outcomes) % 100 == 0:
-                    sys.stderr.write(f"{len(outcomes)} inputs in {time.monotonic() - began:.0f} s\n")
+            kept.add(piece, tally(outcomes, time.monotonic() - start))
+            if watch:
+                sys.stderr.write(f"{number} of {len(mine)} pieces in {time.monotonic() - began:.0f} s\n")
     finally:
-        workshop.close()
-    return outcomes
+        if workshop is not None:
+            workshop.close()
+    found = {piece: one for piece, one in kept.pieces().items() if piece in wanted}
+    return together(found.values()), set(found) == set(wanted)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="append counts to this file as they come, and go on from it")
+    parser.add_argument("--shard", default="1/1", metavar="K/N", help="try every N-th piece from the K-th on")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, and count what was tried")
     parser.add_argument("--only", default="", help="of the cases written by hand only those whose name holds this")
     parser.add_argument("--no-record", action="store_true", help="leave trust.json as it is")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    began, home = time.monotonic(), Path.cwd()
-    outcomes = run(options.inputs, options.seed, minutes=options.minutes, only=options.only, watch=True)
+    first, _, number = options.shard.partition("/")
+    shard = (int(first) - 1, int(number))
+    keep, home = options.keep and options.keep.absolute(), Path.cwd()
+    whole, complete = run(
+        options.inputs, options.seed, keep=keep, shard=shard, minutes=options.minutes, only=options.only, watch=True
+    )
     os.chdir(home)
-    found = counts(outcomes)
+    found = counts(whole)
     print(json.dumps(found, indent=1))
-    if not options.no_record:
+    if not options.no_record and (complete or options.minutes < math.inf):
         from benchmarks.trust.record import record
 
-        command = f"python -m benchmarks.trust.hostile {' '.join(sys.argv[1:])}".strip()
-        record("hostile", command, time.monotonic() - began, found)
-    return int(found["accepted"] + found["refused"] < found["inputs"])
+        command = f"python -m benchmarks.trust.hostile --inputs {options.inputs} --seed {options.seed}"
+        record("hostile", command, whole["seconds"], {**found, "sources_sha256": sources()})
+    return int(bool(whole["violations"]))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ _HEADERS = {
 class Mutator:
     """Draws hostile cases from valid ones; ``values`` are extra JSON values, such as hypothesis makes."""
 
-    def __init__(self, seed: int, values: list[Any]) -> None:
+    def __init__(self, seed: int | str, values: list[Any]) -> None:
         self.random = random.Random(seed)
         self.values = [*payloads.VALUES, *values]
         code, size = payloads.running(), payloads.growing()
@@ -70,7 +70,7 @@ class Mutator:
             files[name] = changed
             if name != case.given and self.random.random() < 0.03:  # a link that a user names is followed
                 files[name] = Link(self.random.choice(("FORBIDDEN/secret.safetensors", "/etc/passwd", name, "..")))
-        return Case(case.format, f"{case.what}; {', '.join(how)}", files, case.given)
+        return Case(case.format, f"{case.what}; {', '.join(how)}", files, case.given, made="mutated")
 
     def _ways(self, name: str) -> list[Callable[[bytes], bytes]]:
         if name.endswith((".json", ".jsonl")):
@@ -325,7 +325,7 @@ class Mutator:
                         inner = self.picture(inner)
                         member.size = len(inner)
                     elif way == 3:
-                        inner = bytes(rng.choice((1, 65)) << 20)
+                        inner = bytes(rng.choice((1, 1, 1, 1, 1, 1, 1, 65)) << 20)
                         member.size = len(inner)
                     elif way == 4:
                         member.pax_headers = {"GNU.sparse.size": str(2**40), "comment": "x" * rng.choice((10, 1 << 20))}

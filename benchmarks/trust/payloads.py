@@ -13,16 +13,16 @@ TOUCH = b"touch CANARY"
 """What payloads try to run; `hostile.py` puts the canary's path in."""
 
 
-def _short(text: str) -> bytes:
-    return b"X" + struct.pack("<I", len(text.encode())) + text.encode()
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def _call(module: str, name: str, *arguments: bytes) -> bytes:
     return f"c{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
 
 
-RUN = _short(TOUCH.decode())
-CODE = _short(f"__import__('os').system('{TOUCH.decode()}')")
+RUN = text(TOUCH.decode())
+CODE = text(f"__import__('os').system('{TOUCH.decode()}')")
 
 
 def running() -> dict[str, bytes]:
@@ -34,39 +34,39 @@ def running() -> dict[str, bytes]:
         "eval": _call("builtins", "eval", CODE),
         "exec": _call("builtins", "exec", CODE),
         "__builtin__.eval": _call("__builtin__", "eval", CODE),
-        "subprocess.Popen": _call("subprocess", "Popen", b"(" + _short("touch") + _short("CANARY") + b"l"),
+        "subprocess.Popen": _call("subprocess", "Popen", b"(" + text("touch") + text("CANARY") + b"l"),
         "STACK_GLOBAL": b"\x8c\x02os\x8c\x06system\x93(" + RUN + b"tR",
         "INST": b"(" + RUN + b"ios\nsystem\n",
         "OBJ": b"(cos\nsystem\n" + RUN + b"o",
         "NEWOBJ": b"csubprocess\nPopen\n(" + RUN + b"t\x81",
         "NEWOBJ_EX": b"csubprocess\nPopen\n(" + RUN + b"t}\x92",
-        "getattr": _call("builtins", "getattr", b"cos\nsystem\n", _short("__call__")),
+        "getattr": _call("builtins", "getattr", b"cos\nsystem\n", text("__call__")),
         "load_from_bytes": _call("torch.storage", "_load_from_bytes", b"B" + struct.pack("<I", len(inner)) + inner),
-        "torch.load": _call("torch", "load", _short("FORBIDDEN/secret.pth")),
-        "torch.hub.load": _call("torch.hub", "load", _short("owner/name"), _short("model")),
-        "runpy": _call("runpy", "run_path", _short("FORBIDDEN/secret.py")),
-        "import": _call("importlib", "import_module", _short("antigravity")),
-        "BUILD": b"ccollections\nOrderedDict\n)R}" + _short("items") + b"cos\nsystem\nsb",
-        "BUILD hides": b"ccollections\nOrderedDict\n)R}" + _short("items") + b"K\x01sb",
+        "torch.load": _call("torch", "load", text("FORBIDDEN/secret.pth")),
+        "torch.hub.load": _call("torch.hub", "load", text("owner/name"), text("model")),
+        "runpy": _call("runpy", "run_path", text("FORBIDDEN/secret.py")),
+        "import": _call("importlib", "import_module", text("antigravity")),
+        "BUILD": b"ccollections\nOrderedDict\n)R}" + text("items") + b"cos\nsystem\nsb",
+        "BUILD hides": b"ccollections\nOrderedDict\n)R}" + text("items") + b"K\x01sb",
         "extension": b"\x82\x01",
-        "persistent": b"(" + _short("module") + b"cos\nsystem\n" + _short("a.py") + _short("b") + b"tQ",
-        "numpy": _call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\n", b"K\x00\x85", _short("b")),
-        "codecs": _call("_codecs", "encode", RUN, _short("idna")),
-        "webbrowser": _call("webbrowser", "open", _short("http://127.0.0.1:9/")),
+        "persistent": b"(" + text("module") + b"cos\nsystem\n" + text("a.py") + text("b") + b"tQ",
+        "numpy": _call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\n", b"K\x00\x85", text("b")),
+        "codecs": _call("_codecs", "encode", RUN, text("idna")),
+        "webbrowser": _call("webbrowser", "open", text("http://127.0.0.1:9/")),
     }
 
 
 def growing() -> dict[str, bytes]:
     """Return pickle fragments that are short and would take much memory or time."""
-    doubling = b"".join(b"c_codecs\nencode\n" for _ in range(28)) + _short("ab") + b""
-    chain = _short("a") + b"".join(_short("hex") + b"\x86R" for _ in range(28))
+    doubling = b"".join(b"c_codecs\nencode\n" for _ in range(28)) + text("ab") + b""
+    chain = text("a") + b"".join(text("hex") + b"\x86R" for _ in range(28))
     tuples = b"K\x01" + b"".join(b"q%c" % i + b"h%c" % i + b"\x86" for i in range(60))
     collide = (
         b"}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 60_000)) + b"u"
     )
     view = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n((" + _short("storage") + b"ctorch\nFloatStorage\n" + _short("0")
-        + _short("cpu") + b"K\x10tQK\x00(J\x40\x42\x0f\x00J\x40\x42\x0f\x00t(K\x00K\x00t\x89"
+        b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0")
+        + text("cpu") + b"K\x10tQK\x00(J\x40\x42\x0f\x00J\x40\x42\x0f\x00t(K\x00K\x00t\x89"
         + b"ccollections\nOrderedDict\n)RtR"
     )  # fmt: skip
     return {
@@ -82,9 +82,9 @@ def growing() -> dict[str, bytes]:
         "long string": b"X\xff\xff\xff\xff",
         "long bytes": b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f",
         "itself": b"]q\x05h\x05a",
-        "counter": _call("collections", "Counter", _short("a" * 50)),
+        "counter": _call("collections", "Counter", text("a" * 50)),
         "sparse": b"ctorch._utils\n_rebuild_sparse_tensor\n(NN" + b"tR",
-        "weights": b"}" + _short("\x1b[2J\x1b]0;title\x07 \u202e name\n") + view + b"s",
+        "weights": b"}" + text("\x1b[2J\x1b]0;title\x07 \u202e name\n") + view + b"s",
         "lone surrogate": b"}X\x03\x00\x00\x00\xed\xa0\x80" + view + b"s",
         "huge key": b"}\x8b\x00\x20\x00\x00" + b"\x7f" * 8192 + view + b"s",
     }

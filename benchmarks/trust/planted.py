@@ -119,6 +119,10 @@ def never_ends(_path: Path, _output: Path) -> None:
         pass
 
 
+def waits_for_ever(_path: Path, _output: Path) -> None:
+    os.read(os.pipe()[0], 1)
+
+
 def dies(_path: Path, _output: Path) -> None:
     os.abort()
 
@@ -139,6 +143,7 @@ PLANTED: dict[Reader, str] = {
     **dict.fromkeys((breaks_the_line, passes_escapes_on, never_stops_talking, prints_escapes), "text"),
     raises_a_key_error: "error",
     never_ends: "timeout",
+    waits_for_ever: "timeout",
     dies: "crash",
     reads: "accepted",
     refuses: "refused",
@@ -152,7 +157,7 @@ def judged() -> dict[str, tuple[str, str]]:
     from benchmarks.trust.guard import Guard, Link
     from benchmarks.trust.hostile import Workshop
 
-    guard.PATIENCE = 15.0
+    guard.SECONDS, guard.PATIENCE = 4.0, 15.0
     workshop = Workshop({})
     readers = {reader.__name__: (reader, BOUND) for reader in PLANTED}
     try:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import cache
+from functools import cache, wraps
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from attnlens import inspect
+from attnlens.checkpoints import open as opening
 from attnlens.checkpoints import open_checkpoint
 from attnlens.cli.console import note, write_stdout
 from attnlens.cli.filter_tables import filter_table
@@ -30,6 +32,7 @@ from attnlens.scans.store import Store as ScanStore
 from attnlens.scans.tables import curves, spread
 from attnlens.scans.worker import Settings
 from attnlens.training.config import Config, Recipe, Run
+from attnlens.training.data import reading as decoding
 from attnlens.training.data import sources as datasets
 from attnlens.training.data.sources import load_dataset
 from attnlens.training.data.text import PREFIX, load_text
@@ -39,7 +42,7 @@ from attnlens.training.record_schema import check_gathered, restorable
 from attnlens.training.report import render_report
 from attnlens.training.results import results_lines, summarise
 from attnlens.training.store import Store
-from benchmarks.trust.guard import Bound, Reader
+from benchmarks.trust.guard import IMAGES, WEIGHTS, Bound, Reader, passed
 
 SCANNED = Job("embedded", f"local-dir:{EMBEDDED}")
 """The model of the scan whose folder is read back."""
@@ -69,6 +72,26 @@ CONFIG = Config(
     stack=1,
 )
 """The comparison a results folder claims to hold."""
+
+
+def _marked(home: Any, name: str, *, before: bool = False) -> None:
+    """Tell that the parser is behind the reader once a function has returned, or when it is called."""
+    inner = getattr(home, name)
+
+    @wraps(inner)
+    def marked(*arguments: Any, **options: Any) -> Any:
+        if before:
+            passed()
+        found = inner(*arguments, **options)
+        passed()
+        return found
+
+    setattr(home, name, marked)
+
+
+_marked(opening, "as_read", before=True)  # is given a file whose header, pickle or directory was taken
+_marked(decoding, "pixels_of")
+_marked(datasets, "read_decoded")
 
 
 def read_weights(path: Path, output: Path) -> None:
@@ -109,6 +132,7 @@ def _shown(inspection) -> None:
 def read_params(path: Path, _output: Path) -> None:
     """Read a parameter file, ask it for the shipped network's requests, print its tables, write it again."""
     params = InitParams.load(path)
+    passed()
     params.requests(_architecture())
     for form in ("full", "parametric"):
         params.filter_covariance(0.3, (5, 5), form)
@@ -141,6 +165,7 @@ def read_scan(folder: Path, _output: Path) -> None:
     result = ScanStore(folder, Settings()).load(SCANNED)
     if result is None:
         raise AttnlensError("the result is not believed: it would be measured again")
+    passed()
     found = Scan({SCANNED.name: result}, (), 0, 0)
     Console(file=sys.stdout, width=200).print(model_table(found, "effective"))
     for circuit in ("qk", "ov"):
@@ -150,12 +175,14 @@ def read_scan(folder: Path, _output: Path) -> None:
 
 def _report(folder: Path) -> None:
     training = read_training(folder)
+    passed()
     json.dumps([point.model_dump() for point in training.points], allow_nan=False).encode()
 
 
 def _resume(folder: Path) -> None:
     store = Store.open(folder, CONFIG, resume=True)
     records = store.load_runs()
+    passed()
     summary = summarise(CONFIG, records)
     write_stdout(render_report(summary))
     results_lines(CONFIG, records).encode()
@@ -186,7 +213,9 @@ def read_images(path: Path, output: Path) -> None:
 
 def read_text(path: Path, _output: Path) -> None:
     """Read a folder of text files."""
-    load_text(f"{PREFIX}{path}").cut(4, 2, None).sha256()
+    text = load_text(f"{PREFIX}{path}")
+    passed()
+    text.cut(4, 2, None).sha256()
 
 
 def read_cache(path: Path, output: Path) -> None:
@@ -196,11 +225,6 @@ def read_cache(path: Path, output: Path) -> None:
     (output / f"{hashed[:24]}.npz").write_bytes(path.read_bytes())
     datasets._cached(output, "cached", key, lambda: iter(()), None, lambda _: None)  # noqa: SLF001
 
-
-WEIGHTS = Bound(64, 64 << 20)
-"""Of readers of weights and JSON. Python's objects of a document of ``[[],[],...`` take thirty times its length."""
-IMAGES = Bound(256, 320 << 20)
-"""Of readers of images: decoded, stacked and split, each 64 times the file and 64 MiB at most."""
 
 READERS: dict[str, tuple[Reader, Bound]] = {
     "safetensors": (read_weights, WEIGHTS),

@@ -25,8 +25,9 @@ def gain_problem(layer: Layer, row: ProductReport, planned: HeadWeights, drawn: 
 
     Gains by channel, or in rising order where channels are not settled, within 1e-4 and 8 ``eps`` in log r and log c.
     Which channels r and c have in common is then compared by the correlation of their normal scores, within six
-    standard errors of two draws. Kurtosis before balancing: within `TAILS` of the one asked for, unless no exchange of
-    channels would bring it there: a draw whose entries do not allow it is none the worse.
+    standard errors of two draws. Kurtosis before balancing: within `TAILS` of the one asked for, or of the nearest that
+    an exchange of channels would give, unless that is not there either: a draw whose entries do not allow it is none
+    the worse.
     """
     product = one_product(layer.weights, row.circuit, row.head, "balanced")
     have, wanted = product.gains, one_product(planned, row.circuit, row.head, "balanced").gains
@@ -64,7 +65,7 @@ def _tails_problem(row: ProductReport, product: FactoredProduct, drawn: PlannedG
     N, rows, cols = product.dense(), product.gains.rows, product.gains.cols
     order = placed(N, rows, cols, wanted)
     nearest = offdiagonal_tails(N[np.ix_(order, order)], rows, cols)
-    if float(apart(nearest, wanted)) > TAILS:
+    if float(apart(nearest, wanted)) > TAILS or float(apart(row.kurtosis, nearest)) <= TAILS:
         return ""
     return (
         f"excess kurtosis before balancing is {row.kurtosis:.3g}, expected {wanted:.3g} ± {100 * TAILS:.0f}%: with its "
