@@ -20,6 +20,8 @@ TITLES: Mapping[str, str] = {
     "v": "V-composition, ‖W_OV W_OV‖ / (‖W_OV‖ ‖W_OV‖): what a head wrote is carried on",
 }
 CLIP_PERCENTILE = 99.5
+MOST_HEADS = 1600
+"""Heads of all layers in one image, whose memory grows with their square."""
 SIDE = 720
 """Device pixels a side that the image is about as large as, a whole number for each pair of heads."""
 
@@ -35,6 +37,13 @@ def draw_composition(
     ``logs`` holds ``[earlier head, later head]`` by earlier and later layer, ``heads`` the heads of every layer.
     Entries without composition are grey. One colour scale to the 99.5th percentile of the absolute values.
     """
+    number = sum(heads.values())
+    if number > MOST_HEADS:
+        return style.message_figure(
+            model,
+            f"{number:,} heads are too many to draw their {kind.upper()}-composition (at most {MOST_HEADS:,}): choose "
+            "fewer layers.",
+        )
     image, starts = mosaic(logs, heads)
     shown = np.abs(image[np.isfinite(image)])
     if not shown.size:
