@@ -64,7 +64,7 @@ Observe = Callable[[HeadWeights, Kind, Fold, FactoredProduct], None]
 
 HEATMAP_ENTRIES = 4_500_000
 """Entries of all panels of a heatmap that is drawn unasked: 64 x 64 of each product of 32 layers of 32 heads, say."""
-HEATMAP_SIDE = 30_000
+HEATMAP_SIDE = 16_384
 """Entries of all panels of one layer, side by side"""
 
 

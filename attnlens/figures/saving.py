@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -73,7 +74,9 @@ def _pixels(figure: Figure, dpi: float) -> Image.Image:
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     finally:
         figure.set_dpi(usual)
-        figure.set_canvas(before)  # the pixels go with the other one
+        figure.set_canvas(before)  # the pixels go with the other one, if no text holds on to it
+        for text in figure.findobj(Text):
+            text._renderer = None  # type: ignore[attr-defined]  # as matplotlib does before it pickles one
 
 
 def _encoded(pixels: Image.Image, dpi: float) -> bytes:
