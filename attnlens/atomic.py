@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -46,16 +45,16 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode()))
 
 
-_WRITTEN: Counter[Path] = Counter()
-"""Files that this process has given their names, by folder: what Ctrl-C leaves behind."""
+_WRITTEN: dict[Path, None] = {}
+"""Files that this process has given their names, in that order, each once: what Ctrl-C leaves behind."""
 
 
 def what_was_written() -> str:
-    """Say what files this process has written so far, each of them whole."""
-    folders = [str(folder) for folder in _WRITTEN if folder.is_dir()]
-    number = _WRITTEN.total()
-    if not folders:
+    """Say what files this process has written that are still there, each of them whole."""
+    left = [path for path in _WRITTEN if path.is_file()]
+    if not left:
         return "no file was written"
+    folders, number = list(dict.fromkeys(str(path.parent) for path in left)), len(left)
     where = ", ".join(folders[:3]) + (f" and {counted(len(folders) - 3, 'more folder')}" if len(folders) > 3 else "")
     return f"{counted(number, 'file')} {'is' if number == 1 else 'are'} written whole, in {where}; none is half-written"
 
@@ -143,7 +142,7 @@ class FileSet:
             for folder in folders:
                 with _explained(folder):
                     _sync_folder(folder)
-        _WRITTEN.update(staged.path.parent for staged in self._staged)
+        _WRITTEN.update(dict.fromkeys(staged.path for staged in self._staged))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from attnlens.statistics.table import Row, StatsTable
 from attnlens.strict_json import finite_or_none
 from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import COMPOSED, layer_choice, layer_index
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -259,7 +260,8 @@ def compose(
             deviations |= {pair: deviation for pair, _, deviation in found}
     if not scores:
         raise UnsupportedAttentionError(
-            f"no two layers of {opened.name} compose: of {len(specs)} layers none stands behind another of its width"
+            f"no two layers of {opened.name} compose: of {counted(len(specs), 'layer')} none stands behind "
+            "another of its width"
         )
     ordered = sorted(scores, key=lambda pair: (KINDS.index(pair[0]), pair[1:]))
     return Composition(

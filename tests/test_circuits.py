@@ -62,6 +62,12 @@ def test_a_whole_product_answers_as_its_factors_do(rows, cols):
 def test_a_layers_sum_is_kept_factored_only_where_that_is_smaller():
     narrow = layer_ov(random_heads(heads=2, kv_heads=2, value_dim=3))
     assert narrow.A.shape == (13, 6)
+    assert narrow.rank_bound == np.linalg.matrix_rank(narrow.dense()) == 6
+    few = layer_ov(random_heads(heads=2, kv_heads=2, value_dim=5))
+    assert few.A.shape == (13, 10)
+    rows = layer_ov(random_heads(heads=3, kv_heads=3, value_dim=3, out_dim=5))
+    assert rows.inner == 9
+    assert rows.rank_bound == np.linalg.matrix_rank(rows.dense()) == 5
     wide = layer_ov(random_heads())
     assert wide.A.shape == (13, 13)
     assert wide.rank_bound == 13
@@ -82,6 +88,16 @@ def test_singular_values_hold_for_rank_deficient_and_badly_scaled_factors():
     found = FactoredProduct(A, B).singular_values()
     expected = np.linalg.svd(A @ B.T, compute_uv=False)[:5]
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_singular_values_of_a_factor_too_ill_conditioned_for_its_gram_matrix_are_exact_at_every_scale(size):
+    rng = np.random.default_rng(5)
+    basis = np.linalg.qr(rng.normal(size=(17, 5)))[0]
+    values = size * np.logspace(0, -7, 5)
+    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    found = FactoredProduct(basis * values @ turn, np.linalg.qr(rng.normal(size=(13, 5)))[0]).singular_values()
+    np.testing.assert_allclose(found, values, rtol=1e-7)
 
 
 def test_singular_values_hold_when_the_rank_exceeds_rows_or_columns():
@@ -198,6 +214,8 @@ def test_whole_products_are_taken_out_of_a_stack_and_keep_their_rank_bound():
         np.testing.assert_allclose(one.total(), expected.sum((-2, -1)))
         np.testing.assert_array_equal(one.dense(), expected)
         assert one.rank_bound == 5
+        for size, factor in zip(one.squared_sizes(), (expected, np.eye(11)), strict=True):
+            np.testing.assert_allclose(size, np.broadcast_to((factor**2).sum((-2, -1)), expected.shape[:-2]))
     one = stack.head((1, 2))
     np.testing.assert_array_equal(one.T.dense(), M[1, 2].T)
     np.testing.assert_array_equal(one.dense(7), M[1, 2][:7, :7])
@@ -288,3 +306,32 @@ def test_every_whole_product_of_a_stack_is_centred_by_itself():
     C = np.eye(5) - 1 / 5
     np.testing.assert_allclose(WholeProduct.of(M, 5).centred(True, True).dense(), C @ M @ C, atol=1e-12)
     np.testing.assert_allclose(WholeProduct.of(M, 5).centred(True, False).dense(), C @ M, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_overlaps_of_rank_deficient_factors_are_those_of_their_singular_vectors_at_every_scale(size):
+    rng = np.random.default_rng(9)
+    A = size * rng.normal(size=(17, 3)) @ rng.normal(size=(3, 7))
+    B = rng.normal(size=(17, 7))
+    u, s, vt = np.linalg.svd(A @ B.T)
+    form, overlaps = FactoredProduct(A, B).spectral_form()
+    squares, vectors = np.linalg.eigh(form)
+    np.testing.assert_allclose(squares[:-4:-1], s[:3] ** 2, rtol=1e-9)
+    found = overlaps((), vectors[:, :-4:-1])
+    np.testing.assert_allclose(found, s[:3] ** 3 * np.einsum("ji,ij->i", u[:, :3], vt[:3]), rtol=1e-8)
+
+
+def test_a_product_of_zeros_has_overlaps_of_zero():
+    for zero in (product(cols=13).scaled(np.zeros(13), None), WholeProduct.of(np.zeros((13, 13)), 13)):
+        form, overlaps = zero.spectral_form()
+        np.testing.assert_array_equal(overlaps((), np.eye(len(form))), 0.0)
+
+
+def test_sums_of_squares_that_cancel_are_never_negative():
+    rng = np.random.default_rng(11)
+    outer, row, turn = rng.normal(size=(2, 13, 3)), rng.normal(size=3), np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    for side in (0, 1):
+        factors = [outer[0] - np.outer(outer[0] @ row, row) / (row @ row), outer[1]]
+        factors[1][::2] = rng.normal(size=(7, 1)) * row  # rows of B that A does not see: zero up to rounding
+        product_of_zeros = FactoredProduct(*(each @ turn for each in (factors if side else factors[::-1])))
+        assert min(each.min() for each in product_of_zeros.squared_margins()) >= 0

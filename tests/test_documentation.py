@@ -4,13 +4,15 @@ import doctest
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-from attnlens.cli.app import load_command
+from attnlens.cli.app import COMMANDS, load_command
 from attnlens.models.catalogue import shipped_file
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,59 @@ def test_a_default_in_a_synopsis_is_that_of_the_command():
     assert {("fit-params", "--level"), ("fit-params", "--dpi"), ("signal", "--eta"), ("init", "--seed")} <= checked
 
 
+def pages() -> list[Path]:
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of attnlens on a page, in lines of code and in sentences, without their remarks."""
+    lines = re.findall(r"^    ((?:torchrun .* -m )?attnlens (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    found = [line.replace("\\\n", " ") for line in lines] + re.findall(r"`((?:\w+=\S+ )*attnlens [^`]+)`", text)
+    return [re.sub(r"\s{2,}#.*$|^.*?(?=attnlens )", "", " ".join(one.split("\n"))) for one in found]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+def test_every_command_on_a_page_is_accepted_with_its_options_and_words(page):
+    for command in commands(page.read_text()):
+        name, *words = shlex.split(command)[1:]
+        if name in COMMANDS and words and not re.search(r"(?<!/)\[(?!train)|\.\.\.$| \.\.\. ", command):
+            load_command(name).make_context(name, words)  # raises for an option, a word or a number that is not taken
+
+
+def test_commands_are_found_on_pages_and_a_wrong_one_is_refused():
+    assert sum(len(commands(page.read_text())) for page in pages()) > 100
+    (wrong,) = commands("so `attnlens inspect --folds raw`")
+    with pytest.raises(Exception, match="--folds"):
+        load_command("inspect").make_context("inspect", shlex.split(wrong)[2:])
+
+
+def test_a_synopsis_names_options_that_are_there_and_every_word_of_a_choice():
+    checked = set()
+    for page in pages():
+        for command, synopsis in re.findall(
+            r"^    attnlens ([a-z-]+) (.*(?:\n {12,}\S.*)*)", page.read_text(), re.MULTILINE
+        ):
+            known = load_command(command)
+            help_text = " ".join(known.get_help(known.make_context(command, [], resilient_parsing=True)).split())
+            for option in re.findall(r"--[\w-]+", synopsis):
+                assert option in help_text, (page.name, command, option)
+            for option, words in re.findall(r"(--[\w-]+) ([\w-]+(?:\|[\w-]+)+)", synopsis):
+                assert re.search(rf"{option} [<\[]{re.escape(words)}[>\]]", help_text), (page.name, command, option)
+                checked.add((command, option))
+    assert {("fit-params", "--fold"), ("fit-params", "--per"), ("init", "--gains"), ("signal", "--mlp")} <= checked
+
+
+def test_every_file_of_the_repository_that_a_page_names_is_there():
+    named = 0
+    for page in pages():
+        text = page.read_text()
+        for code in [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^    (.+)$", text, re.MULTILINE)]:
+            for path in re.findall(r"(?<![\w./<-])(?:attnlens|benchmarks|docs|scripts|tests)/[\w./*-]*[\w*]", code):
+                assert any(ROOT.glob(path)), (page.name, path)
+                named += 1
+    assert named > 80
+
+
 def test_the_page_of_signal_propagation_names_each_variant_with_its_options():
     from attnlens.signal.variants import KEEP, VARIANTS, accepted_options
 
@@ -164,11 +219,16 @@ def claims() -> dict[str, list[str]]:
     """Return what pages say with numbers that the code or a file of results holds, by page."""
     from attnlens.checkpoints import archives, converted
     from attnlens.cli.train_compare import EXIT_CODES
+    from attnlens.filters.statistics import DRAWS
+    from attnlens.fit.params import VERSION
     from attnlens.inits.verify.mistakes import SAME_DRAW
+    from attnlens.models import bounded
     from attnlens.models.architecture import LARGEST_ARGUMENT, MOST_MODULES
     from attnlens.printable import LONGEST
+    from attnlens.reports.matrices import CODES, CORNER, HEATMAP_BYTES
     from attnlens.training.config import TUNING_SEEDS
     from attnlens.training.data import image_files
+    from attnlens.training.data.images import UNEVEN
     from attnlens.training.networks.convmixer import PRESETS as CONVMIXERS
     from attnlens.training.networks.vit import ViT
     from attnlens.training.options import PRESETS
@@ -179,7 +239,11 @@ def claims() -> dict[str, list[str]]:
     alike = [each for each in CONVMIXERS.values() if {**each, "kernel_size": mixer["kernel_size"]} == mixer]
     kernels = " or ".join(f"{each['kernel_size']} x {each['kernel_size']}" for each in alike)
     seeds = next(p.default for p in load_command("train-compare").params if p.name == "seeds")
-    trust = json.loads((ROOT / "benchmarks" / "results" / "trust.json").read_text())
+    trust, tolerance, balance = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("trust", "init_tolerance", "balance_speed")
+    )
+    draws, expanded = tolerance["largest"], f"{archives.EXPANDS} times"
     scan, faults = trust["scan"], trust["faults"]
     kills = faults["kills_by_command"]
     parts = {name: part["cases"] for name, part in faults["parts"].items() if "cases" in part}
@@ -190,9 +254,26 @@ def claims() -> dict[str, list[str]]:
             f"(`--train-images`, {text['train_images']:,}), each of `--context` bytes ({text['context']})",
             f"`--target` ({text['target']:g})",
             f"with seeds from {TUNING_SEEDS:,} on",
+            f"more than {UNEVEN} times its fair share",
             f"0 after a budget, {EXIT_CODES['interrupt']} after Ctrl-C, {EXIT_CODES['terminate']} after SIGTERM",
         ],
-        "docs/inits.md": [f"cosine above {SAME_DRAW}"],
+        "docs/inits.md": [
+            f"cosine above {SAME_DRAW}",
+            f"{draws['alpha']['sd']:.2f} alpha/d in alpha and {draws['beta']['sd']:.2f} alpha/d in beta",
+            f"means within {draws['alpha']['mean']:.2f} alpha/d",
+            f"n = {tolerance['rows'][0]['n']} draws at each of {len(tolerance['rows'])} settings",
+        ],
+        "docs/checkpoints.md": [f"{expanded} the archive's bytes and {archives.ALLOWANCE >> 20} MiB"],
+        "docs/filters.md": [f"mean over {DRAWS} sets of filters", f"unless p = 1/{DRAWS + 1}"],
+        "docs/params.md": [f"schema `attnlens.params`, version {VERSION}"],
+        "docs/report.md": [
+            f"its first {CORNER} x {CORNER} entries",
+            f"more than {HEATMAP_BYTES // CORNER**2 // 2} products",  # raw and effective
+            f"in {len(CODES)} levels",
+        ],
+        "docs/reproduction.md": [
+            f"cost of balancing: {median(balance['balance_over_rest']):.2f} of the other statistics"
+        ],
         "docs/trust.md": [
             f"of images only {', '.join(image_files.FORMATS)} are ever decoded",
             f"at most {LONGEST:,} printable characters",
@@ -200,7 +281,9 @@ def claims() -> dict[str, list[str]]:
             f"{WEIGHTS.multiple} bytes for each byte of file, and {WEIGHTS.constant >> 20} MiB",
             f"{IMAGES.multiple} bytes for each byte of file, and {IMAGES.constant >> 20} MiB",
             f"Pixels may be {image_files.DECODED} times the file",
-            f"members may hold {archives.EXPANDS} times its length",
+            f"members may hold {expanded} its length, and {archives.ALLOWANCE >> 20} MiB",
+            f"at most {bounded.SECONDS} seconds of processor time and {bounded.MEMORY >> 20} MiB",
+            f"at most {bounded.CHEAP_SECONDS} seconds and {bounded.CHEAP_MEMORY >> 20} MiB",
             f"tar may expand {image_files.EXPANDS}-fold and {image_files.ALLOWANCE >> 20} MiB",
             f"at most {MOST_MODULES:,} modules",
             f"is above {LARGEST_ARGUMENT:,}",
@@ -209,6 +292,7 @@ def claims() -> dict[str, list[str]]:
         "docs/scale.md": [
             f"{scan['local']['models']} small models with random weights",
             f"{scan['local']['read']} were read, {scan['local']['failed_as_planted']} failed as planted",
+            f"{scan['local']['compared_with_inspect']} of {scan['local']['compared_with_inspect']} compared were equal",
             f"{scan['scan_seconds']['local']:.0f} s and {scan['scan_seconds']['ray']:.0f} s on 2 cores",
         ],
         "docs/trust-faults.md": [

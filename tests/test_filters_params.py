@@ -205,7 +205,7 @@ def edited(params, change):
         (lambda d: d["filters"][1]["covariance"].pop(), r"filters\.1: .*has 324 numbers, not 325"),
         (lambda d: d["filters"][0]["covariance"].__setitem__(0, -0.5), "not positive semi-definite with trace 1"),
         (lambda d: d["filters"][0].update(kernel=[3, 3]), "3 x 3 filters has 325 numbers, not 45"),
-        (lambda d: d["filters"][0].update(source=1), r"filters\.0\.source is 1, but there are 1 sources"),
+        (lambda d: d["filters"][0].update(source=1), r"filters\.0\.source is 1, but there is 1 source"),
         (lambda d: d.update(filters=[]), "entries and filters are both empty"),
         (lambda d: d.update(filter_medians=[]), "go together"),
         (lambda d: d["filters"][2].update(s=0), r"filters\.2\.s"),

@@ -131,7 +131,7 @@ def test_a_file_of_gains_comes_back_as_it_was(source, tmp_path):
         (lambda g: g.update(correlation=1.5), "gains.0.correlation: Input should be less than or equal to 1"),
         (lambda g: g["rows"].update(dead=-0.1), "gains.0.rows.dead: Input should be greater than or equal to 0"),
         (lambda g: g["kurtosis"].pop(), "gains.0: Value error, kurtosis holds 2 numbers for 3 heads"),
-        (lambda g: g.update(source=3), "gains.0.source is 3, but there are 1 sources"),
+        (lambda g: g.update(source=3), "gains.0.source is 3, but there is 1 source"),
     ],
 )
 def test_a_wrong_field_of_gains_is_named(source, change, message):

@@ -79,7 +79,7 @@ def changed(params, change):
         (lambda d: d["sources"][0].update(gamma=1), "sources.0.gamma: Extra inputs are not permitted"),
         (lambda d: d["entries"][3].update(verdict="yes"), "entries.3.verdict: Input should be 'identity', 'negative"),
         (lambda d: d["entries"][3].update(p_value=1.5), "entries.3.p_value: Input should be less than or equal to 1"),
-        (lambda d: d["entries"][5].update(source=7), "entries.5.source is 7, but there are 1 sources"),
+        (lambda d: d["entries"][5].update(source=7), "entries.5.source is 7, but there is 1 source"),
         (lambda d: d.update(per="neuron"), "per: Input should be 'head', 'layer' or 'model'"),
         (lambda d: d.update(entries=[]), "entries and filters are both empty"),
         (lambda d: d["pooled"][0]["log_alpha_trend"].update(coefficients=[]), "pooled.0.log_alpha_trend.coeff"),

@@ -226,17 +226,18 @@ def test_ctrl_c_says_what_is_left_behind(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_written_is_counted_by_folder(tmp_path, monkeypatch):
-    from collections import Counter
-
+def test_what_was_written_is_counted_by_file_as_far_as_it_is_there(tmp_path, monkeypatch):
     from attnlens import atomic
 
-    monkeypatch.setattr(atomic, "_WRITTEN", Counter())
+    monkeypatch.setattr(atomic, "_WRITTEN", {})
     assert atomic.what_was_written() == "no file was written"
     atomic.write_text_atomic(tmp_path / "a", "a")
     assert atomic.what_was_written() == f"1 file is written whole, in {tmp_path}; none is half-written"
     atomic.write_text_atomic(tmp_path / "b", "b")
+    atomic.write_text_atomic(tmp_path / "b", "again")
     assert atomic.what_was_written().startswith("2 files are written whole")
+    (tmp_path / "a").unlink()
+    assert atomic.what_was_written().startswith("1 file is written whole")
 
 
 def test_quiet_leaves_results_alone(run):

@@ -219,7 +219,7 @@ def test_hidden_and_damaged_files_are_left_out_and_counted(odd, tmp_path):
     assert found.classes == ("a", "b")
     assert found.left_out == {"hidden": 4, "unreadable": 2}
     assert "left out: 4 hidden, 2 unreadable; the first unreadable one: b/cut.png (" in found.note
-    assert "of 1 animated images (b/moving.gif, ...) the first frame" in found.note
+    assert "of 1 animated image (b/moving.gif, ...) the first frame" in found.note
     values = np.concatenate([found.train, found.test])
     assert (values == 10).all((1, 2, 3)).sum() == 1
     again = load_dataset(str(odd), cache=tmp_path / "cache")

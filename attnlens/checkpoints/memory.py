@@ -10,6 +10,7 @@ import numpy as np
 from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.nested import named_tensors
 from attnlens.errors import CheckpointError
+from attnlens.words import counted
 
 
 class StateDict(Checkpoint):
@@ -23,7 +24,7 @@ class StateDict(Checkpoint):
 
     def provenance(self) -> dict[str, Any]:
         """Return that it was in memory: there is no file to hash."""
-        return {"state_dict": f"{len(self._tensors)} tensors in memory"}
+        return {"state_dict": f"{counted(len(self._tensors), 'tensor')} in memory"}
 
     def __getitem__(self, name: str) -> Any:
         """Return a tensor."""

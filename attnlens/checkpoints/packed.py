@@ -27,6 +27,7 @@ from attnlens.checkpoints.archives import ALLOWANCE, EXPANDS, check_archive
 from attnlens.checkpoints.base import INDEX_SUFFIX, Checkpoint, _File, _OnDisk
 from attnlens.checkpoints.formats import SUFFIXES, kind_of
 from attnlens.errors import CheckpointError, UsageError, first_line
+from attnlens.words import counted
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """What is unpacked with a weight file that it stands beside."""
@@ -126,7 +127,8 @@ def _choose(members: Mapping[str, Member], wanted: str | None) -> tuple[str, str
     fitting = [name for name in weights if asked in (name, PurePosixPath(name).name)]
     if len(fitting) != 1:
         raise UsageError(
-            f"{'--weights ' + asked + ' is not one of' if asked else 'it holds'} {len(weights)} weight files, "
+            f"{'--weights ' + asked + ' is not one of' if asked else 'it holds'} "
+            f"{counted(len(weights), 'weight file')}, "
             f"{', '.join(weights[:5])}{', ...' if len(weights) > 5 else ''}: choose with --weights FILE, or "
             "FILE:NETWORK"
         )

@@ -11,6 +11,7 @@ from typing import Any
 from attnlens.checkpoints.base import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import parse_json, within
+from attnlens.words import counted
 
 TRANSFORMERS_FILES = (
     "model.safetensors",
@@ -32,7 +33,7 @@ class ShardedFile(Checkpoint):
         absent = [name for name, shard in self._paths.items() if not shard.is_file()]
         if absent:
             raise CheckpointError(
-                f"{path} lists {len(self._paths)} shards and {', '.join(absent[:3])} "
+                f"{path} lists {counted(len(self._paths), 'shard')} and {', '.join(absent[:3])} "
                 f"{'is' if len(absent) == 1 else 'are'} not beside it: download the missing shards"
             )
         self._opened: dict[str, Checkpoint] = {}

@@ -102,7 +102,7 @@ def _version(name: str) -> str | None:
 
 def _devices() -> Iterator[Finding]:
     """Ask the driver which GPUs there are, and only then, torch whether it can use them."""
-    yield Finding("device", "cpu", f"{_cores()} cores{_half_products()}", ok=True)
+    yield Finding("device", "cpu", f"{counted(_cores() or 1, 'core')}{_half_products()}", ok=True)
     gpus = _gpus()
     if not gpus:
         remedy = "inspect, fit-params, init and report do not need one; train-compare runs on the CPU"

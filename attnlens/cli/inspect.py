@@ -12,6 +12,7 @@ from attnlens.cli.console import command_line, format_layers, note, tracked, wri
 from attnlens.cli.filter_tables import filter_table
 from attnlens.cli.tables import in_words, layer_table, print_sheet
 from attnlens.outputs import Outputs
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from attnlens.circuits import Fold
@@ -134,7 +135,8 @@ def fetched(provenance: dict[str, Any]) -> str:
     if "bytes_fetched" not in provenance:
         return "--remote fetched nothing by range: the file was at hand, or had to be downloaded whole"
     fraction, whole = provenance["bytes_fetched"] / 1e6, provenance["bytes"] / 1e6
-    return f"fetched {fraction:.1f} of {whole:.1f} MB in {provenance['requests']} requests from {provenance['url']}"
+    requests = counted(provenance["requests"], "request")
+    return f"fetched {fraction:.1f} of {whole:.1f} MB in {requests} from {provenance['url']}"
 
 
 def caveats(inspection: Inspection) -> list[str]:

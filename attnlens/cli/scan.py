@@ -109,11 +109,12 @@ def scan(
     earlier = len(scanned.results) - scanned.measured
     note(
         f"{counted(len(scanned.results), 'model')}: {read} read, {len(scanned.failed)} failed, {earlier} of them done "
-        "before" + (f"; {scanned.lost} times a worker was lost and its model begun again" if scanned.lost else "")
+        "before" + (f"; {counted(scanned.lost, 'model')} begun again after its worker was lost" if scanned.lost else "")
     )
     note(f"wrote scan.csv, layers.csv, scan.json, landscape.{format_} and models/ to {output}")
     if not read:
-        none = "the model could not" if len(scanned.results) == 1 else f"none of {len(scanned.results)} models could"
+        every = counted(len(scanned.results), "model")
+        none = "the model could not" if len(scanned.results) == 1 else f"none of {every} could"
         raise AttnlensError(f"{none} be read: the errors are above and in scan.csv")
 
 

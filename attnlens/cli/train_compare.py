@@ -61,7 +61,8 @@ def train_compare(
         str | None,
         typer.Option(
             help="Start from this pre-trained model, as for inspect; or, from drawn weights or those of --checkpoint, "
-            "convmixer-tiny, timm's convmixer_* or gpt-tiny. Default: the ViT shipped with attnlens; for text gpt-tiny."
+            "convmixer-tiny, timm's convmixer_* and convnext*, or gpt-tiny. Default: the ViT shipped with attnlens; "
+            "for text gpt-tiny."
         ),
     ] = None,
     checkpoint: options.Checkpoint = None,
@@ -97,9 +98,11 @@ def train_compare(
         int | None, typer.Option(min=1, help="Take so many items a step. Default: the data set's.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(min=1e-9, help="Set AdamW's peak learning rate. Default: the data set's.")
+        float | None, typer.Option(min=1e-9, help="Set the optimizer's peak learning rate. Default: the data set's.")
     ] = None,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Set AdamW's weight decay.")] = 0.05,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Set the optimizer's weight decay, of matrices alone.")
+    ] = 0.05,
     augment: Annotated[
         Literal["none", "shift", "flip-shift", "flip-randaugment"] | None,
         typer.Option(help="Augment images in this way. Default: the data set's."),
@@ -134,7 +137,12 @@ def train_compare(
         ),
     ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(min=1, help="Measure after so many epochs each. Default: some twenty times in all.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Measure after so many epochs each. Default: some twenty times in all, less often where that would "
+            "take more than a tenth of the time.",
+        ),
     ] = None,
     tune_lr: Annotated[
         str | None,
@@ -169,7 +177,7 @@ def train_compare(
     ] = 0.0,
     embed_dim: Annotated[
         int | None,
-        typer.Option(min=4, help="Train a plain ViT of this width from drawn weights."),
+        typer.Option(min=4, help="Train a plain ViT, or gpt-tiny, of this width from drawn weights."),
     ] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="The same, with so many layers.")] = None,
     num_heads: Annotated[int | None, typer.Option(min=1, help="The same, with so many heads.")] = None,

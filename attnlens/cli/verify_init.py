@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def verify_init(
-    model: options.Model = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="timm name (with or without tag), hf-hub: or local-dir: name, checkpoint file or folder; default: "
+            "what --checkpoint says it is of."
+        ),
+    ] = None,
     checkpoint: options.Checkpoint = None,
     model_args: options.ModelArgs = None,
     init: options.InitName = None,
@@ -31,7 +37,11 @@ def verify_init(
     pairs: options.InitOptions = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Compare whole matrices with the draw of this seed. Default: compare statistics."),
+        typer.Option(
+            min=0,
+            help="Compare whole matrices with the draw of this seed. Default: the seed that the file states; where it "
+            "states none, compare statistics.",
+        ),
     ] = None,
     json_: options.Json = False,
 ) -> None:

@@ -16,6 +16,7 @@ from attnlens.figures import style
 from attnlens.figures.profiles import draw_profile
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 from attnlens.templates import environment, shown
+from attnlens.words import counted
 
 _DPI = 100
 
@@ -81,7 +82,7 @@ def profile_html(
     ]
     return fragment(
         lambda: draw_profile(stats, folds, model=model),
-        title=f"{model}: M ≈ α Z + β I, {len(layers)} of {depth} layers",
+        title=f"{model}: M ≈ α Z + β I, {len(layers)} of {counted(depth, 'layer')}",
         note="QK: mean over heads; OV: sum over heads; prom = mean(diag) / sd(off-diag)",
         head=["layer", *(column.title for column in columns)],
         rows=[[str(layer), *(_mean(stats.select(layer=layer), column) for column in columns)] for layer in layers],

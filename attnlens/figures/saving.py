@@ -76,7 +76,7 @@ def _pixels(figure: Figure, dpi: float) -> Image.Image:
         figure.set_dpi(usual)
         figure.set_canvas(before)  # the pixels go with the other one, if no text holds on to it
         for text in figure.findobj(Text):
-            text._renderer = None  # type: ignore[attr-defined]  # as matplotlib does before it pickles one
+            text._renderer = None  # type: ignore[attr-defined]  # noqa: SLF001  # as matplotlib does before it pickles one
 
 
 def _encoded(pixels: Image.Image, dpi: float) -> bytes:

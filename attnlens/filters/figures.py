@@ -50,7 +50,7 @@ def draw_filters(
         layer: Covariance(covariance, spec.kernel, f"layer {layer}: {spec.filters} of {_times(spec.kernel)}")
         for layer, (covariance, spec) in covariances.items()
     }
-    notes = "; ".join(f"{why} ({len(layers)} of {len(measured)} layers)" for why, layers in left_out.items())
+    notes = "; ".join(f"{why} ({len(layers)} of {counted(len(measured), 'layer')})" for why, layers in left_out.items())
     with style.look():
         return {
             "filter_covariance": draw_mosaics(

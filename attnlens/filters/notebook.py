@@ -9,6 +9,7 @@ from attnlens.filters.closed_form import PARTS
 from attnlens.filters.figures import draw_filter_profile
 from attnlens.statistics.table import StatsTable
 from attnlens.templates import shown
+from attnlens.words import counted
 
 HEAD = {
     "effective_rank": "effective rank",
@@ -25,7 +26,7 @@ def filters_html(stats: StatsTable, depth: int, *, model: str, provenance: dict[
     """Return a fragment with a row of statistics a layer of filters, ``depth`` layers in all, and their profiles."""
     return fragment(
         lambda: draw_filter_profile(stats, model=model),
-        title=f"{model}: covariance of depthwise filters, {len(stats)} of {depth} layers",
+        title=f"{model}: covariance of depthwise filters, {len(stats)} of {counted(depth, 'layer')}",
         note="chance: filters of the same norms in random directions; explained: beyond isotropy, and of covariances",
         head=["layer", "filters", "kernel", *HEAD.values()],
         rows=[

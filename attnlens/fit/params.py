@@ -31,6 +31,7 @@ from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import _Part, relative_depth
 from attnlens.strict_json import parse_json
 from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, index
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,9 +91,10 @@ class InitParams(_Part):
         ]
         if not self.entries and not self.filters:
             raise ValueError("entries and filters are both empty")
+        there = f"there {'is' if len(self.sources) == 1 else 'are'} {counted(len(self.sources), 'source')}"
         for name, row in rows:
             if row.source >= len(self.sources):
-                raise ValueError(f"{name}.source is {row.source}, but there are {len(self.sources)} sources")
+                raise ValueError(f"{name}.source is {row.source}, but {there}")
         if {entry.strided for entry in self.filters} != {found.strided for found in self.filter_medians}:
             raise ValueError("filters and filter_medians go together: one for each kind of stride")
         return self

@@ -19,6 +19,7 @@ from attnlens.statistics.diagonal import alpha_beta
 from attnlens.statistics.inverse import Parameters, realised
 from attnlens.statistics.pairs import offdiagonal_kurtosis
 from attnlens.strict_json import finite_or_none
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,15 +120,18 @@ class InitReport:
     def __str__(self) -> str:
         """Say in a few lines what was done."""
         lines = [f"{self.init}, seed {self.seed}" + (f", {self.fold} products" if self.products else "")]
-        for circuit, unit in (("qk", "heads"), ("ov", "layers")):
+        for circuit, unit in (("qk", "head"), ("ov", "layer")):
             rows = [p for p in self.products if p.circuit == circuit]
             if rows:
                 alpha, beta = (sum(getattr(p, name) for p in rows) / len(rows) for name in ("alpha", "beta"))
-                lines.append(f"{circuit.upper()}: mean alpha {alpha:.4f}, beta {beta:+.4f} over {len(rows)} {unit}")
+                over = counted(len(rows), unit)
+                lines.append(f"{circuit.upper()}: mean alpha {alpha:.4f}, beta {beta:+.4f} over {over}")
         tails = [p for p in self.products if not math.isnan(p.requested_kurtosis)]
         if tails:
             near = sum(abs(p.kurtosis - p.requested_kurtosis) <= 0.2 * abs(p.requested_kurtosis) for p in tails)
-            lines.append(f"kurtosis with gains: within 20% of the source's in {near} of {len(tails)} products")
+            lines.append(
+                f"kurtosis with gains: within 20% of the source's in {near} of {counted(len(tails), 'product')}"
+            )
         if self.filters:
             lines += self._filter_lines()
         if not math.isnan(self.worst_error):
@@ -137,8 +141,8 @@ class InitReport:
         return "\n".join(lines)
 
     def _filter_lines(self) -> list[str]:
-        count, layers = sum(row.filters for row in self.filters), len(self.filters)
-        lines = [f"filters: {count} in {layers} layers, effective rank {_range(self.filters, 'effective_rank')}"]
+        count, layers = sum(row.filters for row in self.filters), counted(len(self.filters), "layer")
+        lines = [f"filters: {count} in {layers}, effective rank {_range(self.filters, 'effective_rank')}"]
         if not math.isnan(self.filters[0].covariance_error):
             errors = [row.covariance_error / row.expected_error for row in self.filters]
             lines.append(f"error of their covariance: {min(errors):.2f} to {max(errors):.2f} of what sampling makes")

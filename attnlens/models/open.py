@@ -29,6 +29,7 @@ from attnlens.models.transformers import describe_transformers, told_model_type
 from attnlens.models.undress import LiveWeights
 from attnlens.models.weights import alone_in, is_weight_name, parse_object, title_of, weights_in, weights_of
 from attnlens.strict_json import within
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -361,7 +362,7 @@ def _outline(checkpoint: Checkpoint) -> str:
     names = list(checkpoint)
     several = checkpoint.networks if isinstance(checkpoint, ChosenNetwork) else ()
     told = f"the networks {names_of(several)}, and " if len(several) > 1 else ""
-    return f"{told}{len(names)} tensors, {', '.join(names[:2])}, ..."
+    return f"{told}{counted(len(names), 'tensor')}, {', '.join(names[:2])}, ..."
 
 
 def _configured(

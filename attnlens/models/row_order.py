@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from attnlens.checkpoints import Checkpoint
 from attnlens.errors import CheckpointError, UsageError
+from attnlens.words import counted
 
 STANDARD = "qkv,head,dim"
 KNOWN = (STANDARD, "head,qkv,dim", "head,dim,qkv", "qkv,dim,head", "dim,qkv,head", "dim,head,qkv")
@@ -93,7 +94,8 @@ def standard_rows(order: str, heads: int, rows: int) -> NDArray[np.intp]:
     axes = parse_order(order)
     groups = int(axes[0]) if axes[0].isdecimal() else 1
     if rows % (3 * heads) or heads % groups:
-        raise UsageError(f"--row-order {order}: {rows} rows are not q, k and v of {heads} heads in {groups} groups")
+        of = f"{counted(heads, 'head')} in {counted(groups, 'group')}"
+        raise UsageError(f"--row-order {order}: {counted(rows, 'row is', 'rows are')} not q, k and v of {of}")
     size = {"head": heads // groups, "dim": rows // 3 // heads}
     roles = next(axis for axis in axes if sorted(axis) == ["k", "q", "v"])
     inner = [axis for axis in axes if not axis.isdecimal()]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from attnlens.figures.notebook import png
 from attnlens.filters.inspection import FilterInspection
 from attnlens.filters.notebook import HEAD
+from attnlens.words import counted
 
 COLUMNS = {
     **{name: title for name, title in HEAD.items() if name != "verdict"},
@@ -54,7 +55,7 @@ def filter_section(filters: FilterInspection, model: str) -> FilterSection | Non
         return None
     rows = filters.stats.json_rows()
     notes = [f"Not read: {refused.path} ({refused.module_class}) {refused.reason}" for refused in filters.refused]
-    notes += [f"{why}: {len(layers)} of {len(rows)} layers" for why, layers in filters.left_out().items()]
+    notes += [f"{why}: {len(layers)} of {counted(len(rows), 'layer')}" for why, layers in filters.left_out().items()]
     drawn = filters.figures(model)
     return FilterSection(
         layers=len(rows),

@@ -16,6 +16,7 @@ from attnlens.circuits import Fold, Kind
 from attnlens.figures import style
 from attnlens.heads import Array
 from attnlens.scans.tables import GRID, Curve, Result, curves, model_rows, spread
+from attnlens.words import counted
 
 PANELS: Mapping[Kind, str] = {"qk": "QK, mean over heads", "ov": "OV, summed over heads"}
 
@@ -42,8 +43,8 @@ def draw_landscape(results: Mapping[str, Result], fold: Fold) -> Figure:
         groups = _groups({name: results[name]["group"] for name in models})
         total = LEFT + 3 * WIDTH + 2 * GAP + 30
         heading = style.Heading(total)
-        of = "" if len(models) == len(results) else f" of {len(results)}"
-        heading.add(f"Landscape of {len(models)}{of} {'model' if len(results) == 1 else 'models'}", 10, weight="bold")
+        shown = "" if len(models) == len(results) else f"{len(models)} of "
+        heading.add(f"Landscape of {shown}{counted(len(results), 'model')}", 10, weight="bold")
         heading.add(
             f"beta / alpha of each layer's fit, M ≈ alpha·Z + beta·I, {style.fold_words(fold, ['qk', 'ov'])}", 8.5
         )

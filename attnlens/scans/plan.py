@@ -149,9 +149,11 @@ def _of_names(pattern: str, notes: list[str]) -> list[Job]:
         else:
             unread += len(chosen)
     if unread:
-        notes.append(f"{pattern}: {unread} names have no attention that inspect reads without an option; left out")
+        without = "no attention that inspect reads without an option"
+        notes.append(f"{pattern}: {counted(unread, 'name has', 'names have')} {without}: left out")
     if not jobs:
-        more = f" ({untagged} architectures of that name have no pretrained weights)" if untagged else ""
+        alike = counted(untagged, "architecture of that name has", "architectures of that name have")
+        more = f" ({alike} no pretrained weights)" if untagged else ""
         raise ModelNotFoundError(
             f"{pattern!r} matches no path here and no pretrained name of timm{more}: see `attnlens list-models`"
         )

@@ -12,6 +12,7 @@ from torch.nn.functional import leaky_relu
 
 from attnlens.errors import UsageError
 from attnlens.heads import Array
+from attnlens.words import counted
 
 
 class TailoredLeakyReLU(nn.Module):
@@ -61,7 +62,8 @@ def tailored_slope(eta: float, depth: int) -> float:
     most = reached(0.0)
     if not 0 < eta <= most:
         raise UsageError(
-            f"eta = {eta!r} is not accepted: {depth} layers allow numbers above 0 and up to {most:.3f}, that of ReLU"
+            f"eta = {eta!r} is not accepted: {counted(depth, 'layer allows', 'layers allow')} numbers above 0 and up "
+            f"to {most:.3f}, that of ReLU"
         )
     return float(brentq(lambda alpha: reached(alpha) - eta, 0.0, 1.0, xtol=1e-14))
 

@@ -15,6 +15,7 @@ from attnlens.signal.activation import TailoredLeakyReLU, scaled_orthogonal, sim
 from attnlens.signal.kernels import Tokens
 from attnlens.signal.variants import Mixes, make_mixes, predicted_kernels
 from attnlens.vocabulary import one_of
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from timm.layers import Attention
@@ -56,7 +57,9 @@ class RewireReport:
         """Say in a few lines what was done."""
         which = "causal" if self.causal else "bidirectional"
         parts = f"{with_or_without(self.skips)} skips and {with_or_without(self.norms)} norms"
-        lines = [f"{self.attention}, seed {self.seed}: {self.depth} blocks {parts}, {self.tokens} tokens, {which}"]
+        lines = [
+            f"{self.attention}, seed {self.seed}: {counted(self.depth, 'block')} {parts}, {self.tokens} tokens, {which}"
+        ]
         if self.product_error is not None:
             lines.append(f"product of the attention matrices: {self.product_error:.1e} from its kernel")
         return "\n".join([*lines, *self.notes])

@@ -34,6 +34,7 @@ from attnlens.training.stop import Control, Reason
 from attnlens.training.store import Record, Store, stored_config
 from attnlens.training.structure import source_structure, structure_lines
 from attnlens.training.trainer import Listener, Session, Unit, resident_on, run_units, unit_name
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ class TrainComparison:
         config = self.findings.config
         return (
             f"<TrainComparison of {', '.join(config.arms)} on {config.dataset}: {len(self.runs)} of "
-            f"{self.findings.expected} runs ended, in {self.folder}>"
+            f"{counted(self.findings.expected, 'run')} ended, in {self.folder}>"
         )
 
 
@@ -403,4 +404,4 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
+    return f"{named[1] if named else platform.machine()}, {counted(os.cpu_count() or 1, 'core')}"

@@ -15,6 +15,7 @@ from attnlens.figures.style import line_style
 from attnlens.heads import Array
 from attnlens.training.results import Summary
 from attnlens.training.structure import Structure
+from attnlens.words import counted
 
 WIDTH = 900
 QUANTITIES = {"qk_beta": "QK beta", "ov_beta": "OV beta", "qk_alpha": "QK alpha", "ov_alpha": "OV alpha"}
@@ -168,4 +169,4 @@ def _title(summary: Summary) -> str:
 
 def _state(summary: Summary) -> str:
     runs = sum(map(len, summary.finished.values()))
-    return f"{runs} of {summary.expected} runs finished."
+    return f"{runs} of {counted(summary.expected, 'run')} finished."

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, get_args
 from attnlens.errors import AttnlensError, UsageError
 from attnlens.printable import printable
 from attnlens.training.config import Attention, Config, Precision, Recipe
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,8 @@ def device_named(name: str, process: Spread) -> torch.device:
     devices = torch.cuda.device_count()
     if process.local_world > devices:
         raise UsageError(
-            f"torchrun started {process.local_world} processes on this host, which has {devices} CUDA "
-            f"device{'s' * (devices != 1)}: pass --nproc-per-node {devices}"
+            f"torchrun started {process.local_world} processes on this host, which has "
+            f"{counted(devices, 'CUDA device')}: pass --nproc-per-node {devices}"
         )
     return torch.device(name, process.local_rank)
 

@@ -85,8 +85,8 @@ def conclusion(contrast: Contrast, family: int, metric: Metric = ACCURACY, role:
     if n < SCREENING_BELOW:
         alike = sum((value > 0) == (one.mean > 0) and value != 0 for value in contrast.differences)
         return (
-            f"{prefix}{interval}; {contrast.arm} was {word} in {alike} of {n} seeds. A direction at most: no "
-            f"difference is called one under n = {SCREENING_BELOW}."
+            f"{prefix}{interval}; {contrast.arm} was {word} in {alike} of {counted(n, 'seed')}. A direction at most: "
+            f"no difference is called one under n = {SCREENING_BELOW}."
         )
     tail = f" (n = {n}, Holm-corrected p {_equals(contrast.t_holm)}, sign-flip p {_equals(contrast.sign_flip_p)})"
     if one.low <= 0 <= one.high:
@@ -95,7 +95,7 @@ def conclusion(contrast: Contrast, family: int, metric: Metric = ACCURACY, role:
         return f"{prefix}{contrast.arm} was {word}: {interval}{tail}."
     return (
         f"{prefix}the interval points to {contrast.arm} being {word}, {interval}, but this does not survive "
-        f"the correction over {family} contrasts{tail}."
+        f"the correction over {counted(family, 'contrast')}{tail}."
     )
 
 
@@ -174,7 +174,7 @@ def _contrasts(summary: Summary) -> str:
     ]
     head = ["contrast", "n", metric.unit, f"{LEVEL:.0%} interval", "p", "Holm", "sign-flip p", "Holm"]
     sign = " A negative difference speaks for the first arm." if metric.lower_is_better else ""
-    told = f"Paired by seed; t intervals, not corrected. Holm over the {len(rows)} contrasts.{sign}"
+    told = f"Paired by seed; t intervals, not corrected. Holm over {counted(len(rows), 'contrast')}.{sign}"
     return f"{_table(head, rows)}\n\n{told} {_reachable(summary.contrasts)}".rstrip()
 
 
@@ -187,8 +187,7 @@ def _reachable(contrasts: Sequence[Contrast]) -> str:
     least = smallest_sign_flip(n, family)
     never = "" if least < _ALPHA else ": none of these contrasts can go under .05 that way"
     return (
-        f"With n = {n} and {family} contrast{'s' * (family != 1)} the corrected sign-flip p cannot go under "
-        f"{_p(least)}{never}."
+        f"With n = {n} and {counted(family, 'contrast')} the corrected sign-flip p cannot go under {_p(least)}{never}."
     )
 
 
@@ -214,7 +213,7 @@ def _ladder(ladder: Sequence[Step], metric: Metric) -> str:
     others = [f"{step.arm} over {step.below}" for step in ladder if not step.nested]
     named = " and ".join(filter(None, (", ".join(others[:-1]), *others[-1:])))
     limits = (
-        f" (other): {named} keep{'s' * (len(others) == 1)} other things of the source, not more: such a "
+        f" (other): {named} {'keeps' if len(others) == 1 else 'keep'} other things of the source, not more: such a "
         "step is the difference between two summaries of it and no part of a sum."
         if others
         else ""
@@ -281,7 +280,7 @@ def _conditions(summary: Summary) -> str:
     decay = f"weight decay {recipe.weight_decay:g}, gradient norm clipped at {recipe.clip_norm:g}"
     optimizer = "AdamW" if recipe.optimizer == DEFAULT else f"timm's {recipe.optimizer}"
     regularisers = recipe.regularisers()
-    tuned = f" in runs of {config.tune_epochs} epochs" if config.tune_epochs else ""
+    tuned = f" in runs of {counted(config.tune_epochs, 'epoch')}" if config.tune_epochs else ""
     lr = f"chosen per arm{tuned}" if config.lr_grid else f"{recipe.lr:g}"
     warmup = f"linear warm-up over {recipe.warmup:.0%} of the steps, cosine to {recipe.min_lr:g}"
     rows = [
@@ -294,7 +293,10 @@ def _conditions(summary: Summary) -> str:
         *([["regularisation", regularisers]] if regularisers else []),
         ["epochs", f"{recipe.epochs}, of which {config.passes:.2f} effective; the last one counts"],
         ["pairing", _pairing(summary)],
-        ["seeds", f"data from {config.data_seed}, initialisation from {config.init_seed}, {config.seeds} pairs"],
+        [
+            "seeds",
+            f"data from {config.data_seed}, initialisation from {config.init_seed}, {counted(config.seeds, 'pair')}",
+        ],
         ["engine", _engine(summary)],
         ["training time", f"{summary.train_seconds:.0f} s over all runs, evaluation not counted"],
         ["device", "; ".join(summary.devices)],
@@ -322,11 +324,12 @@ def _data(config: Config) -> str:
         kept = "" if config.classes is None else f", of the classes {', '.join(config.classes)} alone"
         unused = ", ".join(f"{count} {what}" for what, count in config.left_out.items())
         left_out = f"; left out: {unused}" if unused else ""
-        return f"{config.dataset}: {config.train_items} training and {config.test_items} test images{kept}{left_out}"
+        tested = counted(config.test_items, "test image")
+        return f"{config.dataset}: {config.train_items} training and {tested}{kept}{left_out}"
     return (
-        f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of {text.files} "
-        f"file{'s' * (text.files > 1)}, {text.split}; {config.train_items} windows an epoch, drawn with replacement, "
-        f"and {config.test_items} test windows side by side"
+        f"{config.dataset}: {text.train_bytes} training and {text.test_bytes} test bytes of "
+        f"{counted(text.files, 'file')}, {text.split}; {counted(config.train_items, 'window')} an epoch, drawn with "
+        f"replacement, and {counted(config.test_items, 'test window')} side by side"
     )
 
 
@@ -334,8 +337,8 @@ def _pairing(summary: Summary) -> str:
     if not summary.streams:
         return "nothing to compare yet"
     least, most = min(summary.streams.values()), max(summary.streams.values())
-    count = str(least) if least == most else f"{least} to {most}"
-    return f"hashes of order and augmentation equal in every epoch, over the {count} arms of each seed"
+    arms = counted(most, "arm") if least == most else f"{least} to {counted(most, 'arm')}"
+    return f"hashes of order and augmentation equal in every epoch, over the {arms} of each seed"
 
 
 def _limits(summary: Summary) -> str:

@@ -17,6 +17,7 @@ from scipy import stats
 
 from attnlens.statistics.verdicts import corrected
 from attnlens.training.metrics import ACCURACY, Metric
+from attnlens.words import counted
 
 LEVEL = 0.95
 SCREENING_BELOW = 6
@@ -194,7 +195,7 @@ def gap_closed(values: Values, arm: str, *, baseline: str, pretrained: str, metr
         return GapClosed(arm, nan, nan, nan, n, reason)
 
     if n < 3:
-        return refused(f"{n} seeds are too few")
+        return refused(f"{counted(n, 'seed is', 'seeds are')} too few")
     mine, base, best = (np.array([column[s] for s in seeds]) for column in columns)
     above, whole = (mine - base).tolist(), (best - base).tolist()
     gap = Mean.of(whole)

@@ -15,6 +15,7 @@ from attnlens.statistics.table import StatsTable
 from attnlens.strict_json import parse_json
 from attnlens.training.record_schema import ResumeError
 from attnlens.training.structure import FOLDS, Structure, measure_structure, structure_line
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +73,7 @@ class StructureTracker:
 
     def __repr__(self) -> str:
         """Say what is tracked, how far, and where."""
-        return f"<StructureTracker of {self._opened.name}: {len(self.lines)} epochs in {self.folder}>"
+        return f"<StructureTracker of {self._opened.name}: {counted(len(self.lines), 'epoch')} in {self.folder}>"
 
     @property
     def model(self) -> str:
@@ -140,7 +141,8 @@ class StructureTracker:
             points = [(float(line["epoch"]), line["structure"]) for line in self.lines]
             last = max(1.0, points[-1][0])
             title = f"{self._opened.name}: structure through training"
-            drawn["structure"] = structure_figure(title, f"{points[-1][0]:g} epochs.", {self.run: [points]}, last)
+            told = f"{counted(int(points[-1][0]), 'epoch')}."
+            drawn["structure"] = structure_figure(title, told, {self.run: [points]}, last)
         with FileSet() as files:
             save_figures(drawn, self.folder, into=files.write)
             files.write(self.folder / "structure.jsonl", methodcaller("write", "".join(lines).encode()))

@@ -25,6 +25,7 @@ from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store
 from attnlens.training.structure import measure_structure
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +184,7 @@ def train_unit(session: Session, unit: Unit) -> bool:
     fewer = f"--stack {max(1, models // 2)} (same conditions) or " if models > 1 else ""
     advice = f"try {fewer}--batch-size {max(1, batch // 2)}, for every arm, with another --output"
     try:
-        with room_for(f"with {models} model{'s' * (models > 1)} of batch {batch}", advice, session.device):
+        with room_for(f"with {counted(models, 'model')} of batch {batch}", advice, session.device):
             return _Training(session, unit).run()
     except OutOfMemoryError as error:
         if not session.automatic or models == 1:

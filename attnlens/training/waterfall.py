@@ -14,6 +14,7 @@ from attnlens.training.ladder import Step
 from attnlens.training.metrics import Metric
 from attnlens.training.results import Summary
 from attnlens.training.statistics import LEVEL, Mean
+from attnlens.words import counted
 
 WIDTH = 608
 """Device pixels: a column of a paper, at the size its text is read at."""
@@ -33,8 +34,8 @@ def draw_waterfall(summary: Summary, ladder: Sequence[Step]) -> Figure:
         heading = style.Heading(WIDTH)
         heading.add(f"{config.dataset}: what each step of the ladder adds", 9.5, weight="bold")
         heading.add(
-            f"{metric.title}, n = {ladder[0].step.difference.n} seeds; bars: step over the rung above; whiskers: "
-            f"{LEVEL:.0%} interval of the step; hatched: {metric.worse} than the rung above",
+            f"{metric.title}, {counted(ladder[0].step.difference.n, 'seed')}; bars: step over the rung above; "
+            f"whiskers: {LEVEL:.0%} interval of the step; hatched: {metric.worse} than the rung above",
             7.5,
         )
         notes = style.wrapped(_notes(ladder), WIDTH - 40, 7)

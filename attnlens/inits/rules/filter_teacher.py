@@ -13,6 +13,7 @@ from attnlens.inits.registry import choose, initialiser
 from attnlens.inits.rules.filters import turned
 from attnlens.layouts.read_write import widened
 from attnlens.models.open import open_model
+from attnlens.words import counted
 
 
 @initialiser("transfer-filters")
@@ -33,7 +34,8 @@ def transfer_filters(
     opened = open_model(teacher, checkpoint, filters=True)
     mine, theirs = network.architecture.filters, opened.architecture.filters
     if len(mine) != len(theirs):
-        raise UsageError(f"the teacher {opened.name} has {len(theirs)} layers of filters, the network {len(mine)}")
+        layers = counted(len(theirs), "layer")
+        raise UsageError(f"the teacher {opened.name} has {layers} of filters, the network {len(mine)}")
 
     def plan(layer: FilterLayer) -> FilterPlan:
         import torch

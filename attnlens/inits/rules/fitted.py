@@ -13,6 +13,7 @@ from attnlens.inits.plan import ALL_HEADS, Layer, Network, Plan, Request, Rule
 from attnlens.inits.products import Columns, Noise, Pair, ov_reason, plan_ov, plan_ov_heads, plan_qk
 from attnlens.inits.registry import choose, initialiser
 from attnlens.inits.rules.mimetic import merged
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from attnlens.fit.gains import GainsOption, LayerGains
@@ -106,9 +107,11 @@ def _check_channels(network: Network, by_layer: dict[int, LayerRequest], ov: str
             found = getattr(by_layer[index], name)
             if found is not None and heads[name] and found.log_rows.shape != (heads[name], width):
                 count, channels = found.log_rows.shape
+                one = "head" if name != "ov_gains" else "sum of heads"
                 raise UsageError(
-                    f"gains='channels' are those of {channels} channels, {count} of them by layer {index}, where "
-                    f"{spec.path} has {width} channels and {heads[name]}: pass gains='quantiles'"
+                    f"gains='channels' are those of {counted(count, one)} of {counted(channels, 'channel')} in layer "
+                    f"{index}, where {spec.path} has {counted(heads[name], one, f'{one}s')} of "
+                    f"{counted(width, 'channel')}: pass gains='quantiles'"
                 )
 
 
@@ -130,7 +133,7 @@ def _pairs(layer: Layer, by_layer: dict[int, LayerRequest], which: str) -> list[
     expected = {"qk": layer.weights.num_heads, "ov": 1, "ov_heads": layer.weights.num_value_heads}[which]
     if len(values) != expected:
         raise UsageError(
-            f"the parameters hold {len(values)} requests for the {expected} of layer {layer.index} ({which})"
+            f"the parameters hold {counted(len(values), 'request')} for the {expected} of layer {layer.index} ({which})"
         )
     if not np.isfinite(values).all():
         return []

@@ -18,6 +18,7 @@ from attnlens.inits.registry import choose, initialiser
 from attnlens.inits.rules.reduced import Keep, keeping
 from attnlens.models.open import open_model
 from attnlens.models.opened import OpenedModel
+from attnlens.words import counted
 
 _NORM_BIAS = "the bias of the teacher's norm stays with the teacher: only its gain is folded in"
 Select = Callable[[Array, tuple[int, ...]], Array]
@@ -147,6 +148,7 @@ def _paired(network: Network, opened: OpenedModel, how: str) -> dict[int, int]:
     """Pair each of the network's layers with one of the teacher's."""
     mine, theirs = network.architecture.indexed(), opened.architecture.indexed()
     if len(theirs) < len(mine) or (how == "same" and len(theirs) != len(mine)):
-        raise UsageError(f"the teacher {opened.name} has {len(theirs)} attention layers, the network {len(mine)}")
+        layers = counted(len(theirs), "attention layer")
+        raise UsageError(f"the teacher {opened.name} has {layers}, the network {len(mine)}")
     chosen = evenly_spaced(len(theirs), len(mine)) if how == "spaced" else np.arange(len(mine))
     return {index: theirs[int(place)][0] for (index, _), place in zip(mine, chosen, strict=True)}

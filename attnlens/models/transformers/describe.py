@@ -14,6 +14,7 @@ from attnlens.models.architecture import Architecture
 from attnlens.models.by_tensor_names import find_groups
 from attnlens.models.transformers import decoders, encoder_decoder, text, vision
 from attnlens.models.transformers.stack import Config, Family, Role, Stack
+from attnlens.words import counted
 
 
 @cache
@@ -156,7 +157,8 @@ def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> Size
     if heads % stack.parts or kv_heads % stack.parts:
         raise ModelNotFoundError(f"{heads} heads in {where} do not make {stack.parts} equal parts: fix the file")
     if depth > len(stored):
-        raise CheckpointError(f"{where} speaks of {depth} layers, and the weights are {len(stored)} tensors")
+        tensors = counted(len(stored), "tensor is", "tensors are")
+        raise CheckpointError(f"{where} speaks of {counted(depth, 'layer')}, and {tensors} stored")
     head_dim = number(stack.head_dim, width // heads)
     return Sizes(config, depth, width, heads, kv_heads, head_dim, source_depth)
 

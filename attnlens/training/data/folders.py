@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from attnlens.training.data.image_files import DatasetError
 from attnlens.training.data.order import generator
+from attnlens.words import counted
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
@@ -65,8 +66,8 @@ def split_of(name: str, paths: Iterable[str], *, packed: bool = False) -> Split:
     strange = sorted({path.partition("/")[0] for path in tested if "/" in path} - set(classes))
     if strange:
         raise DatasetError(
-            f"{name}: {tests[0]}/ holds the class{'es' * (len(strange) > 1)} {_named(strange)}, of which {train}/ "
-            "holds no image: give both the same classes"
+            f"{name}: {tests[0]}/ holds {'the class' if len(strange) == 1 else 'the classes'} {_named(strange)}, of "
+            f"which {train}/ holds no image: give both the same classes"
         )
     _classes(name, tested, tests[0], least=1)
     return Split(
@@ -145,7 +146,7 @@ def _named(words: Sequence[str]) -> str:
 def told(split: Split, left_out: Mapping[str, int]) -> str:
     """Say what of a data set is used and what is left out: one line."""
     tested = f"{split.tested}/" if split.tested else "a fifth of each class"
-    counts = f"{len(split.train)} training and {len(split.test)} test images ({tested})"
+    counts = f"{len(split.train)} training and {counted(len(split.test), 'test image')} ({tested})"
     words = [f"{counts} of {len(split.classes)} classes: {_named(split.classes)}"]
     missing = [split.classes[label] for label in sorted(set(split.train_labels) - set(split.test_labels))]
     if missing:

@@ -16,6 +16,7 @@ from attnlens.training.data.mixing import draw_kept, draw_mixing, mixed, packed
 from attnlens.training.data.on_device import Chunked, Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, epoch_order, generator
 from attnlens.training.data.rows import BLOCK, Held, Pixels, blocks, in_file, picked
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,8 @@ class Images(Dataset):
             raise UsageError(f"--classes names {unknown[0]}, no class of {self.name}: choose even, odd or from {known}")
         kept = tuple(name for name in self.classes if name in chosen)
         if len(kept) < 2:
-            raise UsageError(f"--classes keeps {len(kept)} of {self.name}'s {len(ordered)} classes: name two or more")
+            every = counted(len(ordered), "class", "classes")
+            raise UsageError(f"--classes keeps {len(kept)} of {self.name}'s {every}: name two or more")
         number = np.full(len(self.classes), -1, np.int64)
         number[[self.classes.index(name) for name in kept]] = np.arange(len(kept))
         train, test = number[self.train_labels], number[self.test_labels]
@@ -226,7 +228,7 @@ class ResidentImages:
 
 def _balanced(labels: Labels, count: int, option: str) -> NDArray[np.int64]:
     if not 0 < count <= len(labels):
-        raise UsageError(f"{option} {count}: the data set has {len(labels)} such images")
+        raise UsageError(f"{option} {count}: the data set has {counted(len(labels), 'such image')}")
     order = generator(0, 0, "subset").permutation(len(labels))
     shuffled = labels[order]
     rank = np.empty(len(labels), np.int64)  # an image's place among those of its class

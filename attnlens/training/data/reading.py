@@ -17,6 +17,7 @@ from attnlens.training.data.folders import split_of, told
 from attnlens.training.data.image_files import SUFFIXES, Budget, DatasetError, Read, UnreadableError, hidden, opened
 from attnlens.training.data.memory import free_memory, in_words
 from attnlens.training.data.rows import Pixels, Rows, picked
+from attnlens.words import counted
 
 Say = Callable[[str], None]
 """Is told how far something has got."""
@@ -61,7 +62,7 @@ def decoded(
                     animated += [path] * moving
                     places[path] = rows.count  # an archive may hold a name twice: the last one counts, as on a disk
                     rows.add(pixels)
-                say(f"{name}: {len(places):,} images decoded")
+                say(f"{name}: images decoded: {len(places):,}")
         if not places:
             raise damaged[0] if damaged else no_images(name)
         pixels = rows.array()
@@ -73,7 +74,7 @@ def decoded(
     if damaged:
         words.append(f"the first unreadable one: {damaged[0].path} ({damaged[0].reason})")
     if animated:
-        words.append(f"of {len(animated)} animated images ({animated[0]}, ...) the first frame")
+        words.append(f"of {counted(len(animated), 'animated image')} ({animated[0]}, ...) the first frame")
     train, test = (picked(pixels, np.array([places[path] for path in paths])) for paths in (split.train, split.test))
     note = "; ".join(words)
     return Decoded(train, split.train_labels, test, split.test_labels, split.classes, counts, note)

@@ -138,7 +138,7 @@ def _hfds(name: str, root: Path | None, image_size: int | None, say: Say) -> Ima
                 read[part][0].append(pixels_of(image, image_size))
                 read[part][1].append(int(label))
                 taken += read[part][0][-1].nbytes
-                say(f"{name}: {len(read[part][0])} images of {split} decoded")
+                say(f"{name}: images of {split} decoded: {len(read[part][0]):,}")
                 if free is not None and taken > free / 3:  # they are stacked, and an epoch copies them
                     raise DatasetError(
                         f"{name} takes more than {in_words(taken)} decoded, and {in_words(free)} of memory are free: "

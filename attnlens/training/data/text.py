@@ -16,6 +16,7 @@ from attnlens.strict_json import within
 from attnlens.training.data.image_files import DatasetError
 from attnlens.training.data.on_device import Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, generator
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -82,12 +83,14 @@ class Text(Dataset):
         for split, title in ((self.train, "training"), (self.test, "test")):
             if len(split) <= context:
                 raise UsageError(
-                    f"the {title} split of {self.name} has {len(split)} bytes, too few for a window of {context} and "
-                    "the byte behind it: give a longer text or a smaller --context"
+                    f"the {title} split of {self.name} has {counted(len(split), 'byte')}, too few for a window of "
+                    f"{context} and the byte behind it: give a longer text or a smaller --context"
                 )
         held = len(self.test_starts(context))
         if test_windows is not None and test_windows > held:
-            raise UsageError(f"--test-images {test_windows}: the test split of {self.name} has {held} windows")
+            raise UsageError(
+                f"--test-images {test_windows}: the test split of {self.name} has {counted(held, 'window')}"
+            )
         return replace(self, windows=windows, test_windows=test_windows)
 
     def test_starts(self, context: int) -> NDArray[np.int64]:
