@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -122,16 +122,18 @@ class Child:
         return _ended(os.waitstatus_to_exitcode(status), self.began, *self.words)
 
 
+PYTHON = (sys.executable, "-m", "attnlens")
+
+
 class Process:
     """A command in a process of its own, started as a user starts it."""
 
-    def __init__(self, arguments: list[str], cwd: Path) -> None:
+    def __init__(self, arguments: list[str], cwd: Path, start: Sequence[str] = PYTHON) -> None:
         self.words = _words(cwd)
         self.began, self.started = time.monotonic(), time.time()
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         with self.words[0].open("w") as out, self.words[1].open("w") as err:
-            command = [sys.executable, "-m", "attnlens", *arguments]
-            self.process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err, env=environment)
+            self.process = subprocess.Popen([*start, *arguments], cwd=cwd, stdout=out, stderr=err, env=environment)
 
     def kill(self) -> None:
         """Kill it with SIGKILL."""

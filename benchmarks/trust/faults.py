@@ -37,11 +37,16 @@ def parts(given: argparse.Namespace, work: Path) -> dict[str, Callable[[], dict[
     )
     from benchmarks.trust.fault_kills import kill, shares
     from benchmarks.trust.fault_planted import failing_comparison, failing_writes
+    from benchmarks.trust.fault_workers import kill_ranks
 
     draws = given.draws
 
     def killed(title: str, name: str, wanted: int, own: int, rng: random.Random) -> dict[str, Any]:
         found = kill(name, wanted, own, rng, work / title)
+        return {**found.to_json(), "wrong": found.wrong}
+
+    def ranks(title: str, rng: random.Random) -> dict[str, Any]:
+        found = kill_ranks(draws, rng, work / title)
         return {**found.to_json(), "wrong": found.wrong}
 
     def disks(_title: str, _rng: random.Random) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def parts(given: argparse.Namespace, work: Path) -> dict[str, Callable[[], dict[
 
     named: dict[str, Callable[[str, random.Random], dict[str, Any]]] = {
         "disks": disks,
+        "ranks_killed": ranks,
         "failing_writes": lambda title, rng: failing_writes(4 * draws, rng, work / title).to_json(),
         "failing_comparisons": lambda title, rng: failing_comparison(4 * draws, rng, work / title).to_json(),
         "inputs_that_vanish": lambda title, _: vanishing_inputs(work / title).to_json(),
