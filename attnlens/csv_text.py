@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import IO, Any, TextIO
 
 from attnlens.printable import printable
@@ -43,6 +44,11 @@ def _write(file: TextIO, columns: Sequence[str], rows: Iterable[Iterable[Any]]) 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
-        text = printable(value)
-        return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+        return _text(value)
     return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+@lru_cache(1 << 10)  # most tables say the same few words in every row
+def _text(value: str) -> str:
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from attnlens.arguments import told
 from attnlens.printable import one_line
 
 
@@ -9,8 +12,8 @@ class AttnlensError(Exception):
     """Base of every error attnlens raises on purpose; its text is one printable line, whatever files call things."""
 
     def __str__(self) -> str:
-        """Return the text, made safe for a terminal by `attnlens.printable`."""
-        return one_line(super().__str__())
+        """Return the text, made safe for a terminal by `attnlens.printable`, naming arguments or options as is read."""
+        return one_line(told(super().__str__()))
 
 
 class UsageError(AttnlensError, ValueError):
@@ -35,6 +38,13 @@ class OutputError(AttnlensError, OSError):
 
 class ParamsError(AttnlensError, ValueError):
     """A parameter file is not valid; the text names the file and the field."""
+
+
+def first_problem(error: Any) -> str:
+    """Return which field of data pydantic refuses first, and why, in a line."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the whole"
+    return f"{field}: {first['msg']}"
 
 
 def first_line(error: BaseException) -> str:

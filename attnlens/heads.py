@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attnlens.words import counted
+
 if TYPE_CHECKING:  # the shapes are checked at every call while tests run: tests/conftest.py
     from jaxtyping import Float
 
@@ -24,7 +26,7 @@ class InputNorm:
     centres: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class HeadWeights:
     """Hold W_Q, W_K, W_V, W_O of one layer, one matrix per head.
 
@@ -62,6 +64,11 @@ class HeadWeights:
     layer_scale: Float[Array, " out_dim"] | None = None
     scale: float = 1.0
     leaves_out: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        """Say the layer and its sizes."""
+        sizes = f"{counted(self.num_heads, 'head')}, embed_dim {self.embed_dim}, head_dim {self.head_dim}"
+        return f"<HeadWeights of layer {self.layer}, {self.name}: {sizes}>"
 
     @property
     def num_heads(self) -> int:

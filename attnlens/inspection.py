@@ -9,7 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import methodcaller
 from pathlib import Path
 from threading import Lock
@@ -44,13 +45,17 @@ from attnlens.models.opened import Access, IndexedSpecs, OpenedModel, unknown_no
 from attnlens.provenance import run_provenance
 from attnlens.statistics.diagonal import fit_diagonal
 from attnlens.statistics.gains import describe_gains, gain_profiles
-from attnlens.statistics.table import ALL_HEADS, Row, StatsTable
+from attnlens.statistics.table import ALL_HEADS, Row, StatsTable, Tabular
 from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, ON_REQUEST, head_index, layer_choice, layer_index
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
+
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
 
 
 UNSAID = frozenset({"qk_bias"})
@@ -78,8 +83,8 @@ class Corners:
     fold: Fold
     size: int
     bounded: bool = False
-    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict)
-    shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict)
+    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict, repr=False)
+    shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict, repr=False)
     _counts: Counter[tuple[Kind, int]] = field(default_factory=Counter, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -120,9 +125,11 @@ class Corners:
         return panels, {layer: self.shapes[circuit, layer] for layer in layers}
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Tabular):
     """What `inspect` found: ``stats`` is the table of attention, ``filters`` what there is of depthwise filters.
+
+    Its rows are those of ``stats``; of a model without attention those of ``filters``.
 
     Circuits, covariances and figures are made from the weights on request.
     """
@@ -147,6 +154,17 @@ class Inspection:
         """Indices of the attention layers that were read."""
         return tuple(layer for layer, _ in self.specs)
 
+    def _table(self) -> StatsTable:
+        return self.stats if self.specs else self.filters.stats
+
+    def _headline(self) -> str:
+        parts = []
+        if self.specs:
+            parts.append(f"{len(self.specs)} of {counted(self.depth, 'attention layer')}, {' and '.join(self.folds)}")
+        if self.filters.specs:
+            parts.append(f"{len(self.filters.specs)} of {counted(self.filters.depth, 'layer')} of depthwise filters")
+        return f"Inspection of {self.model}: {'; '.join(parts)}"
+
     def heads(self, layer: int) -> HeadWeights:
         """Read one layer's weights again."""
         return self.opened.heads(layer_index(layer, self.layers))
@@ -166,7 +184,15 @@ class Inspection:
             return product
         return product.head(head_index(head, product.shape[0], weights.layer))
 
-    def figures(self, fold: Fold | None = None, size: int = 64, corners: Corners | None = None) -> dict[str, Figure]:
+    def figures(
+        self,
+        fold: Fold | None = None,
+        size: int = 64,
+        corners: Corners | None = None,
+        *,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> dict[str, Figure]:
         """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
         Where balanced products were measured, ``gains`` too.
@@ -174,35 +200,55 @@ class Inspection:
         The heatmaps show the top-left ``size x size`` corner of every product under ``fold`` (effective where it was
         measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured.
         ``corners`` are those that were kept while measuring; without them, or where they are of another fold or size,
-        the layers are read again. Raises `UsageError` for a fold that was not measured or a size below 1.
+        the layers are read again. ``style`` and ``width`` are those of `attnlens.figure_style`. Raises `UsageError` for
+        a fold that was not measured or a size below 1.
         """
-        from attnlens.figures import gains, heatmaps, profiles, spectra, style
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(fold, size, corners), style, width)
+
+    def figure(
+        self,
+        name: str,
+        fold: Fold | None = None,
+        size: int = 64,
+        corners: Corners | None = None,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, and return the figure it is in.
+
+        ``ax`` are axes to draw into, with no title and no prose: one where the figure has one panel, one a panel in
+        reading order, or a dict from names of panels to axes, which draws those alone: ``{"beta ov": ax}``. The names
+        are in the error for others. A figure with a colour bar takes its room from the axes. Raises `UsageError`.
+        """
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(fold, size, corners), name, ax, style, width)
+
+    def _drawings(self, fold: Fold | None, size: int, corners: Corners | None) -> dict[str, Drawing]:
+        from attnlens.figures.circuits import circuit_drawings
 
         fold = ("effective" if "effective" in self.folds else self.folds[0]) if fold is None else FOLD(fold)
         if fold not in self.folds:
             raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(self.folds)}")
-        if size < 1:
-            raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
-        filters = self.filters.figures(self.model) if self.filters.specs else {}
+        _check_size(size)
+        filters = self.filters.drawings(self.model) if self.filters.specs else {}
         if not self.specs:
             return filters
+        known = corners if corners is not None and (corners.fold, corners.size) == (fold, size) else None
         words = in_words(self.left_out(), len(self.layers))
-        about: dict[str, Any] = {"model": self.model, "notes": f"Note: {words}." if words else ""}
-        if corners is None or (corners.fold, corners.size) != (fold, size):
-            corners = self.corners(fold, size)
-        with style.look():
-            return {
-                "qk_heatmap": heatmaps.draw_heatmap(*corners.of("qk"), circuit="qk", fold=fold, **about),
-                "ov_heatmap": heatmaps.draw_heatmap(*corners.of("ov"), circuit="ov", fold=fold, **about),
-                "depth_profile": profiles.draw_profile(self.stats, self.folds, **about),
-                "spectra": spectra.draw_spectra(self.spectra, fold, **about),
-                **({"gains": gains.draw_gains(gain_profiles(self.gains), **about)} if self.gains else {}),
-                **filters,
-            }
+        about: Any = {"model": self.model, "notes": f"Note: {words}." if words else ""}
+        read = cache(lambda: known or self.corners(fold, size))
+        profiles = gain_profiles(self.gains) if self.gains else {}
+        return circuit_drawings(self.stats, self.folds, self.spectra, profiles, read, fold=fold, **about) | filters
 
     def corners(self, fold: Fold, size: int) -> Corners:
         """Read the layers again and return the corners of their products."""
         fold = FOLD(fold)
+        _check_size(size)
         found = Corners(fold, size)
         for layer in self.layers:
             circuits = [circuit for circuit in CIRCUITS if (layer, circuit, fold) in self.spectra]
@@ -376,7 +422,7 @@ def measure_layer(
     gains: dict[GainsKey, Gains] = {}
     raw = {"qk": qk_circuit(weights)}
     if weights.W_O is not None:
-        raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
+        raw |= {"ov": ov_circuit(weights), "sum": replace(layer_ov(weights), parts=None)}
     for fold in folds:
         if fold != "raw" and "norm_unknown" in weights.leaves_out:
             continue
@@ -403,6 +449,11 @@ def _rows(
     return [
         (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
     ]
+
+
+def _check_size(size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise UsageError(f"a corner of {size} x {size} entries cannot be drawn: give a size of 1 or more")
 
 
 def _caveats(spec: AttentionSpec) -> list[str]:

@@ -82,7 +82,7 @@ class Outputs:
         if not self.force and not is_ours(path):
             raise OutputError(
                 f"{path} was not written by attnlens, or was changed since: choose another name, or add --force "
-                "(force=True) to replace it"
+                "to replace it"
             )
         return path
 

@@ -41,7 +41,9 @@ class Vocabulary:
 
     def find(self, value: Any) -> str | None:
         """Return the word as attnlens spells it; None for what is none of the words."""
-        return self._known().get(spelled_alike(value)) if isinstance(value, str) else None
+        if not isinstance(value, str):
+            return None
+        return value if value in self.words else self._known().get(spelled_alike(value))
 
     def __call__(self, value: Any) -> Any:
         """Return the word as attnlens spells it. Raises `UsageError` with the accepted words."""
@@ -65,6 +67,10 @@ PER = Vocabulary("per", ("head", "layer", "model"))
 HEADS = Vocabulary("head", ("each", "all"))
 COMPOSED = Vocabulary("kind", ("q", "k", "v"))
 ON_REQUEST = Vocabulary("include", ("channel", "linear"))
+GAINS = Vocabulary("gains", ("none", "quantiles", "channels"))
+FIGURE_STYLE = Vocabulary("style", ("default", "paper"), {"screen": "default"})
+FIGURE_WIDTH = Vocabulary("width", ("column", "page"), {"text": "page", "two-columns": "page", "one-column": "column"})
+FIGURE_FORMAT = Vocabulary("format", ("png", "pdf", "svg"))
 SHRINKAGE = Vocabulary("shrinkage", ("ledoit-wolf", "oas", "none"))
 
 
@@ -85,6 +91,11 @@ def index(name: str, value: Any) -> int:
     if isinstance(value, bool) or found < 0:
         raise UsageError(f"{name} {value!r} is no index: give a whole number of 0 or more")
     return found
+
+
+def several(given: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what was given one by one, or all of one list or tuple."""
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else tuple(given)
 
 
 def layer_index(value: Any, known: Iterable[int], missing: str = "was not read") -> int:

@@ -1,5 +1,8 @@
 """Circuits against dense float64 products and against attention itself."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -16,6 +19,8 @@ from attnlens.circuits import (
 )
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import InputNorm
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.inference import infer
 from tests.conftest import random_heads
 
 
@@ -335,3 +340,19 @@ def test_sums_of_squares_that_cancel_are_never_negative():
         factors[1][::2] = rng.normal(size=(7, 1)) * row  # rows of B that A does not see: zero up to rounding
         product_of_zeros = FactoredProduct(*(each @ turn for each in (factors if side else factors[::-1])))
         assert min(each.min() for each in product_of_zeros.squared_margins()) >= 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-40])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_products_memory_is_free_with_the_last_of_it(whole, scale):
+    circuit = product(rows=13, cols=13)
+    circuit = WholeProduct.of(scale * circuit.dense(), 5) if whole else FactoredProduct(scale * circuit.A, circuit.B)
+    held = weakref.ref(circuit.A)
+    gc.disable()  # what only the collector frees lives on through many layers
+    try:
+        infer(circuit)
+        fit_diagonal(circuit, circuit.singular_values())
+        del circuit
+        assert held() is None
+    finally:
+        gc.enable()

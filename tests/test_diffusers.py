@@ -126,7 +126,7 @@ def test_an_unknown_class_and_a_pipeline_say_what_to_do(tmp_path):
     torch.save({"a.to_q.weight": torch.zeros(3, 3)}, tmp_path / "diffusion_pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Nobody"}))
     with pytest.raises(
-        ModelNotFoundError, match=r"class 'Nobody', which is not known: give .*--num-heads.*Known are Auto"
+        ModelNotFoundError, match=r"class 'Nobody', which is not known: give .*num_heads.*Known are Auto"
     ):
         open_model(tmp_path, None)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))

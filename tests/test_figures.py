@@ -132,7 +132,7 @@ def test_the_colour_scale_is_symmetric_and_clipped_at_the_percentile_it_names():
     assert norm(0.0) == 0.5
     assert "99.5th percentile" in words(figure)
     assert f"±{norm.vmax:.2g}" in words(figure)
-    assert "entry of W_QK" in [axes.get_ylabel() for axes in figure.axes]
+    assert "entry of W_QK (arcsinh scale)" in [axes.get_ylabel() for axes in figure.axes]
 
 
 def test_the_colour_scale_goes_there_and_back():
@@ -220,7 +220,7 @@ def drawn_lines(axes, gid):
 
 def test_the_profile_draws_every_product_of_every_fold_and_its_mean(inspection, figures):
     axes = figures["depth_profile"].axes
-    assert [a.get_title(loc="left") for a in axes[::3]] == ["QK, every head", "OV, every head", "OV, summed over heads"]
+    assert [a.get_title(loc="left") for a in axes[:3]] == ["QK, every head", "OV, every head", "OV, summed over heads"]
     selections = ({"circuit": "qk"}, {"circuit": "ov"}, {"circuit": "ov", "head": "all"})
     for column, selection in enumerate(selections):
         for fold in ("raw", "effective"):
@@ -230,8 +230,8 @@ def test_the_profile_draws_every_product_of_every_fold_and_its_mean(inspection, 
             wanted = {name: table.column(name)[kept] for name in ("alpha", "beta")}
             wanted["cosine"] = (table.column("identity_cosine") / bound)[kept]
             for row, (name, values) in enumerate(wanted.items()):
-                (points,) = drawn_lines(axes[3 * column + row], f"{name} {fold}")
-                (mean,) = drawn_lines(axes[3 * column + row], f"mean {name} {fold}")
+                (points,) = drawn_lines(axes[3 * row + column], f"{name} {fold}")
+                (mean,) = drawn_lines(axes[3 * row + column], f"mean {name} {fold}")
                 np.testing.assert_array_equal(points.get_ydata(), values)
                 np.testing.assert_allclose(mean.get_ydata(), values.reshape(LAYERS, -1).mean(1))
                 np.testing.assert_array_equal(mean.get_xdata(), range(LAYERS))
@@ -239,14 +239,14 @@ def test_the_profile_draws_every_product_of_every_fold_and_its_mean(inspection, 
 
 def test_the_profile_marks_two_standard_errors_zero_and_whole_layers(inspection, figures):
     figure = figures["depth_profile"]
-    axes = figure.axes[1]
+    axes = figure.axes[3]
     table = inspection.stats.select(circuit="qk", fold="raw")
     segments = next(c for c in axes.collections if isinstance(c, LineCollection)).get_segments()
     ends = np.array(segments)[:, :, 1]
     np.testing.assert_allclose(ends.mean(1), table.column("beta"))
     np.testing.assert_allclose(np.diff(ends)[:, 0], 4 * table.column("beta_stderr"))
     assert any(np.all(np.asarray(line.get_ydata()) == 0) for line in axes.lines)
-    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["0", "1", "2"]
+    assert [label.get_text() for label in figure.axes[6].get_xticklabels()] == ["0", "1", "2"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["raw weights", "effective (norm gain and any LayerScale folded in)"]
 

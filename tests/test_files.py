@@ -25,7 +25,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named_with_what_to_do(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot write .*a\.txt: .*Choose a folder you can write to with --output"):
+    with pytest.raises(OutputError, match=r"cannot write .*a\.txt: .*Choose a folder you can write to with output"):
         write_text_atomic(tmp_path / "file" / "a.txt", "text")
 
 

@@ -111,7 +111,7 @@ def test_a_bare_file_with_attention_needs_a_head_count_and_has_both_then(tmp_pat
     from safetensors.torch import save_file
 
     save_file(both().state_dict(), tmp_path / "bare.safetensors")
-    with pytest.raises(UsageError, match="give --num-heads"):
+    with pytest.raises(UsageError, match="give num_heads"):
         attnlens.inspect(tmp_path / "bare.safetensors")
     inspection = attnlens.inspect(tmp_path / "bare.safetensors", num_heads=3)
     assert [spec.path for _, spec in inspection.filters.specs] == ["mix", "widen"]

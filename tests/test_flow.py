@@ -12,8 +12,10 @@ ROOMS = (
     *(
         "printable",
         "words",
+        "arguments",
         "errors",
         "vocabulary",
+        "figure_styles",
         "provenance",
         "threads",
         "atomic",

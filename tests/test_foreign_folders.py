@@ -165,7 +165,7 @@ def test_a_configuration_of_another_width_is_told_by_the_shapes(tmp_path):
 
 def test_an_unknown_model_type_lists_the_known_ones(tmp_path):
     message = one_line(write(tmp_path, {**BERT, "model_type": "funnel"}, bert()), ModelNotFoundError)
-    assert "model_type 'funnel', which is not known: give the weight file and --num-heads" in message
+    assert "model_type 'funnel', which is not known: give the weight file and num_heads" in message
     assert ". Known are audio-spectrogram-transformer, bart, beit, bert, " in message
 
 

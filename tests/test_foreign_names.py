@@ -116,7 +116,9 @@ def test_torchvisions_vit_is_read_with_its_heads_and_its_norm(tmp_path):
 @pytest.mark.parametrize("name", ["vit_b_16", "seqformer"])
 def test_without_num_heads_one_line_asks_for_model_or_num_heads(tmp_path, name):
     save_file({"encoder.self_attention.in_proj_weight": torch.zeros(9, 3)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UsageError, match=r"does not say which architecture.*MODEL --checkpoint.*--num-heads") as caught:
+    with pytest.raises(
+        UsageError, match=r"does not say which architecture.*model with checkpoint='.*num_heads"
+    ) as caught:
         attnlens.inspect(tmp_path / f"{name}.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -226,7 +228,7 @@ def test_what_stands_inside_the_module_is_flagged(tmp_path):
 
 def test_one_head_count_for_layers_of_two_widths_is_refused(tmp_path):
     tensors = named(**BLOCK, **{"c/attn/qkv/weight": (18, 6), "c/attn/proj/weight": (6, 6)})
-    with pytest.raises(UsageError, match=r"widths 3, 6: one --num-heads cannot be true of all"):
+    with pytest.raises(UsageError, match=r"widths 3, 6: one num_heads cannot be true of all"):
         open_model(write(tmp_path, tensors), None, 3)
 
 
@@ -237,13 +239,13 @@ def test_a_head_count_that_does_not_divide_the_rows_is_refused(tmp_path):
 
 @pytest.mark.parametrize("heads", [0, -3])
 def test_a_head_count_below_one_is_refused(tmp_path, heads):
-    with pytest.raises(UsageError, match=f"--num-heads {heads} is not a number of heads"):
+    with pytest.raises(UsageError, match=f"num_heads.{heads} is not a number of heads"):
         open_model(write(tmp_path, named(**BLOCK)), None, heads)
 
 
 def test_num_heads_with_a_named_model_is_refused():
     for model, checkpoint in (("vit_tiny_patch16_224", None), ("vit_tiny_patch16_224", "a.safetensors"), (None, None)):
-        with pytest.raises(UsageError, match="--num-heads goes with a weight file alone"):
+        with pytest.raises(UsageError, match="num_heads goes with a weight file alone"):
             open_model(model, checkpoint, 3)
 
 
@@ -261,7 +263,7 @@ def test_the_guess_shows_in_table_and_provenance(tmp_path):
 
 def test_without_a_known_norm_only_raw_products_are_measured(tmp_path):
     assert attnlens.inspect(write(tmp_path, named(**BLOCK)), num_heads=1, fold="both").folds == ("raw",)
-    with pytest.raises(UsageError, match="use --fold raw"):
+    with pytest.raises(UsageError, match="use fold='raw'"):
         attnlens.inspect(tmp_path / "bare.safetensors", num_heads=1, fold="effective")
 
 

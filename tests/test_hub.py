@@ -152,7 +152,7 @@ def test_what_the_hub_refuses_is_told_in_one_line(stocked, repo, revision, told)
 def test_a_repository_without_weights_is_named(hub):
     hub.put(REPO, {"config.json": b"{}"})
     with pytest.raises(
-        ModelNotFoundError, match=r"owner/name holds no weights named model.safetensors, .*--checkpoint"
+        ModelNotFoundError, match=r"owner/name holds no weights named model.safetensors, .*checkpoint=FILE"
     ):
         fetch_weights(REPO)
 
@@ -171,10 +171,12 @@ def test_a_hub_that_is_not_there_is_given_up_at_once(monkeypatch):
 def test_offline_asks_nothing_and_says_what_to_do(stocked, monkeypatch):
     from huggingface_hub import constants
 
-    with pytest.raises(ModelNotFoundError, match=r"--offline or HF_HUB_OFFLINE forbids .*hf download owner/name model"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"offline=True or HF_HUB_OFFLINE forbids .*hf download owner/name model"
+    ):
         fetch_weights(REPO, offline=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelNotFoundError, match=r"--offline or HF_HUB_OFFLINE forbids"):
+    with pytest.raises(ModelNotFoundError, match=r"offline=True or HF_HUB_OFFLINE forbids"):
         open_weights(REPO, remote=True)
     assert stocked.log == []
 
@@ -227,7 +229,7 @@ def test_a_damaged_file_in_the_folder_is_replaced_or_refused_offline(hub):
     kept_at = cached_path(hub.url + path)
     kept_at.parent.mkdir(parents=True)
     kept_at.write_bytes(NEW[:-1])
-    with pytest.raises(ModelNotFoundError, match=r"is damaged, and --offline"):
+    with pytest.raises(ModelNotFoundError, match=r"is damaged, and offline=True"):
         fetch_url(hub.url + path, offline=True)
     assert fetch_url(hub.url + path).read_bytes() == NEW
 
@@ -246,7 +248,7 @@ def test_a_url_that_is_cut_off_or_busy_is_asked_again(hub):
 
 @pytest.mark.parametrize(("path", "told"), [("/files/absent.pth", "404")])
 def test_a_url_that_is_not_there_is_told_in_one_line(hub, path, told):
-    with pytest.raises(ModelNotFoundError, match=rf"cannot download {hub.url}{path}: .*{told}.*--checkpoint FILE$"):
+    with pytest.raises(ModelNotFoundError, match=rf"cannot download {hub.url}{path}: .*{told}.*checkpoint=FILE$"):
         fetch_url(hub.url + path)
 
 
@@ -265,7 +267,7 @@ def test_tags_are_known_as_cached_in_either_place(stocked):
 
 
 def test_offline_and_remote_exclude_each_other():
-    with pytest.raises(UsageError, match="--offline and --remote exclude each other"):
+    with pytest.raises(UsageError, match="offline=True and remote=True exclude each other"):
         open_model("test_vit", None, access=Access(offline=True, remote=True))
 
 

@@ -223,7 +223,7 @@ def test_tokens_numbers_images_and_waves_go_in_without_being_asked_for(front):
 
 def test_a_size_that_is_not_stated_is_asked_for_and_taken():
     model = random_(Block(nn.Conv2d(3, WIDTH, 4, 4), length=5 * 7))
-    with pytest.raises(UsageError, match=r"AssertionError: \d+ tokens; give input_size=\): use --fold raw"):
+    with pytest.raises(UsageError, match=r"AssertionError: \d+ tokens; give input_size=\): use fold='raw'"):
         attnlens.inspect(model, fold="effective")
     with pytest.raises(UnsupportedAttentionError, match="give input_size="):
         attnlens.fit_params(model)
@@ -383,7 +383,7 @@ def test_a_head_count_that_is_none_is_refused(num_heads, given):
 
 @pytest.mark.parametrize("args", [[1], {1: 2}, {"norm_layer": nn.LayerNorm}, {"depth": torch.tensor(3)}])
 def test_arguments_that_are_no_plain_data_are_refused(args):
-    with pytest.raises(attnlens.AttnlensError, match=r"^model_args of --model-arg "):
+    with pytest.raises(attnlens.AttnlensError, match=r"^model_args of this call "):
         attnlens.inspect("vit_tiny_patch16_224", vit().state_dict(), model_args=args)
 
 

@@ -62,6 +62,17 @@ def test_a_number_and_what_it_counts_are_written_by_counted():
     assert wrong == []
 
 
+def test_templates_write_a_number_and_what_it_counts_by_counted():
+    templates = sorted((PACKAGE / "templates").glob("*.j2"))
+    assert len(templates) > 2
+    wrong = []
+    for path in templates:
+        for number, after in re.findall(r"{{ ([^}]*) }}( [a-z -]*)", path.read_text()):
+            if PLURAL.match(after) and "counted" not in number:
+                wrong.append((path.name, number, after))
+    assert wrong == []
+
+
 @pytest.mark.parametrize(
     "planted",
     ["f'{len(rows)} layers'", "f'of {n} seeds'", "f'{n} training runs ended'", "f'{n} class{\"es\" * (n > 1)}'"],

@@ -59,7 +59,7 @@ def test_a_file_of_others_is_replaced_by_force_alone(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(FOREIGN[name])
     assert not is_ours(path)
-    with pytest.raises(OutputError, match=r"was not written by attnlens, or was changed since: .* --force"):
+    with pytest.raises(OutputError, match=r"was not written by attnlens, or was changed since: .* force=True"):
         Outputs().check(path)
     assert Outputs(force=True).check(path) == path
 

@@ -115,7 +115,7 @@ def test_of_several_files_one_is_asked_for_and_of_its_networks_one(tmp_path, pac
     path = put(tmp_path, "two.archive.zip", pack(SEVERAL))
     with pytest.raises(UsageError, match=r"it holds 2 weight files, a/first.pth, a/second.safetensors: choose with"):
         open_checkpoint(path)
-    with pytest.raises(UsageError, match=r"--weights third.pth is not one of 2 weight files"):
+    with pytest.raises(UsageError, match=r"weights third.pth is not one of 2 weight files"):
         open_checkpoint(path, "third.pth")
     for wanted, seed in {
         "a/second.safetensors": 3,

@@ -58,7 +58,7 @@ def test_sizes_that_the_shapes_show_are_not_asked_for(name, prefix):
 
 def test_sizes_that_are_given_are_not_looked_for():
     model = network(depth=4, embed_dim=60, num_heads=5)
-    with pytest.raises(CheckpointError, match=r"is 60 wide, vit_tiny_patch16_224 192, .*--model-arg num_heads=N"):
+    with pytest.raises(CheckpointError, match=r"is 60 wide, vit_tiny_patch16_224 192, .*model_args=\{'num_heads': N\}"):
         open_model(NAME, model.state_dict())
     same(layers(NAME, model.state_dict(), model_args={"num_heads": 5}), layers(model))
     given = {"depth": 4, "embed_dim": 60, "num_heads": 5}
@@ -114,7 +114,7 @@ def test_arguments_that_build_nothing_are_refused_in_one_line(given, error, text
 
 
 def test_arguments_for_what_is_not_timms_are_refused():
-    with pytest.raises(UsageError, match="--model-arg is for architectures of timm"):
+    with pytest.raises(UsageError, match="model_args is for architectures of timm"):
         open_model(network(depth=1), None, model_args={"depth": 1})
 
 

@@ -419,7 +419,7 @@ def test_the_weights_tell_another_order_of_rows_and_the_option_reads_it(tmp_path
         assert "rows ordered qkv,head,dim, which the weights bear out (correlation 0.9" in label
         assert alphas(path, num_heads=8) == expected
         return
-    with pytest.raises(UsageError, match=f"Add --row-order {order}"):
+    with pytest.raises(UsageError, match=f"Add row_order='{order}'"):
         alphas(path, num_heads=8)
     assert alphas(path, num_heads=8, row_order=order) == expected
     params = attnlens.fit_params(path, num_heads=8, row_order=order, fold="raw")
@@ -501,7 +501,7 @@ class Packed(torch.nn.Module):
 def test_a_live_network_is_read_in_the_order_of_rows_that_is_asked_for():
     (stored, meant), given = trained("head,dim,qkv"), {"num_heads": 8, "fold": "raw"}
     module, expected = Packed(stored), attnlens.inspect(Packed(meant), **given).stats
-    with pytest.raises(UsageError, match="Add --row-order head,dim,qkv"):
+    with pytest.raises(UsageError, match="Add row_order='head,dim,qkv'"):
         attnlens.inspect(module, **given)
     found = attnlens.inspect(module, row_order="head,dim,qkv", **given)
     assert found.stats.json_rows() == expected.json_rows()
@@ -511,7 +511,7 @@ def test_a_live_network_is_read_in_the_order_of_rows_that_is_asked_for():
 
 
 def test_an_order_of_rows_without_a_head_count_is_refused_and_not_ignored():
-    with pytest.raises(UsageError, match="--row-order goes with --num-heads"):
+    with pytest.raises(UsageError, match="row_order goes with num_heads"):
         attnlens.inspect(vit(), row_order="head,dim,qkv")
 
 

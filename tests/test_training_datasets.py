@@ -164,7 +164,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
             path = root / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(number, size))
-    with pytest.raises(UsageError, match="not all squares of one size: pass --image-size"):
+    with pytest.raises(UsageError, match="not all squares of one size: pass image_size"):
         load_dataset(str(root), cache=tmp_path / "cache")
     found = load_dataset(str(root), image_size=8, cache=tmp_path / "cache")
     assert found.train.shape == (8, 3, 8, 8)

@@ -302,7 +302,7 @@ def test_sources_that_are_no_plain_vit_are_refused():
 
 
 def test_unknown_arms_are_refused_by_name(source):
-    with pytest.raises(UsageError, match="--arms names mimtic, which is no arm: choose from default"):
+    with pytest.raises(UsageError, match="arms names mimtic, which is no arm: choose from default"):
         initial_state("mimtic", 0, SHAPE, source)
 
 

@@ -362,7 +362,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, changes, err
 
 def test_filters_of_a_network_without_any_cannot_be_frozen(tmp_path):
     source = write_source(tmp_path)
-    with pytest.raises(UsageError, match="--freeze-filters: the network has no depthwise filters"):
+    with pytest.raises(UsageError, match="freeze_filters=True: the network has no depthwise filters"):
         compare(source, tmp_path / "out", options=small(source, freeze_filters=True))
 
 

@@ -343,7 +343,7 @@ def test_an_archive_that_holds_a_name_twice_gives_the_last_one(tmp_path):
 
 def test_sizes_that_differ_are_refused_before_all_is_decoded(tmp_path):
     root = written(tmp_path / "mixed", {"a/0.png": png(0), "a/1.png": png(1, 5), "b/0.png": png(2), "b/1.png": png(3)})
-    with pytest.raises(UsageError, match="not all squares of one size: pass --image-size"):
+    with pytest.raises(UsageError, match="not all squares of one size: pass image_size"):
         load_dataset(str(root), cache=tmp_path / "cache")
 
 

@@ -44,9 +44,9 @@ def test_precision_is_what_the_device_computes_with(monkeypatch):
         assert precision_on(CUDA, "auto") == expected
     for device, wanted in ((CPU, "float32"), (CPU, "bfloat16"), (CUDA, "float16"), (CUDA, "float32")):
         assert precision_on(device, wanted) == wanted
-    with pytest.raises(UsageError, match="--precision float16 needs a CUDA device"):
+    with pytest.raises(UsageError, match="precision float16 needs a CUDA device"):
         precision_on(CPU, "float16")
-    with pytest.raises(UsageError, match="--precision half is not known: choose auto, float32, bfloat16, float16"):
+    with pytest.raises(UsageError, match="precision half is not known: choose auto, float32, bfloat16, float16"):
         precision_on(CPU, "half")
 
 
@@ -71,7 +71,9 @@ def test_without_a_compiler_training_is_eager_with_a_note_or_refused_where_it_wa
     assert capsys.readouterr().err == (
         "note: the training step is not compiled, which is slower: Failed to find C compiler.\n"
     )
-    with pytest.raises(UsageError, match=r"--compile: torch cannot compile for cuda here \(Failed to find C compiler"):
+    with pytest.raises(
+        UsageError, match=r"compiled=True: torch cannot compile for cuda here \(Failed to find C compiler"
+    ):
         compiles_on(CUDA, wanted=True)
 
 

@@ -219,6 +219,8 @@ def test_report_summary_and_figure_say_what_each_step_is_worth(climbed):
     assert [step["arm"] for step in data["ladder"]] == list(ARMS[1:])
     assert data["ladder"][0]["step"]["difference"]["n"] == 2
     assert "waterfall.png" in data["files"]
+    assert set(found.figures()) == {"curves", "structure", "waterfall"}
+    assert found.figure("waterfall", style="paper", width="page").get_figwidth() == 6.75
     config = json.loads((found.folder / "config.json").read_text())
     assert config["classes"] == ["1", "3", "5", "7", "9"]
     assert config["starts"]["permuted"].startswith("keeps of default-0: attention with one random permutation")
@@ -236,7 +238,7 @@ def test_the_waterfall_names_every_rung_and_step_and_hatches_those_that_go_back(
         assert bool(bar.get_hatch()) == (step.step.difference.mean <= 0)
     figure.canvas.draw()
     renderer, box = figure.canvas.get_renderer(), figure.bbox
-    for text in (*figure.texts, *axes.get_yticklabels(), axes.xaxis.label):
+    for text in (*figure.texts, *axes.texts, *axes.get_yticklabels(), axes.xaxis.label):
         extent = text.get_window_extent(renderer)
         assert extent.x0 >= 0
         assert extent.x1 <= box.x1, text.get_text()
@@ -306,7 +308,7 @@ def test_the_shipped_model_states_its_data_and_digits_are_others():
 def test_a_ladder_without_a_source_is_refused_by_its_first_rung(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh " * 400)
-    with pytest.raises(UsageError, match="--arms ladder starts from a pre-trained source, and gpt-tiny has no weights"):
+    with pytest.raises(UsageError, match="arms ladder starts from a pre-trained source, and gpt-tiny has no weights"):
         compare(None, tmp_path / "out", options={"dataset": f"text:{text}", "arms": ("ladder",)})
 
 
@@ -359,14 +361,14 @@ def test_digits_cut_to_some_classes_are_those_classes_under_new_labels():
     assert named.classes == ("3", "7")
     assert {tuple(whole.only("even").classes), odd.classes} == {tuple("02468"), tuple("13579")}
     for wrong in ("evn", ["3"], ["3", "x"], []):
-        with pytest.raises(UsageError, match="--classes"):
+        with pytest.raises(UsageError, match="classes"):
             whole.only(wrong)
 
 
 def test_classes_of_a_text_are_refused(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh " * 400)
-    with pytest.raises(UsageError, match=r"--classes even is about images, and text:text\.txt is text"):
+    with pytest.raises(UsageError, match=r"classes even is about images, and text:text\.txt is text"):
         compare(None, tmp_path / "out", options={"dataset": f"text:{text}", "classes": "even"})
 
 
@@ -435,7 +437,9 @@ def test_a_ladder_of_filters_says_what_its_rungs_keep(filtered):
 def test_weights_of_another_kind_of_network_are_refused(filtered, tmp_path):
     _, source = filtered
     path = write_source(tmp_path)
-    with pytest.raises(UsageError, match="holds no weights of convmixer-tiny as train-compare --save-weights"):
+    with pytest.raises(
+        UsageError, match="holds no weights of convmixer-tiny as `attnlens train-compare --save-weights`"
+    ):
         Source.of("convmixer-tiny", path)
     assert source.sha256
 

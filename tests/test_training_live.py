@@ -138,11 +138,11 @@ def test_wandb_keeps_a_run_each_offline(source, tmp_path, monkeypatch):
 
 
 def test_logs_that_cannot_be_written_are_refused_before_anything_is_read(monkeypatch):
-    with pytest.raises(UsageError, match="--log mlflow is not known: choose csv, tensorboard, wandb"):
+    with pytest.raises(UsageError, match="log mlflow is not known: choose csv, tensorboard, wandb"):
         check_loggers(["mlflow"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
     check_loggers(["csv", "tensorboard"])
-    with pytest.raises(UsageError, match=r"--log wandb needs the package wandb: pip install 'attnlens\[wandb\]', or"):
+    with pytest.raises(UsageError, match=r"log wandb needs the package wandb: pip install 'attnlens\[wandb\]', or"):
         check_loggers(["csv", "wandb"])
 
 

@@ -179,11 +179,11 @@ compare(Path({str(source)!r}), Path({str(tmp_path / "spread")!r}), workers=1, sa
 
 
 def test_a_changed_configuration_is_refused_and_named(source, whole):
-    with pytest.raises(UsageError, match=r"recipe.lr is 0.002, was 0.001\. Repeat the first command with --resume"):
+    with pytest.raises(UsageError, match=r"recipe.lr is 0.002, was 0.001\. Repeat the first command with resume=True"):
         compare(source, whole, options=small(source, lr=2e-3), resume=True)
     with pytest.raises(UsageError, match="seeds is 3, was 2"):
         compare(source, whole, options=small(source, seeds=3), resume=True)
-    with pytest.raises(UsageError, match="holds a comparison already: add --resume"):
+    with pytest.raises(UsageError, match="holds a comparison already: add resume=True"):
         compare(source, whole)
     with pytest.raises(UsageError, match="holds no comparison"):
         compare(source, whole.parent / "empty", resume=True)
@@ -272,9 +272,9 @@ def test_out_of_memory_says_which_smaller_batch_to_try(source, tmp_path, monkeyp
         raise error
 
     monkeypatch.setattr(Stack, "step", step)
-    with pytest.raises(OutOfMemoryError, match=r"1 model of batch 40: try --batch-size 20"):
+    with pytest.raises(OutOfMemoryError, match=r"1 model of batch 40: try batch_size=20"):
         compare(source, tmp_path / "one")
-    with pytest.raises(OutOfMemoryError, match=r"4 models of batch 40: try --stack 2 \(same conditions\) or --batch"):
+    with pytest.raises(OutOfMemoryError, match=r"4 models of batch 40: try stack=2 \(same conditions\) or batch"):
         compare(source, tmp_path / "four", options=small(source, stack=4))
 
 

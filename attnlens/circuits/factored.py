@@ -27,7 +27,7 @@ RIDGE = 1e-12  # of a Gram matrix's trace: makes it positive definite, far below
 SAFE_EXPONENT = 60  # fourth powers of products of factors within 2^+-60 are far from overflow and underflow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FactoredProduct:
     """A stack of products M = A @ B.T kept apart: A ``[..., rows, rank]``, B ``[..., cols, rank]``, float64."""
 
@@ -37,6 +37,10 @@ class FactoredProduct:
     """What was divided out of the rows and columns of a balanced product"""
     parts: FactoredProduct | None = field(default=None, kw_only=True, repr=False)
     """Stack of the products that this one is the sum of, each with factors of its own"""
+
+    def __repr__(self) -> str:
+        """Say the shape and the rank; entries are what `dense` returns."""
+        return f"<{type(self).__name__} of shape {list(self.shape)}, rank at most {self.rank_bound}>"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,15 +57,20 @@ class FactoredProduct:
         """Whether M has as many rows as columns, so that a diagonal and a trace mean something."""
         return self.A.shape[-2] == self.B.shape[-2]
 
-    @cached_property
+    @property
     def unit(self) -> tuple[FactoredProduct, NDArray[np.int_]]:
         """The products at a scale at which no power of their entries is lost, and the exponents of 2 taken out.
 
         M = 2^exponent * unit, exactly; the product itself, and zeros, where it is at such a scale already.
         """
+        return self._scaled_down or (self, np.zeros(self.A.shape[:-2], dtype=np.int_))
+
+    @cached_property
+    def _scaled_down(self) -> tuple[FactoredProduct, NDArray[np.int_]] | None:
+        """`unit` where it is another product: one that held itself would stay in memory until cycles are collected."""
         exponents = exponent_of(self.A), exponent_of(self.B)
         if max(np.abs(exponent).max(initial=0) for exponent in exponents) <= SAFE_EXPONENT:
-            return self, np.zeros_like(exponents[0])
+            return None
         A, B = (np.ldexp(f, -e[..., None, None]) for f, e in zip((self.A, self.B), exponents, strict=True))
         exponent = exponents[0] + exponents[1]
         parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
@@ -216,7 +225,8 @@ class FactoredProduct:
 
 def exponent_of(factor: Array) -> NDArray[np.int_]:
     """Return the exponents of 2 of the largest entry of each factor."""
-    return np.asarray(np.frexp(np.abs(factor).max((-2, -1), initial=0.0))[1], dtype=np.int_)
+    largest = np.maximum(factor.max((-2, -1), initial=0.0), -factor.min((-2, -1), initial=0.0))
+    return np.asarray(np.frexp(largest)[1], dtype=np.int_)
 
 
 def squares_of(factor: Array) -> Array:

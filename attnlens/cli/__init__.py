@@ -19,6 +19,13 @@ _UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF}
 
 def main() -> None:
     """Run the command line: exit code 0, 1 for a failure told in one line, 2 for wrong usage."""
+    from attnlens.arguments import as_options
+
+    with as_options():
+        _run()
+
+
+def _run() -> None:
     from attnlens.threads import guard_threads
 
     guard_threads()  # before anything imports numpy or torch

@@ -8,10 +8,11 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
 from attnlens.outputs import Outputs
+from attnlens.words import numbered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,9 @@ def compose(
     offline: options.Offline = False,
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -54,10 +57,13 @@ def compose(
     from attnlens.composition_files import save_composition
     from attnlens.inspection import UNSAID
     from attnlens.layouts.flags import FLAGS, layers_by_reason
+    from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("composition.csv", "composition.json"))
+    import_beside("attnlens.figures.composition")
     composition = attnlens.compose(
         model,
         checkpoint,
@@ -75,15 +81,15 @@ def compose(
         flag for flags in composition.leaves_out.values() for flag in flags if flag not in UNSAID
     ):
         flagged = [layer for layer, flags in composition.leaves_out.items() if flag in flags]
-        note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
+        note(f"{FLAGS[flag]}: {numbered(flagged, 'layer')}")
     for label, labelled in layers_by_reason((layer, [label]) for layer, label in composition.labels.items()).items():
-        note(f"{label}: layers {format_layers(labelled)}")
+        note(f"{label}: {numbered(labelled, 'layer')}")
     from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 
     folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
     with FileSet(outputs.check) as files:
-        save_figures(composition.figures(), folder, format_, dpi, into=files.write)
+        save_figures(composition.figures(), folder, into=files.write)
         pairs = save_composition(composition, folder, command_line(), files, all_pairs=all_pairs)
         text = files.read(folder / "composition.json").decode() if json_ else ""
     if json_:

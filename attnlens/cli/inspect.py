@@ -8,11 +8,11 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
 from attnlens.cli.tables import in_words, layer_table, print_sheet
 from attnlens.outputs import Outputs
-from attnlens.words import counted
+from attnlens.words import counted, numbered
 
 if TYPE_CHECKING:
     from attnlens.circuits import Fold
@@ -49,7 +49,9 @@ def inspect(
         ),
     ] = None,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -57,17 +59,16 @@ def inspect(
 
     Of depthwise convolutions (ConvNeXt, ConvMixer, ...) the covariance of each layer's filters is measured.
     """
-    from importlib import import_module
-    from threading import Thread
-
     from attnlens.atomic import FileSet
     from attnlens.circuits import parse_folds
     from attnlens.inspection import Corners, save_inspection
+    from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
-    Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
+    import_beside(*(f"attnlens.figures.{name}" for name in ("heatmaps", "profiles", "spectra")))
     folds = parse_folds(fold)
     corners = Corners("effective" if "effective" in folds else folds[0], crop or _CROP, bounded=crop is None)
     inspection = attnlens.inspect(
@@ -97,7 +98,7 @@ def inspect(
     from attnlens.figures import save_figures
 
     with FileSet(outputs.check) as files:
-        save_figures(inspection.figures(shown, corners.size, corners), folder, format_, dpi, into=files.write)
+        save_figures(inspection.figures(shown, corners.size, corners), folder, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()
     if json_:
@@ -148,6 +149,8 @@ def caveats(inspection: Inspection) -> list[str]:
         lines.append(f"sizes {inspection.provenance['sizes']}")
     stacks = inspection.stacks()
     if len(stacks) > 1:
-        lines += [f"{path}: layers {format_layers(layers)}" for path, layers in stacks.items()]
-    lines += [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
-    return lines + [f"{why}: layers of filters {format_layers(own)}" for why, own in filters.left_out().items()]
+        lines += [f"{path}: {numbered(layers, 'layer')}" for path, layers in stacks.items()]
+    lines += [f"{why}: {numbered(layers, 'layer')}" for why, layers in inspection.left_out().items()]
+    return lines + [
+        f"{why}: {numbered(own, 'layer of filters', 'layers of filters')}" for why, own in filters.left_out().items()
+    ]

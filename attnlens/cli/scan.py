@@ -57,13 +57,16 @@ def scan(
     offline: options.Offline = False,
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
     from attnlens.scans.plan import plan_scan
 
+    options.draw_in(style, figure_width, format_, dpi)
     if list_:
         plan = plan_scan(patterns)
         write_stdout("\n".join(job.name for job in plan.jobs))
@@ -84,7 +87,6 @@ def scan(
             remote=remote,
             force=force,
             figure=format_,
-            dpi=dpi,
             command=command_line(),
             progress=tracked("models"),
         )

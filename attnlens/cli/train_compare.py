@@ -218,6 +218,10 @@ def train_compare(
         Path | None,
         typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
     ] = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     table: options.TableFile = None,
     force: options.Force = False,
     json_: options.Json = False,
@@ -227,6 +231,7 @@ def train_compare(
     leads = os.environ.get("RANK", "0") == "0"
     if leads:
         note("loading")  # the first second: torch and others are imported behind it
+    options.draw_in(style, figure_width, format_, dpi)
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,

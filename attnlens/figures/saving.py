@@ -28,21 +28,24 @@ Item = TypeVar("Item")
 def save_figures(
     figures: Mapping[str, Figure],
     folder: str | os.PathLike[str],
-    format: str = "png",  # noqa: A002  (the word savefig uses)
-    dpi: int = style.DPI,
+    format: str | None = None,  # noqa: A002  (the word savefig uses)
+    dpi: float | None = None,
     into: Writer = write_atomic,
 ) -> list[Path]:
     """Write every figure as ``<name>.<format>`` into ``folder``, each atomically, and return the paths.
 
-    ``format`` is png, pdf or svg; ``dpi`` sets the pixels of png; ``into`` may be the ``write`` of a `FileSet`. Files
-    carry no date and no software version. In pdf and svg, text stays text and images keep one pixel an entry. Raises
-    `UsageError` for another format, before anything is written, and `OutputError` when a file cannot be written.
+    ``format`` is png, pdf or svg; ``dpi`` sets the pixels of png; what is left out is as in the current `figure_style`,
+    by default png of 150. ``into`` may be the ``write`` of a `FileSet`. Files carry no date and no software version. In
+    pdf and svg, text stays text and images keep one pixel an entry. Raises `UsageError` for another format, before
+    anything is written, and `OutputError` when a file cannot be written.
     """
-    if format not in WRITERS:
-        raise UsageError(f"figures cannot be written as {format!r}: choose {', '.join(WRITERS)}")
+    here = style.current()
+    suffix, dots = format or here.format, dpi or here.dpi
+    if suffix not in WRITERS:
+        raise UsageError(f"figures cannot be written as {suffix!r}: choose {', '.join(WRITERS)}")
     with style.look():
-        drawn = _one_ahead((name, WRITERS[format](figure, dpi)) for name, figure in figures.items())
-        return [into(Path(folder) / f"{name}.{format}", write) for name, write in drawn]
+        drawn = _one_ahead((name, WRITERS[suffix](figure, dots)) for name, figure in figures.items())
+        return [into(Path(folder) / f"{name}.{suffix}", write) for name, write in drawn]
 
 
 def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:

@@ -13,12 +13,14 @@ from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import FilterSpec
 from attnlens.layouts.flags import layers_by_reason
 from attnlens.layouts.spec import Refusal
-from attnlens.statistics.table import Row, StatsTable
+from attnlens.statistics.table import Row, StatsTable, Tabular
 from attnlens.threads import Progress, over_threads
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from attnlens.figures.drawings import Drawing
     from attnlens.models.architecture import Architecture
 
 Reader = Callable[[int], Array]
@@ -26,8 +28,8 @@ Reader = Callable[[int], Array]
 IndexedFilters = tuple[tuple[int, FilterSpec], ...]
 
 
-@dataclass(frozen=True)
-class FilterInspection:
+@dataclass(frozen=True, repr=False)
+class FilterInspection(Tabular):
     """What was found in a model's depthwise filters: ``stats`` has a row a layer, under `statistics.COLUMNS`."""
 
     stats: StatsTable
@@ -44,6 +46,12 @@ class FilterInspection:
         """Indices of the layers that were read, counted over layers of filters."""
         return tuple(layer for layer, _ in self.specs)
 
+    def _table(self) -> StatsTable:
+        return self.stats
+
+    def _headline(self) -> str:
+        return f"FilterInspection of {len(self.specs)} of {counted(self.depth, 'layer')} of depthwise filters"
+
     def read(self, layer: int) -> Array:
         """Read one layer's filters ``[filter, height, width]`` again."""
         if layer not in self.layers:
@@ -58,12 +66,18 @@ class FilterInspection:
         """Say in words what else acts on the filters, with the layers it is true of."""
         return layers_by_reason((layer, [spec.label]) for layer, spec in self.specs)
 
-    def figures(self, model: str) -> dict[str, Figure]:
-        """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read."""
-        from attnlens.filters.figures import draw_filters
+    def drawings(self, model: str) -> dict[str, Drawing]:
+        """Return what draws ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers read."""
+        from attnlens.filters.figures import filter_drawings
 
         covariances = {layer: (self.covariance(layer), spec) for layer, spec in self.specs}
-        return draw_filters(self.stats, covariances, self.spectra, self.left_out(), model=model)
+        return filter_drawings(self.stats, covariances, self.spectra, self.left_out(), model=model)
+
+    def figures(self, model: str) -> dict[str, Figure]:
+        """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read."""
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self.drawings(model))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights as JSON-ready data."""

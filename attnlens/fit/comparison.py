@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.circuits import Fold, Kind
+from attnlens.circuits import Fold, Kind, parse_folds
 from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.comparison import FilterProfile, filter_distances, filter_profiles
 from attnlens.inspection import Inspection, inspect
 from attnlens.statistics.depth import GRID, Profile, relative_depth, rms_over_depth
-from attnlens.statistics.table import ALL_HEADS, StatsTable
+from attnlens.statistics.preview import shown_rows
+from attnlens.statistics.table import ALL_HEADS, StatsTable, Tabular
 from attnlens.threads import Progress
-from attnlens.vocabulary import CIRCUIT, FOLD, Vocabulary
-from attnlens.words import counted, told_apart
+from attnlens.vocabulary import CIRCUIT, FOLD, Vocabulary, several
+from attnlens.words import counted, listed, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
 
 STATISTICS = ("alpha", "beta", "identity_share")
 STATISTIC = Vocabulary("statistic", STATISTICS)
@@ -34,9 +38,12 @@ PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
 _COLUMNS = ("first", "second", "circuit", "identity_share", "log_alpha", "shares", "effective_rank")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Profiles of several models and the distances between each pair, of attention and of depthwise filters."""
+@dataclass(frozen=True, repr=False)
+class Comparison(Tabular):
+    """Profiles of several models and the distances between each pair, of attention and of depthwise filters.
+
+    Its rows are the distances: one a pair and circuit; of depthwise filters the circuit is ``filters``.
+    """
 
     fold: Fold
     models: tuple[str, ...]
@@ -64,18 +71,64 @@ class Comparison:
 
     def to_csv(self) -> str:
         """Return the distances as CSV: a row a pair and circuit; of depthwise filters the circuit is ``filters``."""
-        rows = [*self.distances, *({"circuit": "filters", **row} for row in self.filter_distances)]
-        return csv_text(_COLUMNS, ([row.get(name) for name in _COLUMNS] for row in rows))
+        return csv_text(_COLUMNS, ([row.get(name) for name in _COLUMNS] for row in self._records()))
 
-    def figures(self) -> dict[str, Figure]:
-        """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side."""
-        from attnlens.fit.figures import draw_comparison, draw_filter_comparison
+    def _records(self) -> list[dict[str, Any]]:
+        return [*self.distances, *({"circuit": "filters", **row} for row in self.filter_distances)]
 
-        found = {}
+    def _table(self) -> StatsTable:
+        records = self._records()
+        return StatsTable.of(records, [name for name in _COLUMNS if any(name in record for record in records)])
+
+    def _headline(self) -> str:
+        return f"Comparison of {listed(self.models, 'model')}: {self.fold} products by relative depth"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the distances, and the profiles of all models."""
+        from attnlens.figures.notebook import fragment
+
+        table = self._table()
+        return fragment(
+            lambda: next(iter(self.figures().values())),
+            title=self._headline(),
+            note="root mean square over depth of the difference between two profiles",
+            head=table.columns,
+            rows=shown_rows(table.rows),
+            about=("left out", dict(self.left_out)),
+        )
+
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side.
+
+        ``style`` and ``width`` are those of `attnlens.figure_style`.
+        """
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(), style, width)
+
+    def figure(
+        self,
+        name: str,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(), name, ax, style, width)
+
+    def _drawings(self) -> dict[str, Drawing]:
+        from functools import partial
+
+        from attnlens.fit.comparison_figures import draw_comparison, draw_filter_comparison
+
+        found: dict[str, Drawing] = {}
         if self.profiles:
-            found["comparison"] = draw_comparison(self.models, self.profiles, self.fold)
+            found["comparison"] = partial(draw_comparison, self.models, self.profiles, self.fold)
         if self.filter_profiles:
-            found["filter_comparison"] = draw_filter_comparison(self.models, self.filter_profiles)
+            found["filter_comparison"] = partial(draw_filter_comparison, self.models, self.filter_profiles)
         return found
 
 
@@ -93,6 +146,8 @@ def compare(
 ) -> Comparison:
     """Return how the structure of several models, each inspected, differs with depth.
 
+    ``models`` are what `inspect` takes and what it returned, one by one or as one list.
+
     Distance of a pair, per circuit (QK, OV): the root mean square over relative depth t in [0, 1] of the difference of
     the two ``identity_share`` profiles, interpolated linearly in t: between 0 and 2, free of scale, width and depth.
     Beside it ``log_alpha``: the same of log10(alpha), the difference in noise scale. Models with depthwise filters are
@@ -102,6 +157,7 @@ def compare(
     `UnsupportedAttentionError` where no two models hold layers of one kind.
     """
     fold = FOLD(fold)
+    models = several(models)
     if len(models) < 2:
         raise UsageError("compare needs at least two models")
     if checkpoints and len(checkpoints) != len(models):
@@ -118,9 +174,27 @@ def compare(
         "remote": remote,
         "progress": progress,
     }
-    inspections = [inspect(model, file, **how) for model, file in zip(models, files, strict=True)]
+    inspections = [inspected(model, file, **how) for model, file in zip(models, files, strict=True)]
     paths = [_path_of(model, file) for model, file in zip(models, files, strict=True)]
     return compare_inspections(inspections, fold, paths)
+
+
+def inspected(model: Any, checkpoint: Any = None, **how: Any) -> Inspection:
+    """Return an inspection as it is, and of all else what `inspect` finds.
+
+    Raises `UsageError` where a checkpoint is given beside an inspection, or its fold was not measured.
+    """
+    if not isinstance(model, Inspection):
+        return inspect(model, checkpoint, **how)
+    if checkpoint is not None:
+        raise UsageError(f"{model.model} is inspected already: give its checkpoint to inspect(), or the model itself")
+    missing = [fold for fold in parse_folds(how.get("fold", "raw")) if fold not in model.folds]
+    if model.specs and missing:
+        raise UsageError(
+            f"{model.model} was inspected without fold {missing[0]!r}: choose from {', '.join(model.folds)}, or "
+            f"inspect it with fold={missing[0]!r}"
+        )
+    return model
 
 
 def compare_inspections(

@@ -9,7 +9,7 @@ Of depthwise filters it holds the covariance of every layer and a closed form fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold, Kind
-from attnlens.errors import ParamsError
+from attnlens.errors import ParamsError, first_problem
 from attnlens.filters.closed_form import closed_form
 from attnlens.filters.entries import FilterEntry, FilterEntryOfVersion2, FilterMedians, carried_over
 from attnlens.filters.fit import filter_medians
@@ -29,14 +29,17 @@ from attnlens.fit.gains import LEVELS, CircuitGains, GainsOption
 from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import Kernel
 from attnlens.statistics.depth import _Part, relative_depth
+from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.strict_json import parse_json
-from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, index
-from attnlens.words import counted
+from attnlens.vocabulary import CIRCUIT, FOLD, GAINS, HEADS, index
+from attnlens.words import counted, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
     from attnlens.models.architecture import Architecture
 
 SCHEMA = "attnlens.params"
@@ -64,8 +67,11 @@ class LayerRequest(_Part):
     """the same of single OV heads"""
 
 
-class InitParams(_Part):
-    """Fitted parameters of one or more models; see the module's text for what carries over and how."""
+class InitParams(Tabular, _Part):
+    """Fitted parameters of one or more models; see the module's text for what carries over and how.
+
+    Its rows are the entries with the names of their models; where there are none, those of depthwise filters.
+    """
 
     schema_: Literal["attnlens.params"] = Field(alias="schema")
     schema_version: Literal[4]
@@ -81,6 +87,13 @@ class InitParams(_Part):
     gains: list[CircuitGains] = Field(description="of the balanced products; none where none were fitted")
     filters: list[FilterEntry]
     filter_medians: list[FilterMedians]
+
+    def __init__(self, **fields: Any) -> None:
+        """Check every field. Raises `ParamsError` for the first that is wrong."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ParamsError(first_problem(error)) from error
 
     @model_validator(mode="after")
     def _refer_to_sources(self) -> InitParams:
@@ -108,15 +121,55 @@ class InitParams(_Part):
             parts.append(filter_fits_html(self.sources, self.filters, self.created))
         return "\n".join(parts)
 
-    def figures(self) -> dict[str, Figure]:
-        """Draw ``fit_profile``, ``realised_requested`` and ``tails``, a colour a model.
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # pydantic's yields fields
+        """Yield each row as a dictionary."""
+        return Tabular.__iter__(self)
+
+    def __str__(self) -> str:
+        """Say what `repr` says."""
+        return repr(self)
+
+    def _table(self) -> StatsTable:
+        rows: Sequence[Entry | FilterEntry] = self.entries or self.filters
+        return StatsTable.of({"model": self.sources[row.source].model, **_flat(row)} for row in rows)
+
+    def _headline(self) -> str:
+        models = listed([source.model for source in self.sources], "model")
+        parts = []
+        if self.entries:
+            parts.append(f"{counted(len(self.entries), 'fit')}, {self.fold} products a {self.per}")
+        if self.filters:
+            parts.append(f"{counted(len(self.filters), 'layer')} of depthwise filters")
+        return f"InitParams of {models}: {'; '.join(parts)}"
+
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``fit_profile``, ``realised_requested`` and ``tails``, a colour, dash and mark a model.
 
         Where there are depthwise filters, also ``filter_fit`` of each model (numbered where there are several).
+        ``style`` and ``width`` are those of `attnlens.figure_style`.
         """
-        from attnlens.fit.figures import draw_filter_fits, draw_fits
+        from attnlens.figures.drawings import draw_all
 
-        filters = draw_filter_fits(self.sources, self.filters)
-        return filters | (draw_fits(self.sources, self.entries, self.fold, self.level) if self.entries else {})
+        return draw_all(self._drawings(), style, width)
+
+    def figure(
+        self,
+        name: str,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(), name, ax, style, width)
+
+    def _drawings(self) -> dict[str, Drawing]:
+        from attnlens.fit.figures import filter_drawings, fit_drawings
+
+        filters = filter_drawings(self.sources, self.filters)
+        return filters | (fit_drawings(self.sources, self.entries, self.fold, self.level) if self.entries else {})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> InitParams:
@@ -141,11 +194,13 @@ class InitParams(_Part):
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ParamsError(f"{where} is not a parameter file: its field 'schema' is not {SCHEMA!r}")
         try:
-            return cls.model_validate(_migrated(data, where))
+            current = _migrated(data, where)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise ParamsError(f"{where}: {field}: {first['msg']}") from error
+            raise ParamsError(f"{where}: {first_problem(error)}") from error
+        try:
+            return cls(**current)
+        except ParamsError as error:
+            raise ParamsError(f"{where}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the file atomically."""
@@ -185,6 +240,7 @@ class InitParams(_Part):
 
         Raises `ParamsError` for gains that the file does not hold, `UsageError` for channels of another depth.
         """
+        gains = GAINS(gains)
         places = [(layer, spec.q.heads, spec.o.heads if spec.o else 0) for layer, spec in architecture.indexed()]
         depth = len(architecture.order)
         depths = [source.num_layers for source in self.sources if source.num_layers]
@@ -252,6 +308,14 @@ class InitParams(_Part):
             return None
         own = min(self.filter_medians, key=lambda found: found.strided != strided)
         return closed_form(kernel, own.relative().at(kernel))
+
+
+def _flat(row: Entry | FilterEntry) -> dict[str, Any]:
+    """Return the fields of an entry that are single numbers or words."""
+    found = row.model_dump(exclude={"source", "depth"})
+    first = ("layer", "head", "circuit", "fold", "alpha", "beta", "verdict")
+    ordered = {name: found[name] for name in first if name in found} | found
+    return {name: value for name, value in ordered.items() if not isinstance(value, list | dict)}
 
 
 class _OfVersion2(BaseModel):

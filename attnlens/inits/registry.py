@@ -30,12 +30,19 @@ _MODULES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Initialiser:
     """A named initialiser: ``make(network, **options)`` resolves its options and returns its rule."""
 
     name: str
     make: Make
+
+    def __repr__(self) -> str:
+        """Say the name and the options with their defaults."""
+        return f"<Initialiser {', '.join([self.name, *(f'{name}={value!r}' for name, value in self._given())])}>"
+
+    def _given(self) -> list[tuple[str, Any]]:
+        return [(n, ... if v is inspect.Parameter.empty else v) for n, v in self.options.items()]
 
     @property
     def options(self) -> dict[str, Any]:

@@ -18,14 +18,17 @@ from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Layer, Plan,
 from attnlens.statistics.diagonal import alpha_beta
 from attnlens.statistics.inverse import Parameters, realised
 from attnlens.statistics.pairs import offdiagonal_kurtosis
+from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.strict_json import finite_or_none
-from attnlens.words import counted
+from attnlens.words import counted, numbered
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _WIDE = 512
 """Above this width products of a layer are formed in float32: a relative error of 4e-7 that float64 would not show."""
+_FIRST = ("layer", "circuit", "head", "alpha", "beta")
+"""Columns that a table of products begins with."""
 _UNKNOWN = Parameters(math.nan, math.nan)
 
 
@@ -87,9 +90,9 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
-class InitReport:
-    """What `init_` did to a network."""
+@dataclass(frozen=True, repr=False)
+class InitReport(Tabular):
+    """What `init_` did to a network; its rows are the products, where there are none the layers of filters."""
 
     init: str
     seed: int
@@ -101,6 +104,15 @@ class InitReport:
     """What else a reader must know, with the layers it is true of."""
     filters: tuple[FilterReport, ...] = ()
     """Layers of depthwise filters, counted apart from those of attention."""
+
+    def _table(self) -> StatsTable:
+        rows: Sequence[ProductReport | FilterReport] = self.products or self.filters
+        return StatsTable.of(
+            {name: vars(row)[name] for name in _FIRST if name in vars(row)} | vars(row) for row in rows
+        )
+
+    def _headline(self) -> str:
+        return f"InitReport: {str(self).splitlines()[0]}"
 
     @property
     def worst_error(self) -> float:
@@ -137,7 +149,7 @@ class InitReport:
         if not math.isnan(self.worst_error):
             lines.append(f"largest relative error of {self._what()}: {self.worst_error:.1e}")
         lines += [f"skipped {s.name} {s.circuit}: {s.reason}".replace("  ", " ") for s in self.skipped]
-        lines += [f"{note} (layers {', '.join(map(str, layers))})" for note, layers in self.notes.items()]
+        lines += [f"{note} ({numbered(layers, 'layer')})" for note, layers in self.notes.items()]
         return "\n".join(lines)
 
     def _filter_lines(self) -> list[str]:

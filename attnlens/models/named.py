@@ -164,6 +164,10 @@ class HeadsOf(Checkpoint):
         """Return the shape of a tensor or of one head's part of it."""
         return _lens_shape(name, self._origin)
 
+    def let_go(self) -> None:
+        """Give back the memory of what was read."""
+        self._origin.let_go()
+
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which of its tensors will be asked for."""
         self._origin.expect({name.partition("[")[0] for name in names})

@@ -159,7 +159,7 @@ def _check_beside(opened: OpenedModel) -> None:
 def _open(
     model: Any, checkpoint: Weights | None, access: Access, model_args: dict[str, Any] | None = None
 ) -> OpenedModel:
-    given = check_model_args(model_args or {}, "--model-arg")
+    given = check_model_args(model_args or {}, "this call")
     if model is None and checkpoint is None:
         return _open_folder(EMBEDDED, None, "embedded", given, ONLINE)
     state = checkpoint if model is None else model
@@ -351,8 +351,8 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
         source = {"model": path.name, "layout": "depthwise filters guessed from tensor shapes"}
         return OpenedModel(title_of(path), filters, checkpoint, source)
     raise UsageError(
-        f"{path} does not say which architecture it is for: name it, as in `attnlens inspect MODEL --checkpoint "
-        f"{path}`, or give --num-heads to read it by its tensors' names ({given_as} was a file; it holds "
+        f"{path} does not say which architecture it is for: name it, as MODEL with --checkpoint {path}, "
+        f"or give --num-heads to read it by its tensors' names ({given_as} was a file; it holds "
         f"{_outline(checkpoint)})"
     )
 

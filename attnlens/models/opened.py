@@ -19,6 +19,7 @@ from attnlens.models.architecture import Architecture
 from attnlens.printable import utf8_text
 from attnlens.threads import beside
 from attnlens.vocabulary import layer_index
+from attnlens.words import counted
 
 IndexedSpecs = tuple[tuple[int, AttentionSpec], ...]
 StrPath = str | os.PathLike[str]
@@ -44,7 +45,7 @@ ONLINE = Access()
 """Whole files, from the local cache or the hub."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenedModel:
     """An architecture with weights that fit it."""
 
@@ -56,6 +57,11 @@ class OpenedModel:
     """Arguments timm builds the architecture with; None where it is not timm's, or timm need not be asked."""
     _reading: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
     """A checkpoint serves one reader at a time."""
+
+    def __repr__(self) -> str:
+        """Say which architecture was opened under which name."""
+        layers = counted(len(self.architecture.specs), "attention layer")
+        return f"<OpenedModel {self.name}: {self.architecture.name}, {layers}>"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", utf8_text(self.name))
@@ -90,7 +96,9 @@ class OpenedModel:
     def heads(self, layer: int) -> HeadWeights:
         """Read the weights of an attention layer, one thread at a time."""
         with self._reading:
-            return read_heads(dict(self.architecture.indexed())[layer], self.checkpoint, layer)
+            found = read_heads(dict(self.architecture.indexed())[layer], self.checkpoint, layer)
+            self.checkpoint.let_go()
+            return found
 
     def filters(self, layer: int) -> Array:
         """Read a layer of depthwise filters ``[filter, height, width]``, one thread at a time."""

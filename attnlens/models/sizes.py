@@ -43,7 +43,7 @@ def shown_arguments(name: str, given: dict[str, Any], stored: Shapes) -> dict[st
     if "embed_dim" in shown and not {"num_heads"} & {*shown, *given}:
         raise UsageError(
             f"the file is {shown['embed_dim']} wide, {name} {_embed_dim(own)}, and shapes do not say how many heads it "
-            "has: add --model-arg num_heads=N, or num_heads to model_args"
+            "has: add --model-arg num_heads=N"
         )
     if shown.get("class_token") is False and "global_pool" in accepted:
         shown["global_pool"] = "avg"

@@ -15,9 +15,9 @@ from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold
 from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
-from attnlens.fit.comparison import Comparison, compare_inspections
+from attnlens.fit.comparison import Comparison, compare_inspections, inspected
+from attnlens.fit.comparison_figures import draw_filter_comparison
 from attnlens.fit.entries import Entry
-from attnlens.fit.figures import draw_filter_comparison
 from attnlens.fit.fit_params import fit_params
 from attnlens.inspection import Inspection, inspect
 from attnlens.outputs import Outputs
@@ -26,12 +26,14 @@ from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, Drawings, corner_size
 from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
-from attnlens.statistics.table import KEYS
+from attnlens.statistics.table import KEYS, StatsTable
 from attnlens.statistics.verdicts import Verdict
 from attnlens.templates import environment
 from attnlens.threads import Progress
+from attnlens.words import counted
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 _JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low", "beta_high")
 _ABOUT = ("num_heads", "name", "leaves_out")
@@ -50,6 +52,16 @@ class Page(str):
 
     inspection: Inspection
     entries: tuple[Entry, ...]
+
+    def __repr__(self) -> str:
+        """Say in a line what the page is about; the page itself is the text."""
+        size = f"{len(self) / 1e6:.1f} MB of HTML"
+        return f"<Page about {self.inspection.model}: {counted(len(self.inspection.stats), 'row')}, {size}>"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return `rows` as a pandas frame; of a model without attention, those of its filters."""
+        table = StatsTable.of(self.rows()) if self.inspection.specs else self.inspection.filters.stats
+        return table.to_pandas()
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row a product: its statistics, with interval, corrected p-value and verdict where it was judged."""
@@ -99,8 +111,9 @@ def report(
     With ``output`` the page is also written to this file, whole or not at all; with ``force`` over a file that attnlens
     did not write.
     ``model``, ``checkpoint``, ``num_heads``, ``model_args``, ``input_size``, ``weights``, ``row_order``, ``offline``
-    and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it,
-    ``train`` an output folder of `attnlens train-compare` whose curves are shown.
+    and ``remote`` are what `attnlens.inspect` takes. ``compare`` names models whose depth profiles stand beside it, or
+    holds what `attnlens.inspect` returned of them; ``train`` is an output folder of `attnlens train-compare` whose
+    curves are shown.
     ``command`` goes into the provenance. The statistics are those of `attnlens.inspect` under ``fold``, the verdicts
     those of `attnlens.fit_params` under each of its folds; nothing is measured here.
 
@@ -121,7 +134,7 @@ def report(
     entries, unjudged = list[Entry](), ""
     if inspection.specs:
         entries, unjudged = _judgements(model, inspection.folds, checkpoint=checkpoint, **form, **reach)
-    others = [inspect(other, fold=fold, **reach) for other in compare]
+    others = [inspected(other, fold=fold, **reach) for other in compare]
     comparison = compare_inspections([inspection, *others], _common_fold(inspection, *others)) if others else None
     size = corner_size(inspection)
     data = {

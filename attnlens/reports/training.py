@@ -128,7 +128,7 @@ def read_training(folder: Path) -> Training:
     stored = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
     if stored is not None and stored.files.get(path.name, _sha256(text)) != _sha256(text):
         raise ResultsError(
-            f"{path} is not what {summary} was made of: run attnlens train-compare --resume, which writes both again"
+            f"{path} is not what {summary} was made of: run `attnlens train-compare --resume`, which writes both again"
         )
     return Training(folder=folder.name, points=kept, summary=stored)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnlens.arguments import told
 from attnlens.atomic import FileSet
 from attnlens.circuits import FOLDS, Fold
 from attnlens.errors import UsageError
@@ -20,12 +21,17 @@ from attnlens.scans.executors import Executor, WorkerLostError
 from attnlens.scans.local import LocalExecutor
 from attnlens.scans.plan import Job, plan_scan
 from attnlens.scans.store import Store
-from attnlens.scans.tables import Result, model_rows
+from attnlens.scans.tables import MODEL_COLUMNS, Result, model_rows
 from attnlens.scans.worker import Settings, failed
+from attnlens.statistics.preview import shown_rows
+from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.vocabulary import FOLD, FOLD_CHOICE
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from attnlens.figures.panels import Given
 
 ATTEMPTS = 3
 """Times a job is begun before a model that takes its worker down is given up."""
@@ -33,9 +39,12 @@ ATTEMPTS = 3
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What `scan` found: a result for every model, in the order of the patterns."""
+@dataclass(frozen=True, repr=False)
+class Scan(Tabular):
+    """What `scan` found: a result for every model, in the order of the patterns.
+
+    Its rows are those of ``scan.csv``: one a model and fold, and one for a model that failed.
+    """
 
     results: Mapping[str, Result]
     notes: tuple[str, ...]
@@ -47,26 +56,59 @@ class Scan:
     @property
     def failed(self) -> dict[str, str]:
         """Return the models that could not be measured, with their errors."""
-        return {name: result["error"] for name, result in self.results.items() if result["status"] != "ok"}
+        return {name: told(result["error"]) for name, result in self.results.items() if result["status"] != "ok"}
 
     @property
     def folds(self) -> tuple[Fold, ...]:
         """Return the folds that at least one model was measured under."""
         return tuple(fold for fold in FOLDS if any(fold in result.get("folds", ()) for result in self.results.values()))
 
+    def _table(self) -> StatsTable:
+        return StatsTable.of(self.rows(), MODEL_COLUMNS)
+
+    def _headline(self) -> str:
+        return f"Scan of {counted(len(self.results), 'model')}, {len(self.failed) or 'none'} failed"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the first and last rows, and the landscape."""
+        from attnlens.figures.notebook import fragment
+
+        table = self._table()
+        return fragment(
+            self.figure,
+            title=self._headline(),
+            note="medians over layers; QK: of the means over heads, OV: of the heads' sums",
+            head=table.columns,
+            rows=shown_rows(table.rows),
+            about=("notes", {"notes": list(self.notes), "failed": self.failed}),
+        )
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of ``scan.csv``."""
         return [row for name, result in self.results.items() for row in model_rows(name, result)]
 
-    def figure(self, fold: Fold | None = None) -> Figure:
-        """Draw the landscape: every model's beta / alpha by relative depth, QK and OV."""
+    def figure(
+        self,
+        fold: Fold | None = None,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw the landscape: every model's beta / alpha by relative depth, QK and OV, and each model as a point.
+
+        Panels ``qk``, ``ov`` and ``models`` go into ``ax`` where it is given: see `Inspection.figure`.
+        """
+        from functools import partial
+
+        from attnlens.figures.drawings import draw_one
         from attnlens.scans.landscape import draw_landscape
 
         usual: Fold = "effective" if "effective" in self.folds else (self.folds or FOLDS)[0]
         chosen: Fold = usual if fold is None else FOLD(fold)
         if self.folds and chosen not in self.folds:
             raise UsageError(f"fold {chosen!r} was not measured: choose from {', '.join(self.folds)}")
-        return draw_landscape(self.results, chosen)
+        return draw_one({"landscape": partial(draw_landscape, self.results, chosen)}, "landscape", ax, style, width)
 
 
 def scan(
@@ -83,7 +125,6 @@ def scan(
     remote: bool = False,
     force: bool = False,
     figure: str | None = None,
-    dpi: int = 150,
     command: str | None = None,
     progress: Progress = iter,
 ) -> Scan:
@@ -96,13 +137,12 @@ def scan(
     time; this process alone writes. ``num_heads`` and ``row_order`` read files of unknown architectures by their
     tensors' names, as `inspect` does. Where a worker or node is lost its job is begun again, up to three times.
 
-    ``figure`` is png, pdf or svg and has ``landscape``, drawn with ``dpi``, written with the tables; ``force`` writes
-    over files that attnlens did not write.
+    ``figure`` is png, pdf or svg and has ``landscape`` written with the tables, in the current `figure_style`;
+    ``force`` writes over files that attnlens did not write.
 
     Writes ``models/<key>.json`` and ``.csv``, and at the end, as one set, ``scan.csv``, ``layers.csv`` and
     ``scan.json``, which names the sha256 of the others. Stopped in whatever way, the same call goes on where it was.
-    Raises `UsageError` or `ModelNotFoundError` for patterns that
-    match nothing, before anything is measured.
+    Raises `UsageError` or `ModelNotFoundError` for patterns that match nothing, before anything is measured.
     """
     fold = FOLD_CHOICE(fold)
     if offline and remote:
@@ -130,15 +170,15 @@ def scan(
     scanned = Scan(whole, plan.notes, len(missing), lost)
     with FileSet(outputs.check) as files:
         if figure is not None:
-            _save_figure(scanned, store.folder, figure, dpi, files)
+            _save_figure(scanned, store.folder, figure, files)
         store.save_tables(whole, about, files)
     return scanned
 
 
-def _save_figure(scanned: Scan, folder: Path, format_: str, dpi: int, files: FileSet) -> None:
+def _save_figure(scanned: Scan, folder: Path, format_: str, files: FileSet) -> None:
     from attnlens.figures import save_figures
 
-    save_figures({"landscape": scanned.figure()}, folder, format_, dpi, into=files.write)
+    save_figures({"landscape": scanned.figure()}, folder, format_, into=files.write)
 
 
 def _wanted(result: Result | None, retry_failed: bool) -> bool:

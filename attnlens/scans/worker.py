@@ -31,6 +31,7 @@ class Settings:
 
 def measure(job: dict[str, Any], settings: dict[str, Any], cores: int) -> Result:
     """Inspect one model; whatever is wrong with it becomes the result ``{"status": "failed", "error": one line}``."""
+    from attnlens.arguments import as_options
     from attnlens.inspection import inspect, need_attention
 
     asked, how = Job(**job), Settings(**settings)
@@ -39,7 +40,8 @@ def measure(job: dict[str, Any], settings: dict[str, Any], cores: int) -> Result
         with limited_to(cores):
             found = need_attention(inspect(asked.model, asked.checkpoint, **asdict(how)), "a scan")
     except AttnlensError as error:
-        return failed(str(error))
+        with as_options():  # a file is read by whoever: `Scan.failed` says arguments
+            return failed(str(error))
     except Exception as error:  # noqa: BLE001  # one model, however broken, must not stop the others
         return failed(f"internal error, {type(error).__name__}: {error}")
     specs = [spec for _, spec in found.specs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ def build_network(model: str | None, seed: int, depth: int | None, tokens: int |
     from attnlens.gpt import PRESETS, create_gpt
     from attnlens.inits.file import build
 
+    if not isinstance(model, str | os.PathLike | None):
+        raise UsageError(f"a {type(model).__name__} is no name: give one, or change the network itself with rewire_")
     sizes: dict[str, Any] = {} if depth is None else {"depth": depth}
     if model in PRESETS:
         assert model is not None

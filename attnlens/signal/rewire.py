@@ -14,6 +14,7 @@ from attnlens.errors import UnsupportedAttentionError
 from attnlens.signal.activation import TailoredLeakyReLU, scaled_orthogonal, similarity, tailored_slope
 from attnlens.signal.kernels import Tokens
 from attnlens.signal.variants import Mixes, make_mixes, predicted_kernels
+from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.vocabulary import one_of
 from attnlens.words import counted
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 MLPS = ("keep", "tailored", "none")
 
 
-@dataclass(frozen=True)
-class RewireReport:
-    """What `rewire_` did to a network."""
+@dataclass(frozen=True, repr=False)
+class RewireReport(Tabular):
+    """What `rewire_` did to a network; its rows are the layers, with the ends of their row sums."""
 
     attention: str
     skips: bool
@@ -48,6 +49,13 @@ class RewireReport:
     least: float | None
     """Smallest entry of the attention matrices before rounding errors were lifted to 1e-15, relative to the largest."""
     notes: tuple[str, ...]
+
+    def _table(self) -> StatsTable:
+        rows = tuple((layer, low, high) for layer, (low, high) in enumerate(self.row_sums))
+        return StatsTable(rows, ("layer", "smallest_row_sum", "largest_row_sum"))
+
+    def _headline(self) -> str:
+        return f"RewireReport: {str(self).splitlines()[0]}"
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data."""

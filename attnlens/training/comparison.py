@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -15,12 +14,13 @@ from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError
 from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
-from attnlens.statistics.table import StatsTable
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
 from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
-from attnlens.training.hardware import device_named, fixed_attention
+from attnlens.training.drawings import comparison_drawings
+from attnlens.training.found import TrainComparison
+from attnlens.training.hardware import describe_device, device_named, fixed_attention
 from attnlens.training.ladder import ladder_of
 from attnlens.training.live import Journal, Write
 from attnlens.training.loggers import check_loggers, logging_to
@@ -30,54 +30,21 @@ from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, finite, results_lines, summarise
 from attnlens.training.seen import Seen
 from attnlens.training.source import Source
-from attnlens.training.stop import Control, Reason
+from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store, stored_config
-from attnlens.training.structure import source_structure, structure_lines
+from attnlens.training.structure import structure_lines
 from attnlens.training.trainer import Listener, Session, Unit, resident_on, run_units, unit_name
-from attnlens.words import counted
 
 if TYPE_CHECKING:
-    import torch
-    from matplotlib.figure import Figure
+    pass
 
 Records = dict[str, list[Record]]
 
 
-@dataclass(frozen=True)
-class TrainComparison:
-    """What `train_compare` found in the runs that have ended, and why it stopped, if it did."""
-
-    folder: Path
-    findings: Summary
-    report: str
-    """The text of ``report.md``."""
-    stopped: Reason
-
-    @property
-    def runs(self) -> StatsTable:
-        """A row a run: arm, seed, learning rate, whether it finished, its last epoch and score."""
-        return self.findings.run_table()
-
-    @property
-    def summary(self) -> StatsTable:
-        """A row an arm, as in ``summary.csv``: mean score with its interval, and what it is minus the default's."""
-        return self.findings.arm_table()
-
-    @property
-    def contrasts(self) -> StatsTable:
-        """A row a declared contrast: the paired difference, its interval and p-values."""
-        return self.findings.contrast_table()
-
-    def __repr__(self) -> str:
-        """Say in one line what was compared, how far it got and where it is kept."""
-        config = self.findings.config
-        return (
-            f"<TrainComparison of {', '.join(config.arms)} on {config.dataset}: {len(self.runs)} of "
-            f"{counted(self.findings.expected, 'run')} ended, in {self.folder}>"
-        )
-
-
-_RESULTS = ("params.json", "results.jsonl", "summary.csv", "report.md", "summary.json", "curves.png", "structure.png")
+_FIGURES = tuple(
+    f"{name}.{suffix}" for name in ("curves", "structure", "waterfall") for suffix in ("png", "pdf", "svg")
+)
+_RESULTS = ("params.json", "results.jsonl", "summary.csv", "report.md", "summary.json", *_FIGURES)
 
 
 def train_compare(
@@ -88,7 +55,7 @@ def train_compare(
     model: str | None = None,
     checkpoint: str | Path | None = None,
     params: str | Path | None = None,
-    arms: Sequence[str] | None = None,
+    arms: str | Sequence[str] | None = None,
     contrasts: Sequence[tuple[str, str]] | None = None,
     seeds: int = 6,
     data_seed: int = 0,
@@ -105,7 +72,7 @@ def train_compare(
     test_images: int | None = None,
     target: float | None = None,
     eval_every: int | None = None,
-    tune_lr: Sequence[float] = (),
+    tune_lr: float | Sequence[float] = (),
     tune_seeds: int = 2,
     tune_epochs: int | None = None,
     warmup: float = 0.1,
@@ -157,6 +124,8 @@ def train_compare(
     told = dict(locals())  # what decides the numbers is declared once more, in Options
     for name in ("data_dir", "checkpoint", "params"):
         told[name] = None if told[name] is None else Path(told[name])
+    told["arms"] = arms.split(",") if isinstance(arms, str) else arms
+    told["tune_lr"] = [tune_lr] if isinstance(tune_lr, int | float) else tune_lr
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
     outputs = Outputs.of(params, model, checkpoint, force=force)
@@ -177,7 +146,7 @@ def train_compare(
         data = load_data(options, cache, say)
         if data.told:
             say(f"{data.name}: {data.told}")
-        say("opening the model and fitting what its arms start from")
+        say("opening the model and what its arms start from")
         source = find_source(options, data)
         say("building every arm once")
         config, data = resolve(options, data, source, on, output, resume=resume)
@@ -235,7 +204,7 @@ def train_compare(
         results = found(done)
         if process.leads:
             results.write(figures=True, ended=True, table=table and outputs.check(table))
-        return TrainComparison(output, results.summary, results.report, control.reason)
+        return TrainComparison(output, results.summary, results.report, control.reason, source)
 
 
 def default_folder(dataset: str) -> Path:
@@ -358,7 +327,7 @@ class _Findings:
 
         config, summary = self.config, self.summary
         ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
-        drawn = _drawn(summary, self.source, ladder) if figures else {}
+        drawn = comparison_drawings(summary, self.source) if figures else {}
         texts = {
             "results.jsonl": results_lines(config, self.done),
             "structure.jsonl": structure_lines(self.done),
@@ -370,8 +339,9 @@ class _Findings:
                 files.write(self.output / name, methodcaller("write", text.encode()))
             if drawn:
                 from attnlens.figures import save_figures
+                from attnlens.figures.drawings import draw_all
 
-                save_figures(drawn, self.output, into=files.write)
+                save_figures(draw_all(drawn), self.output, into=files.write)
             found = {**summary.to_json(), "complete": ended and summary.complete, "files": files.hashes()}
             if ladder:
                 found["ladder"] = finite([asdict(step) for step in ladder])
@@ -379,29 +349,3 @@ class _Findings:
             files.write(self.output / "summary.json", methodcaller("write", data.encode()))
             if table is not None:
                 files.write(table, methodcaller("write", summary.to_csv().encode()))
-
-
-def _drawn(summary: Summary, source: Source, ladder: Sequence[Any]) -> dict[str, Figure]:
-    from attnlens.training.figures import draw_curves, draw_structure, has_structure
-    from attnlens.training.waterfall import draw_waterfall
-
-    figures = {"curves": draw_curves(summary)}
-    if has_structure(summary):
-        figures["structure"] = draw_structure(summary, source_structure(source), source.name)
-    if ladder:
-        figures["waterfall"] = draw_waterfall(summary, ladder)
-    return figures
-
-
-def describe_device(device: torch.device) -> str:
-    """Name the GPU, or the processor and its cores."""
-    import os
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{named[1] if named else platform.machine()}, {counted(os.cpu_count() or 1, 'core')}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from attnlens.errors import UsageError
 from attnlens.training.arms import (
@@ -80,6 +83,10 @@ SIZES = ("embed_dim", "depth", "num_heads")
 """Options that are sizes of a network that starts from drawn weights."""
 
 
+_COUNTS = ("image_size", "context", "train_images", "test_images")
+"""Options that data are cut by before a configuration holds them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What decides the numbers of a comparison, as `attnlens.train_compare` is told it.
@@ -129,6 +136,27 @@ class Options:
     compiled: bool | None
     precision: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.dataset, str):
+            raise UsageError(f"--dataset {self.dataset!r} is no name of a data set: give a name, a file or a folder")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UsageError(f"--{_dashed(name)} {value!r} is not accepted: give a whole number of 1 or more")
+
+
+@contextmanager
+def accepted() -> Iterator[None]:
+    """Say in a line which option a configuration cannot hold. Raises `UsageError`."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        option = "tune-lr" if name == "lr_grid" else _dashed(name)
+        wanted = str(first["msg"]).replace("Input should", "it should", 1)
+        raise UsageError(f"--{option} {first['input']!r} is not accepted: {wanted[0].lower()}{wanted[1:]}") from error
+
 
 def stored_options(options: Options, config: Config) -> dict[str, Any]:
     """Return what ``--config`` reads: the options as given, and in the place of those left out what was chosen."""
@@ -151,6 +179,7 @@ def load_data(options: Options, cache: Path | None, say: Say = silent) -> Datase
     return load_dataset(options.dataset, data_dir=options.data_dir, image_size=options.image_size, cache=cache, say=say)
 
 
+@accepted()
 def find_source(options: Options, data: Dataset) -> Source:
     """Open the pre-trained model, or look up a network that has none, and check that it reads the data.
 
@@ -181,7 +210,7 @@ def find_source(options: Options, data: Dataset) -> Source:
     if source.opened is None and LADDER in (options.arms or ()):
         raise UsageError(
             f"--arms ladder starts from a pre-trained source, and {source.name} has no weights: give --checkpoint FILE "
-            "as train-compare --save-weights writes it"
+            "as `attnlens train-compare --save-weights` writes it"
         )
     if source.network.reads != data.kind:
         raise UsageError(f"--model {name} reads {source.network.needs}")
@@ -197,6 +226,7 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
+@accepted()
 def resolve(
     options: Options, data: Dataset, source: Source, device: torch.device, output: Path, *, resume: bool
 ) -> tuple[Config, Dataset]:

@@ -90,8 +90,8 @@ class Source:
         sizes = parse_object(stored.metadata.get("sizes", "{}").encode(), path)
         if stored.metadata.get("network") != self.network.module:
             raise UsageError(
-                f"--checkpoint {path} holds no weights of {self.name} as train-compare --save-weights writes them: "
-                "name the --model they are of"
+                f"--checkpoint {path} holds no weights of {self.name} as `attnlens train-compare --save-weights` "
+                "writes them: name the --model they are of"
             )
         module = self.network.model_validate(sizes).build(0)
         module.load_state_dict({name: torch.as_tensor(np.array(stored[name])) for name in stored})

@@ -198,7 +198,7 @@ def test_running_out_of_memory_names_a_smaller_batch(tmp_path):
     torch.cuda.set_per_process_memory_fraction(7e7 / torch.cuda.get_device_properties(0).total_memory)
     asked = {"device": "cuda", "stack": 128, "seeds": 64, "batch_size": 120, "compiled": False}
     try:
-        with pytest.raises(OutOfMemoryError, match="--batch-size"):
+        with pytest.raises(OutOfMemoryError, match="batch_size"):
             compare(source, tmp_path / "out", options=small(source, **asked))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

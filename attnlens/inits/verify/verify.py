@@ -47,6 +47,8 @@ from attnlens.layouts.read_write import Tensors
 from attnlens.models.open import open_model
 from attnlens.models.opened import OpenedModel
 from attnlens.statistics.inverse import Parameters
+from attnlens.statistics.table import StatsTable, Tabular
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,9 +56,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What a network's attention or its depthwise filters are, compared with what an initialiser makes of them."""
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Tabular):
+    """What a network's attention or its depthwise filters are, compared with what an initialiser makes of them.
+
+    Its rows are the checks.
+    """
 
     model: str
     init: str
@@ -67,6 +72,15 @@ class VerifyReport:
     """Whether whole matrices were compared; else statistics alone."""
     checks: tuple[Check, ...]
     skipped: tuple[Skipped, ...]
+
+    def _table(self) -> StatsTable:
+        return StatsTable.of({name: vars(check)[name] for name in _FIRST} | vars(check) for check in self.checks)
+
+    def _headline(self) -> str:
+        failed = sum(not check.passed for check in self.checks)
+        seed = "any seed" if self.seed is None else f"seed {self.seed}"
+        outcome = f"{failed} of {counted(len(self.checks), 'check')} failed" if failed else "every check passed"
+        return f"VerifyReport of {self.model} against {self.init}, {seed}: {outcome}"
 
     @property
     def passed(self) -> bool:
@@ -86,6 +100,10 @@ class VerifyReport:
         for row in data["checks"]:
             row.update({k: None for k, v in row.items() if isinstance(v, float) and math.isnan(v)})
         return {**data, "passed": self.passed, "mistakes": {n: len(c) for n, c in self.mistakes.items()}}
+
+
+_FIRST = ("layer", "circuit", "head", "problem", "mistake")
+"""Columns that a table of checks begins with."""
 
 
 class Claim(NamedTuple):

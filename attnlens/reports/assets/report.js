@@ -210,7 +210,8 @@
         || (kind && (kind === "all") !== (head === "all")) || (verdict && !words.includes(verdict));
       shown += !row.hidden;
     }
-    find("shown").textContent = `${shown} of ${table.tBodies[0].rows.length} rows`;
+    const every = table.tBodies[0].rows.length;
+    find("shown").textContent = `${shown} of ${every} ${every === 1 ? "row" : "rows"}`;
   }
   for (const id of ["layer", "kind", "verdict"]) find(id)?.addEventListener("change", filter);
   find("fold")?.addEventListener("change", () => {
