@@ -5,20 +5,15 @@ Row vectors: head 1 adds x W_OV1 to the stream, W_OV1 = W_V1 @ W_O1. A later hea
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import methodcaller
-from pathlib import Path
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from attnlens.atomic import FileSet
 from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array
@@ -37,13 +32,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
+
 Composed = Literal["q", "k", "v"]
 KINDS: tuple[Composed, ...] = ("q", "k", "v")
 COLUMNS = ("kind", "from_layer", "from_head", "layer", "head", "fold", "score", "baseline", "deviation")
-READERS_HELD = 1 << 28
-"""Bytes of readers held at once; earlier layers are read again for each such block of later ones."""
+HELD = 1 << 28
+"""Bytes of weights whose writers, and whose readers, are held at once: earlier layers are read again for each block."""
 
-_AT_ONCE = 1 << 20  # entries of products of heads held at once
+_BLOCK = 64  # rows and columns of Gram matrices held at once, of every head
+
+SCORES_HELD = 1 << 27
+"""Bytes of scores and deviations that are held, beyond as many as the weights have in float64."""
 
 Pair = tuple[Composed, int, int]
 IndexedSpec = tuple[int, AttentionSpec]
@@ -86,8 +87,12 @@ def composition_scores(earlier: FactoredProduct | Half, later: FactoredProduct |
     """
     first = earlier if isinstance(earlier, Half) else Half.of(earlier)
     second = later if isinstance(later, Half) else Half.of(later.T)
+    ((squares,),) = _squared_norms([first.factor], [second.factor], [[True]])
+    return _scores(squares, first, second)
+
+
+def _scores(squares: Array, first: Half, second: Half) -> tuple[Array, Array]:
     d = first.factor.shape[-1]
-    squares = _squared_norms(first.factor, second.factor)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = squares / np.multiply.outer(first.squared_norm, second.squared_norm)
         spread = np.multiply.outer(first.concentration - 1 / d, second.concentration - 1 / d)
@@ -95,19 +100,37 @@ def composition_scores(earlier: FactoredProduct | Half, later: FactoredProduct |
     return np.sqrt(share), deviation
 
 
-def _squared_norms(writers: Array, readers: Array) -> Array:
-    """Return ||F_i G_j^T||_F^2 of stacks F ``[head, rank, d]`` and G, ``[head of F, head of G]``.
+def _squared_norms(
+    writers: Sequence[Array], readers: Sequence[Array], wanted: Sequence[Sequence[bool]]
+) -> list[list[Array]]:
+    """Return ||F_i G_j^T||_F^2 of stacks F ``[head, rank, d]`` and G, ``[head of F, head of G]``, by stack of each.
 
-    In one product of matrices for as many heads as `_AT_ONCE` has room for: BLAS takes two thirds of the time then.
+    It is <F_i^T F_i, G_j^T G_j>, block by block of the Gram matrices, of which the upper half is made: d^2 operations
+    a pair of heads where F_i G_j^T takes 2 rank^2 d. Zeros where a pair of stacks is not ``wanted``.
     """
-    (heads, rank, d), (others, width, _) = writers.shape, readers.shape
-    step = max(1, _AT_ONCE // (rank * others * width))
-    columns, parts = readers.reshape(-1, d).T, []
-    for start in range(0, heads, step):
-        product = writers[start : start + step].reshape(-1, d) @ columns
-        product = product.reshape(-1, rank, others, width)
-        parts.append(np.einsum("irjs,irjs->ij", product, product))
-    return np.concatenate(parts)
+    d = readers[0].shape[-1]
+    starts = np.cumsum([0, *map(len, writers)])
+    runs = [[place for place, row in enumerate(wanted) if row[j]] for j in range(len(readers))]
+    parts = [slice(start, start + _BLOCK) for start in range(0, d, _BLOCK)]
+
+    def along(rows: slice) -> list[Array]:
+        found = [np.zeros((starts[-1], len(stack))) for stack in readers]
+        for cols in (part for part in parts if part.start >= rows.start):
+            written = np.concatenate([_gram_block(stack, rows, cols) for stack in writers])
+            written *= 1 if cols == rows else 2
+            for sums, stack, run in zip(found, readers, runs, strict=True):
+                if run:
+                    some = slice(starts[run[0]], starts[run[-1] + 1])
+                    sums[some] += written[some] @ _gram_block(stack, rows, cols).T
+        return found
+
+    by_reader = [np.maximum(sum(each), 0.0) for each in zip(*over_threads(along, parts), strict=True)]
+    return [[sums[start:end] for sums in by_reader] for start, end in pairwise(starts)]
+
+
+def _gram_block(factors: Array, rows: slice, cols: slice) -> Array:
+    """Return a block of F^T F of every F ``[head, rank, d]``, in one row each."""
+    return np.matmul(np.swapaxes(factors[..., rows], -1, -2), factors[..., cols]).reshape(len(factors), -1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,35 +179,67 @@ class Composition(Tabular):
     @property
     def stats(self) -> StatsTable:
         """The scores as a table, a row a pair of heads and kind."""
-        return StatsTable(tuple(self._rows()), COLUMNS)
+        return StatsTable(tuple(self.rows()), COLUMNS)
 
-    def _rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of `stats`, one at a time."""
         for (kind, first, second), scores in self.scores.items():
             deviations, baseline = self.deviations[kind, first, second], self.baseline(second)
-            for (i, j), score in np.ndenumerate(scores):
-                yield (kind, first, i, second, j, self.fold, float(score), baseline, float(deviations[i, j]))
+            for i, row in enumerate(zip(scores.tolist(), deviations.tolist(), strict=True)):
+                for j, (score, deviation) in enumerate(zip(*row, strict=True)):
+                    yield (kind, first, i, second, j, self.fold, score, baseline, deviation)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data: a matrix of scores for each pair of layers."""
-        pairs = [
-            {"kind": kind, "from_layer": first, "layer": second, "baseline": self.baseline(second)}
-            | {"scores": _plain(scores), "deviations": _plain(self.deviations[kind, first, second])}
-            for (kind, first, second), scores in self.scores.items()
-        ]
+        return {**self.about(), "pairs": [self.pair_json(pair) for pair in self.scores]}
+
+    def about(self) -> dict[str, Any]:
+        """Return what `to_json` says beside the scores."""
         about = {"model": self.model, "fold": self.fold, "provenance": self.provenance}
         layers = [
             {"layer": layer, "heads": self.heads[layer], "leaves_out": list(self.leaves_out[layer])}
             | {"label": self.labels.get(layer, "")}
             for layer in self.heads
         ]
-        return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers, "pairs": pairs}
+        return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers}
 
-    def figures(self) -> dict[str, Figure]:
-        """Draw ``q_composition``, ``k_composition`` and ``v_composition``."""
+    def pair_json(self, pair: Pair) -> dict[str, Any]:
+        """Return what `to_json` says of a pair of layers."""
+        about = {"kind": pair[0], "from_layer": pair[1], "layer": pair[2], "baseline": self.baseline(pair[2])}
+        return about | {"scores": _plain(self.scores[pair]), "deviations": _plain(self.deviations[pair])}
+
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``q_composition``, ``k_composition`` and ``v_composition``.
+
+        ``style`` and ``width`` are those of `attnlens.figure_style`.
+        """
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(), style, width)
+
+    def figure(
+        self,
+        name: str,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(), name, ax, style, width)
+
+    def _drawings(self) -> dict[str, Drawing]:
+        from functools import partial
+
         from attnlens.figures.composition import draw_composition
 
         about = {"model": self.model, "fold": self.fold}
-        return {f"{kind}_composition": draw_composition(self.logs(kind), self.heads, kind, **about) for kind in KINDS}
+        return {
+            f"{kind}_composition": partial(draw_composition, self.logs(kind), self.heads, kind, **about)
+            for kind in KINDS
+        }
 
     def logs(self, kind: Composed) -> dict[tuple[int, int], Array]:
         """Return log2(score / baseline), ``[earlier head, later head]`` by earlier and later layer."""
@@ -222,7 +277,7 @@ def compose(
 
     ``fold`` is raw, effective (gain of the norm that head 2 reads, LayerScale behind head 1) or centred, as in
     `attnlens.circuits`. The model is given as to `inspect`. Only layers of one stream compose: those whose paths agree
-    up to the first number and whose widths are equal. Memory: two layers' weights in float64 beside `READERS_HELD`.
+    up to the first number and whose widths are equal. Memory: two layers' weights in float64 beside twice `HELD`.
 
     Raises `UsageError` for a fold that is not one of the three or a layer that cannot be read,
     `UnsupportedAttentionError` where no two layers compose, and what `inspect` raises.
@@ -240,26 +295,21 @@ def compose(
     opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
     provenance = opened.provenance_beside()
     specs = opened.choose(wanted, chosen[0])
+    _check_room(opened, specs)
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
     work = _Work(opened, chosen[0])
-    blocks = list(work.blocks(specs))
-    for block in progress(blocks) if len(blocks) > 1 else blocks:
+    for block in progress(list(work.blocks(specs))):
+        readers = [
+            (later, kind, half)
+            for later, found in zip(block, work.map(work.readers, block), strict=True)
+            for kind, half in found.items()
+        ]
         earlier = [spec for spec in specs if any(work.composes(spec, later) for later in block)]
-        readers = dict(zip((spec[0] for spec in block), work.map(work.readers, block), strict=True))
-
-        def score(first: IndexedSpec, block: Any = block, readers: Any = readers) -> list[tuple[Pair, Array, Array]]:
-            writer = work.writer(first)
-            return [
-                ((kind, first[0], later[0]), *composition_scores(writer, half))
-                for later in block
-                if work.composes(first, later)
-                for kind, half in readers[later[0]].items()
-            ]
-
-        for found in work.map(score, earlier, progress if len(blocks) == 1 else iter):
-            scores |= {pair: score for pair, score, _ in found}
-            deviations |= {pair: deviation for pair, _, deviation in found}
+        for some in work.blocks(earlier):
+            found = work.scores(some, readers)
+            scores |= {pair: score for pair, (score, _) in found.items()}
+            deviations |= {pair: deviation for pair, (_, deviation) in found.items()}
     if not scores:
         raise UnsupportedAttentionError(
             f"no two layers of {opened.name} compose: of {counted(len(specs), 'layer')} none stands behind "
@@ -279,20 +329,15 @@ def compose(
     )
 
 
-def save_composition(
-    found: Composition, folder: str | os.PathLike[str], command: str, files: FileSet | None = None
-) -> None:
-    """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``.
-
-    They join ``files``, such as the figures of the same run, or make a set of their own.
-    """
-    data = found.to_json()
-    data["provenance"] = {**data["provenance"], "command": command}
-    texts = {"composition.csv": found.stats.to_csv(), "composition.json": json.dumps(data) + "\n"}
-    with ExitStack() as stack:
-        files = files or stack.enter_context(FileSet())
-        for name, text in texts.items():
-            files.write(Path(folder) / name, methodcaller("write", text.encode()))
+def _check_room(opened: OpenedModel, specs: Sequence[IndexedSpec]) -> None:
+    """Raise `UsageError` where scores would take more than `SCORES_HELD` bytes beyond those of the weights."""
+    heads = [spec.q.heads for _, spec in specs]
+    pairs = (sum(heads) ** 2 - sum(number**2 for number in heads)) // 2
+    if 16 * len(KINDS) * pairs > SCORES_HELD + sum(opened.bytes_of(spec) for _, spec in specs):
+        raise UsageError(
+            f"{pairs:,} pairs of heads in {len(specs)} layers of {opened.name} are too many for weights of this size: "
+            "choose fewer layers with --layers"
+        )
 
 
 class _Work:
@@ -301,16 +346,31 @@ class _Work:
     def __init__(self, opened: OpenedModel, fold: Fold) -> None:
         self._opened, self._fold = opened, fold
 
-    def map(
-        self, function: Callable[[IndexedSpec], Any], specs: Sequence[IndexedSpec], progress: Progress = iter
-    ) -> list[Any]:
+    def map(self, function: Callable[[IndexedSpec], Any], specs: Sequence[IndexedSpec]) -> list[Any]:
         """Apply a function that reads layers, in as many threads as memory has room for."""
         largest = max((self._opened.bytes_of(spec) for _, spec in specs), default=0)
-        return over_threads(function, specs, progress, largest=largest)
+        return over_threads(function, specs, largest=largest)
+
+    def scores(
+        self, earlier: Sequence[IndexedSpec], readers: Sequence[tuple[IndexedSpec, Composed, Half]]
+    ) -> dict[Pair, tuple[Array, Array]]:
+        """Return score and deviation of every pair of layers that compose, by what the later one reads."""
+        found: dict[Pair, tuple[Array, Array]] = {}
+        writers = self.map(self.writer, earlier)
+        for d in dict.fromkeys(writer.factor.shape[-1] for writer in writers):  # of the same width alone
+            first = [pair for pair in zip(earlier, writers, strict=True) if pair[1].factor.shape[-1] == d]
+            second = [each for each in readers if each[2].factor.shape[-1] == d]
+            wanted = [[self.composes(spec, later) for later, _, _ in second] for spec, _ in first]
+            squares = _squared_norms([half.factor for _, half in first], [half.factor for *_, half in second], wanted)
+            for i, (spec, writer) in enumerate(first):
+                for j, (later, kind, reader) in enumerate(second):
+                    if wanted[i][j]:
+                        found[kind, spec[0], later[0]] = _scores(squares[i][j], writer, reader)
+        return found
 
     def blocks(self, specs: Sequence[IndexedSpec]) -> Iterator[list[IndexedSpec]]:
-        """Split the layers into runs whose readers, smaller than their weights, fit into `READERS_HELD`."""
-        held = np.cumsum([self._opened.bytes_of(spec) for _, spec in specs]) // READERS_HELD
+        """Split the layers into runs whose readers, no larger than their weights, fit into `HELD`."""
+        held = np.cumsum([self._opened.bytes_of(spec) for _, spec in specs]) // HELD
         for _, run in groupby(zip(specs, held, strict=True), key=lambda item: item[1]):
             yield [spec for spec, _ in run]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import methodcaller
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +54,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
+
 
 UNSAID = frozenset({"qk_bias"})
 """Flags too common to be said of every model; the table holds them all the same."""
@@ -60,25 +67,56 @@ Observe = Callable[[HeadWeights, Kind, Fold, FactoredProduct], None]
 """Called with a layer's products under a fold while they are in memory: a stack by head, or the sum, one matrix."""
 
 
-@dataclass(frozen=True)
+HEATMAP_ENTRIES = 4_500_000
+"""Entries of all panels of a heatmap that is drawn unasked: 64 x 64 of each product of 32 layers of 32 heads, say."""
+HEATMAP_SIDE = 16_384
+"""Entries of all panels of one layer, side by side"""
+
+
+@dataclass
 class Corners:
-    """The top-left ``size x size`` corners of every product under one fold, kept by an `Observe` for the heatmaps."""
+    """The top-left ``size x size`` corners of every product under one fold, kept by an `Observe` for the heatmaps.
+
+    Where they are ``bounded``, the size shrinks with the number of heads: an image has at most `HEATMAP_ENTRIES`.
+    """
 
     fold: Fold
     size: int
+    bounded: bool = False
     panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict, repr=False)
     shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict, repr=False)
+    _counts: Counter[tuple[Kind, int]] = field(default_factory=Counter, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
         """Keep the corners of a stack of products, or of a sum."""
         if fold == self.fold:
+            if self.bounded:
+                self._make_room(circuit, weights.layer, product.shape[0] if len(product.shape) > 2 else 1)
             self._keep(weights.layer, circuit, product.dense(self.size), product.shape)
+
+    def _make_room(self, circuit: Kind, layer: int, panels: int) -> None:
+        """Choose the size for what is to come, too, and cut what is there."""
+        with self._lock:
+            self._counts[circuit, layer] += panels
+            mine = [count for (kind, _), count in self._counts.items() if kind == circuit]
+            largest = min(math.isqrt(HEATMAP_ENTRIES // sum(mine)), HEATMAP_SIDE // max(mine))
+            self.size = min(self.size, max(2, largest))
+            self._cut()
 
     def _keep(self, layer: int, circuit: Kind, corners: Array, shape: Sequence[int]) -> None:
         found = {ALL_HEADS: corners} if corners.ndim == 2 else dict(enumerate(corners))
-        kept = self.panels.setdefault((circuit, layer), {})
-        kept.update({head: corner.astype(np.float32) for head, corner in found.items()})
-        self.shapes[circuit, layer] = (shape[-2], shape[-1])
+        with self._lock:
+            kept = self.panels.setdefault((circuit, layer), {})
+            kept.update({head: corner.astype(np.float32) for head, corner in found.items()})
+            self.shapes[circuit, layer] = (shape[-2], shape[-1])
+            self._cut()
+
+    def _cut(self) -> None:
+        for kept in self.panels.values():
+            for head, corner in kept.items():
+                if max(corner.shape) > self.size:
+                    kept[head] = corner[: self.size, : self.size].copy()
 
     def of(self, circuit: Kind) -> tuple[dict[int, dict[int | str, Any]], dict[int, tuple[int, int]]]:
         """Return the corners of one circuit by layer and head, layers in order, and the whole products' shapes."""
@@ -146,7 +184,15 @@ class Inspection(Tabular):
             return product
         return product.head(head_index(head, product.shape[0], weights.layer))
 
-    def figures(self, fold: Fold | None = None, size: int = 64, corners: Corners | None = None) -> dict[str, Figure]:
+    def figures(
+        self,
+        fold: Fold | None = None,
+        size: int = 64,
+        corners: Corners | None = None,
+        *,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> dict[str, Figure]:
         """Draw ``qk_heatmap``, ``ov_heatmap``, ``depth_profile`` and ``spectra`` where attention was read.
 
         Where balanced products were measured, ``gains`` too.
@@ -154,30 +200,50 @@ class Inspection(Tabular):
         The heatmaps show the top-left ``size x size`` corner of every product under ``fold`` (effective where it was
         measured), the spectra are of ``fold`` too, and the profile compares all folds that were measured.
         ``corners`` are those that were kept while measuring; without them, or where they are of another fold or size,
-        the layers are read again. Raises `UsageError` for a fold that was not measured or a size below 1.
+        the layers are read again. ``style`` and ``width`` are those of `attnlens.figure_style`. Raises `UsageError` for
+        a fold that was not measured or a size below 1.
         """
-        from attnlens.figures import gains, heatmaps, profiles, spectra, style
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(fold, size, corners), style, width)
+
+    def figure(
+        self,
+        name: str,
+        fold: Fold | None = None,
+        size: int = 64,
+        corners: Corners | None = None,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, and return the figure it is in.
+
+        ``ax`` are axes to draw into, with no title and no prose: one where the figure has one panel, one a panel in
+        reading order, or a dict from names of panels to axes, which draws those alone: ``{"beta ov": ax}``. The names
+        are in the error for others. A figure with a colour bar takes its room from the axes. Raises `UsageError`.
+        """
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(fold, size, corners), name, ax, style, width)
+
+    def _drawings(self, fold: Fold | None, size: int, corners: Corners | None) -> dict[str, Drawing]:
+        from attnlens.figures.circuits import circuit_drawings
 
         fold = ("effective" if "effective" in self.folds else self.folds[0]) if fold is None else FOLD(fold)
         if fold not in self.folds:
             raise UsageError(f"fold {fold!r} was not measured: choose from {', '.join(self.folds)}")
         _check_size(size)
-        filters = self.filters.figures(self.model) if self.filters.specs else {}
+        filters = self.filters.drawings(self.model) if self.filters.specs else {}
         if not self.specs:
             return filters
+        known = corners if corners is not None and (corners.fold, corners.size) == (fold, size) else None
         words = in_words(self.left_out(), len(self.layers))
-        about: dict[str, Any] = {"model": self.model, "notes": f"Note: {words}." if words else ""}
-        if corners is None or (corners.fold, corners.size) != (fold, size):
-            corners = self.corners(fold, size)
-        with style.look():
-            return {
-                "qk_heatmap": heatmaps.draw_heatmap(*corners.of("qk"), circuit="qk", fold=fold, **about),
-                "ov_heatmap": heatmaps.draw_heatmap(*corners.of("ov"), circuit="ov", fold=fold, **about),
-                "depth_profile": profiles.draw_profile(self.stats, self.folds, **about),
-                "spectra": spectra.draw_spectra(self.spectra, fold, **about),
-                **({"gains": gains.draw_gains(gain_profiles(self.gains), **about)} if self.gains else {}),
-                **filters,
-            }
+        about: Any = {"model": self.model, "notes": f"Note: {words}." if words else ""}
+        read = cache(lambda: known or self.corners(fold, size))
+        profiles = gain_profiles(self.gains) if self.gains else {}
+        return circuit_drawings(self.stats, self.folds, self.spectra, profiles, read, fold=fold, **about) | filters
 
     def corners(self, fold: Fold, size: int) -> Corners:
         """Read the layers again and return the corners of their products."""
@@ -356,7 +422,7 @@ def measure_layer(
     gains: dict[GainsKey, Gains] = {}
     raw = {"qk": qk_circuit(weights)}
     if weights.W_O is not None:
-        raw |= {"ov": ov_circuit(weights), "sum": layer_ov(weights)}
+        raw |= {"ov": ov_circuit(weights), "sum": replace(layer_ov(weights), parts=None)}
     for fold in folds:
         if fold != "raw" and "norm_unknown" in weights.leaves_out:
             continue

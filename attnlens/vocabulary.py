@@ -41,7 +41,9 @@ class Vocabulary:
 
     def find(self, value: Any) -> str | None:
         """Return the word as attnlens spells it; None for what is none of the words."""
-        return self._known().get(spelled_alike(value)) if isinstance(value, str) else None
+        if not isinstance(value, str):
+            return None
+        return value if value in self.words else self._known().get(spelled_alike(value))
 
     def __call__(self, value: Any) -> Any:
         """Return the word as attnlens spells it. Raises `UsageError` with the accepted words."""
@@ -66,6 +68,9 @@ HEADS = Vocabulary("head", ("each", "all"))
 COMPOSED = Vocabulary("kind", ("q", "k", "v"))
 ON_REQUEST = Vocabulary("include", ("channel", "linear"))
 GAINS = Vocabulary("gains", ("none", "quantiles", "channels"))
+FIGURE_STYLE = Vocabulary("style", ("default", "paper"), {"screen": "default"})
+FIGURE_WIDTH = Vocabulary("width", ("column", "page"), {"text": "page", "two-columns": "page", "one-column": "column"})
+FIGURE_FORMAT = Vocabulary("format", ("png", "pdf", "svg"))
 SHRINKAGE = Vocabulary("shrinkage", ("ledoit-wolf", "oas", "none"))
 
 

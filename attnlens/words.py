@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 
@@ -17,6 +17,18 @@ def listed(names: Sequence[str], one: str, most: int = 3) -> str:
     if len(names) > most:
         return counted(len(names), one)
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def numbered(indices: Iterable[int], one: str, many: str | None = None) -> str:
+    """Write which of several things, by index and as ranges: ``layer 3``, ``layers 0-3, 11``."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    what = one if sum(map(len, runs)) == 1 else many or f"{one}s"
+    return f"{what} {', '.join(str(run[0]) if len(run) == 1 else f'{run[0]}-{run[-1]}' for run in runs)}"
 
 
 def p_text(value: float, digits: int = 3) -> str:

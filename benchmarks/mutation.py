@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import gc
 import json
 import os
 import py_compile
@@ -57,7 +58,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attnlens/layouts/*.py", "attnlens/layouts/*/*.py"),
         (
             *("tests/test_layouts_rules.py", "tests/test_layouts_roundtrip.py", "tests/test_filters_inspect.py"),
-            *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py"),
+            *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py", "tests/test_shipped_layouts.py"),
+            *("tests/test_layouts_census.py", "tests/test_live_networks.py"),
         ),
     ),
     "inits": (
@@ -65,7 +67,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("tests/test_draws.py", "tests/test_inits_products.py", "tests/test_inits_names.py"),
             *("tests/test_inits_verify.py", "tests/test_inits_mistakes.py", "tests/test_inits_fitted.py"),
-            "tests/test_filters_init.py",
+            *("tests/test_filters_init.py", "tests/test_inits_gains.py", "tests/test_inits_reduced.py"),
+            *("tests/test_inits_transformers.py", "tests/test_inits_default.py"),
         ),
     ),
 }
@@ -168,6 +171,7 @@ def _tests_fail(files: Sequence[str], tree: Path) -> bool:
 def _pytest(files: Sequence[str], tree: Path) -> None:
     import pytest
 
+    gc.freeze()  # what another thread had open at the fork is not this process's to report
     for name in [name for name in sys.modules if name.split(".")[0] in ("attnlens", "benchmarks", "tests")]:
         del sys.modules[name]
     os.chdir(tree)

@@ -41,7 +41,7 @@ from attnlens.statistics.inference import Inference, infer
 from attnlens.statistics.verdicts import LEVEL, Judgement, Verdict, corrected, judge
 
 SEED = 0
-SIZES = {(64, 16): 2000, (96, 32): 1000, (384, 64): 200}
+SIZES = {(64, 16): 2000, (96, 32): 1000, (384, 64): 1000}
 PLANTED = 0.3
 NETWORK = "vit_small_patch14_dinov2"
 NETWORKS = 200
@@ -280,15 +280,15 @@ def rate(count: int, n: int) -> dict[str, Any]:
 
 
 def pieces(layers: list[HeadWeights], networks: int) -> dict[str, list[Piece]]:
-    """Return every piece of every part; each gets a generator of its own, so that any number of jobs draws the same."""
+    """Return every piece of every part, each with a generator that neither jobs nor the length of a part move."""
     names = structures(np.random.default_rng(SEED), 8, 2)
     parts: dict[str, list[Callable[[Generator], Any]]] = {
         "networks": [partial(network, layers=layers)] * networks if layers else [],
         "power": [partial(power, d=d, k=k, n=n, effect=effect) for d, k, n in POWER for effect in EFFECTS],
         "simulated": [partial(simulate, name=name, d=d, k=k) for d, k in SIZES for name in names],
     }
-    generators = iter(np.random.default_rng(SEED).spawn(sum(map(len, parts.values()))))
-    return {part: [(what, next(generators)) for what in some] for part, some in parts.items()}
+    generators = {part: np.random.default_rng([SEED, place]) for place, part in enumerate(parts)}
+    return {part: list(zip(some, generators[part].spawn(len(some)), strict=True)) for part, some in parts.items()}
 
 
 def timed(piece: Piece) -> tuple[Any, float]:

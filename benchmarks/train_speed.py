@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from attnlens.atomic import write_text_atomic
 from attnlens.provenance import run_provenance
-from attnlens.training.comparison import describe_device
 from attnlens.training.config import Config, Recipe
 from attnlens.training.data.augment import augmented, draw_epoch
 from attnlens.training.engine import Stack
+from attnlens.training.hardware import describe_device
 from attnlens.training.networks.vit import ARCHITECTURE, ViT
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

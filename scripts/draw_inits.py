@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from attnlens.circuits import Kind, layer_ov, qk_circuit
-from attnlens.figures import save_figures, style
+from attnlens.figures import save_figures, scales, style
 from attnlens.figures.heatmaps import colour_scale
 from attnlens.fit.fit_params import fit_params
 from attnlens.heads import Array
@@ -58,7 +58,7 @@ def draw(networks: dict[str, dict[Kind, dict[int, Array]]], head: int) -> Figure
     figure = style.new_figure(total, top + len(LAYERS) * (panel + GAP) + 20)
     heading.write(figure)
     for place, circuit in enumerate(CIRCUITS):
-        scale = colour_scale({i: dict(enumerate(n[circuit].values())) for i, n in enumerate(networks.values())})
+        norm = colour_scale({i: dict(enumerate(n[circuit].values())) for i, n in enumerate(networks.values())})
         start = left + place * (block + right)
         words = f"W_QK of head {head}" if circuit == "qk" else "W_OV, sum over heads"
         style.add_text(figure, start, top - 52, words, 8.5)
@@ -67,15 +67,15 @@ def draw(networks: dict[str, dict[Kind, dict[int, Array]]], head: int) -> Figure
             for row, layer in enumerate(LAYERS):
                 y = top + row * (panel + GAP)
                 axes = style.add_axes(figure, start + column * (panel + GAP), y, panel, panel)
-                image = axes.imshow(products[circuit][layer], cmap="RdBu_r", norm=scale, interpolation="none")
+                image = axes.imshow(products[circuit][layer], cmap="RdBu_r", norm=norm, interpolation="none")
                 axes.set_xticks([])
                 axes.set_yticks([])
                 if column == place == 0:
                     style.add_text(figure, 10, y + panel / 2 - 8, f"layer {layer}", 7.5)
         cax = style.add_axes(figure, start + block + 8, top, 14, 3 * (panel + GAP) - GAP)
         bar = figure.colorbar(image, cax=cax, extend="both")
-        ticks = style.arcsinh_ticks(-scale.limit, scale.limit, scale.linear_width)
-        bar.set_ticks(ticks, labels=[style.number(tick) for tick in ticks])
+        ticks = scales.arcsinh_ticks(-norm.limit, norm.limit, norm.linear_width, exact=True)
+        bar.set_ticks(ticks, labels=[style.number(float(f"{tick:.2g}")) for tick in ticks])
         bar.minorticks_off()
         cax.tick_params(labelsize=7, length=2.5)
     return figure

@@ -37,8 +37,8 @@ tags: [image-classification]
 # The small ViT inside attnlens
 
 A plain vision transformer for {size} x {size} images: width {width}, depth {depth}, {heads} heads, patch {patch},
-global average pooling, no class token, fixed 2-D sin-cos position embedding. attnlens analyses it where no model is
-named and no network is at hand.
+global average pooling, no class token, fixed 2-D sin-cos position embedding. attnlens looks at it where no model is
+named; nothing needs to be downloaded for that.
 
     timm.create_model("local-dir:attnlens/embedded", pretrained=True)
 

@@ -1,5 +1,8 @@
 """Circuits against dense float64 products and against attention itself."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -16,6 +19,8 @@ from attnlens.circuits import (
 )
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import InputNorm
+from attnlens.statistics.diagonal import fit_diagonal
+from attnlens.statistics.inference import infer
 from tests.conftest import random_heads
 
 
@@ -214,6 +219,7 @@ def test_whole_products_are_taken_out_of_a_stack_and_keep_their_rank_bound():
         np.testing.assert_allclose(one.total(), expected.sum((-2, -1)))
         np.testing.assert_array_equal(one.dense(), expected)
         assert one.rank_bound == 5
+        np.testing.assert_allclose(one.squared_norm(), (expected**2).sum((-2, -1)))
         for size, factor in zip(one.squared_sizes(), (expected, np.eye(11)), strict=True):
             np.testing.assert_allclose(size, np.broadcast_to((factor**2).sum((-2, -1)), expected.shape[:-2]))
     one = stack.head((1, 2))
@@ -301,6 +307,12 @@ def test_overlaps_of_a_whole_product_are_those_of_its_singular_vectors():
     np.testing.assert_allclose(overlaps((), vt.T), s**3 * np.einsum("ij,ji->i", vt, u), rtol=1e-9)
 
 
+def test_every_whole_product_of_a_stack_has_a_squared_trace_of_its_own():
+    M = np.random.default_rng(3).normal(size=(2, 3, 79, 79))
+    found = WholeProduct.of(M, 79).squared_trace()
+    np.testing.assert_allclose(found, np.trace(M @ M, axis1=-2, axis2=-1), rtol=1e-10)
+
+
 def test_every_whole_product_of_a_stack_is_centred_by_itself():
     M = np.random.default_rng(7).normal(size=(3, 5, 5))
     C = np.eye(5) - 1 / 5
@@ -335,3 +347,19 @@ def test_sums_of_squares_that_cancel_are_never_negative():
         factors[1][::2] = rng.normal(size=(7, 1)) * row  # rows of B that A does not see: zero up to rounding
         product_of_zeros = FactoredProduct(*(each @ turn for each in (factors if side else factors[::-1])))
         assert min(each.min() for each in product_of_zeros.squared_margins()) >= 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-40])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_products_memory_is_free_with_the_last_of_it(whole, scale):
+    circuit = product(rows=13, cols=13)
+    circuit = WholeProduct.of(scale * circuit.dense(), 5) if whole else FactoredProduct(scale * circuit.A, circuit.B)
+    held = weakref.ref(circuit.A)
+    gc.disable()  # what only the collector frees lives on through many layers
+    try:
+        infer(circuit)
+        fit_diagonal(circuit, circuit.singular_values())
+        del circuit
+        assert held() is None
+    finally:
+        gc.enable()

@@ -12,9 +12,9 @@ from safetensors.torch import save_model
 
 import attnlens
 from attnlens.cli.app import COMMANDS, load_command
-from attnlens.cli.console import format_layers
 from attnlens.cli.options import parse_layers
 from attnlens.errors import UsageError
+from attnlens.words import numbered
 from tests.test_inspect import SMALL, small_vit
 
 WITHOUT_DEFAULT = {
@@ -203,6 +203,6 @@ def test_a_global_outside_the_weights_is_a_stand_in_that_is_never_called(run, fo
 
 def test_layer_ranges_read_and_write():
     assert parse_layers("0-2, 5") == [0, 1, 2, 5]
-    assert format_layers([5, 0, 1, 2]) == "0-2, 5"
+    assert numbered([5, 0, 1, 2], "layer") == "layers 0-2, 5"
     with pytest.raises(UsageError, match="not understood"):
         parse_layers("a")

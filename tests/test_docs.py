@@ -100,3 +100,14 @@ def test_the_site_builds_without_a_warning_and_holds_every_command(tmp_path):
     assert "--train" in commands
     assert "doc-function" in (tmp_path / "site" / "api" / "index.html").read_text()
     assert (tmp_path / "site" / "gallery" / "report.html").stat().st_size > 500_000
+
+
+def test_the_figures_for_papers_are_made_as_their_page_says(tmp_path):
+    command = [sys.executable, str(DOCS / "paper_figure.py"), str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {f"{name}.{suffix}" for name in ("column", "spectra") for suffix in ("pdf", "png")}
+    assert made >= {path.name for path in (DOCS / "gallery" / "paper").iterdir()}
+    assert done.stdout.count("wrote") == 4
+    for path in tmp_path.glob("*.pdf"):
+        assert re.search(rb"/MediaBox \[ ?0 0 234 ", path.read_bytes())  # 3.25 inches in points

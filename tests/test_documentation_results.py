@@ -2,9 +2,13 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+import attnlens
+from attnlens.statistics.verdicts import Verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,14 +75,15 @@ class Comparison:
     def share(self, arm):
         return [self.gaps[arm][name] for name in ("share", "low", "high")] if arm in self.gaps else []
 
-    def rung(self, arm, *, p, left):
+    def rung(self, arm, *, p, left=None):
+        """Return the numbers of a rung: with p-values or without, what is left with its interval, without, or not."""
         step = self.steps.get(arm)
         if step is None:
             return []
         told = []
         for name in ("step", "from_start"):
             told += [*points(step[name]["difference"]), *([step[name]["t_holm"]] if p else [])]
-        return told + ([] if arm == "pretrained" else points(step["left"], interval=left))
+        return told + ([] if arm == "pretrained" or left is None else points(step["left"], interval=left))
 
 
 def of_arm(cells):
@@ -102,6 +107,10 @@ def ladder_among_results(one, arm):
     return one.accuracy(arm) + one.rung(arm, p=False, left=False)
 
 
+def ladder_on_the_front_page(one, arm):
+    return one.accuracy(arm) + one.rung(arm, p=False)
+
+
 def wiring(one, arm):
     return one.accuracy(arm, interval=True) + one.over_default(arm, p=True)
 
@@ -118,6 +127,7 @@ COMPARISONS = [
     ("training.md", "arm | test accuracy, mean", "digits_cpu", digits_on_its_page),
     ("results.md", "start | test accuracy, mean of n = 6", "digits_cpu", digits_among_results),
     ("results.md", "start keeps of the source", "ladder_natural_cpu", ladder_among_results),
+    ("../README.md", "start keeps of the source", "ladder_natural_cpu", ladder_on_the_front_page),
     ("signal.md", "network | test accuracy, mean", "skipless_cpu", wiring),
     ("filters.md", "start of the filters | filters frozen", "convmixer_natural_frozen_cpu", start),
     ("filters.md", "start of the filters | filters trained", "convmixer_natural_cpu", start),
@@ -144,6 +154,25 @@ def test_a_table_of_starts_holds_the_numbers_of_its_comparison(page, first, fold
     assert {arm for arm, _ in told} == set(arms)
     for arm, shown in told:
         assert agree(shown, expected(found, arm)), (page, arm, shown, expected(found, arm))
+
+
+def test_sentences_on_the_ladder_give_its_shares_and_its_stars():
+    found = Comparison("ladder_natural_cpu")
+
+    def share(arm):
+        return " ".join(f"{one:.2f}"[1:] for one in found.share(arm))
+
+    told = {page: " ".join((ROOT / "docs" / page).read_text().split()) for page in ("results.md", "training.md")}
+    written = "{} [{}, {}] of the gap"
+    for text in told.values():
+        assert "closes " + written.format(*share("pretrained-attention").split()) in text
+    assert "closes " + written.format(*share("fitted").split()) in told["training.md"]
+    assert f"Holm over {len(found.summary['contrasts'])} declared contrasts" in told["results.md"]
+    for page in ("results.md", "../README.md"):
+        for arm, shown in map(of_arm, table(page, "start keeps of the source")):
+            step = found.steps.get(arm)
+            starred = [step[name]["t_holm"] < 0.05 for name in ("step", "from_start")] if step else []
+            assert [cell.endswith("*") for cell in shown.split(" | ")[1:3]][: len(starred)] == starred, (page, arm)
 
 
 @pytest.mark.parametrize("heading", ["The ladder on natural images, on a CPU", "The ladder on digits"])
@@ -209,6 +238,40 @@ def test_a_large_model_takes_what_its_page_says():
         size, attention = run["parameters"] / 1e9, run["attention_parameters"] / 1e9
         measured = [run["peak_above_imports_mb"], run["cpu_seconds"], run["cpu_seconds"] / attention, run["seconds"]]
         assert agree(" ".join(cells[1:]).replace(" B", "").replace(" MB", ""), [size, attention, *measured]), cells
+
+
+@pytest.fixture(scope="module")
+def real(dinov2_file):
+    return attnlens.fit_params("vit_small_patch14_dinov2", checkpoint=dinov2_file)
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_the_products_of_a_real_network_are_as_the_results_say(real):
+    positive = {Verdict.IDENTITY, Verdict.IDENTITY_LOW_RANK}
+    rows = table("results.md", "layer | QK heads `identity` or `identity + low rank`")
+    assert [int(cells[0]) for cells in rows] == list(range(12))
+    for layer, (_, heads, beta, interval, verdict, raw) in enumerate(rows):
+        words = [entry.verdict in positive for entry in real.select("qk", layer=layer)]
+        (total,), (stored,) = (real.select("ov", "all", layer, fold) for fold in ("effective", "raw"))
+        assert heads == f"{sum(words)} of {len(words)}"
+        assert agree(f"{beta} {interval}", [total.beta, total.beta_low, total.beta_high]), layer
+        assert verdict == total.verdict
+        assert agree(raw.partition(",")[0], [stored.beta]), layer
+        assert raw.partition(", ")[2] == stored.verdict
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_the_words_for_a_real_network_are_counted_as_the_page_of_verdicts_does(real):
+    words = list(Verdict)
+    rows = table("verdicts.md", "circuit | fold | identity")
+    assert len(rows) == 9
+    for circuit, fold, *counts in rows:
+        kind, head = circuit[:2].lower(), "all" if circuit.endswith("sums") else "each"
+        found = Counter(entry.verdict for entry in real.select(kind, head, fold=fold))
+        assert list(map(int, counts)) == [found[word] for word in words], (circuit, fold)
+        assert circuit.split()[1] == str(found.total())
 
 
 def test_a_number_that_no_result_holds_is_seen():

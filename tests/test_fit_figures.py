@@ -26,11 +26,12 @@ def panel(figure, label, column):
     return figure.axes[figure.axes.index(first) + column]
 
 
-def points(axes, marker="o", fill="full"):
+def points(axes, crossed=False, fill="full"):
+    """Return what is drawn with marks, lines through them or not: crosses, or all others."""
     return [
         np.column_stack(line.get_data())
         for line in axes.lines
-        if line.get_marker() == marker and line.get_fillstyle() == fill
+        if line.get_marker() != "None" and (line.get_marker() == "x") == crossed and line.get_fillstyle() == fill
     ]
 
 
@@ -40,9 +41,9 @@ def words(figure):
 
 def test_every_figure_is_drawn_with_its_labels(figures):
     assert {name: sorted({a.get_ylabel() for a in f.axes} - {""}) for name, f in figures.items()} == {
-        "fit_profile": ["alpha", "beta"],
-        "realised_requested": ["requested alpha", "requested beta"],
-        "tails": ["excess kurtosis", "share of squared norm"],
+        "fit_profile": ["alpha (log scale)", "beta (arcsinh scale)"],
+        "realised_requested": ["requested alpha (log scale)", "requested beta (arcsinh scale)"],
+        "tails": ["excess kurtosis (arcsinh scale)", "share of squared norm"],
     }
     for figure in figures.values():
         titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -50,7 +51,7 @@ def test_every_figure_is_drawn_with_its_labels(figures):
 
 
 def test_the_profile_shows_raw_beside_effective_with_intervals_and_the_null_band(params, figures):
-    axes = panel(figures["fit_profile"], "beta", 0)
+    axes = panel(figures["fit_profile"], "beta (arcsinh scale)", 0)
     raw, effective = points(axes)
     np.testing.assert_array_equal(raw[:, 1], [e.beta for e in params.select("qk", "each", fold="raw")])
     np.testing.assert_array_equal(effective[:, 1], [e.beta for e in params.select("qk", "each")])
@@ -69,8 +70,8 @@ def test_the_profile_shows_raw_beside_effective_with_intervals_and_the_null_band
 
 def test_realised_against_requested_has_one_scale_on_both_axes(params, figures):
     figure = figures["realised_requested"]
-    for name in ("alpha", "beta"):
-        axes = panel(figure, f"requested {name}", 0)
+    for name, scale in (("alpha", "log"), ("beta", "arcsinh")):
+        axes = panel(figure, f"requested {name} ({scale} scale)", 0)
         entries = [entry for entry in params.select("qk", "each") if entry.reachable]
         drawn = points(axes)[0]
         expected = [[getattr(e, name), getattr(e, f"request_{name}")] for e in entries]
@@ -89,7 +90,9 @@ def test_requests_beyond_the_bound_are_crossed_and_explained():
         model.blocks[0].attn.qkv.weight[39:52] = basis
     params = attnlens.fit_params(model, fold="raw")
     figure = params.figures()["realised_requested"]
-    (crosses,) = [drawn for drawn in points(panel(figure, "requested beta", 0), "x") if len(drawn)]
+    (crosses,) = [
+        drawn for drawn in points(panel(figure, "requested beta (arcsinh scale)", 0), crossed=True) if len(drawn)
+    ]
     (nearest,) = [entry for entry in params.entries if not entry.reachable]
     np.testing.assert_array_equal(crosses, [[nearest.beta, nearest.request_beta]])
     assert words(figure)[-1] == "beyond the bound of its rank: nearest request"
@@ -98,7 +101,7 @@ def test_requests_beyond_the_bound_are_crossed_and_explained():
 def test_tails_and_shares_are_those_of_the_file_and_the_legend_says_which_is_which(params, figures):
     figure = figures["tails"]
     entries = params.select("ov", "all")
-    (kurtosis,) = points(panel(figure, "excess kurtosis", 1))
+    (kurtosis,) = points(panel(figure, "excess kurtosis (arcsinh scale)", 1))
     np.testing.assert_array_equal(kurtosis[:, 1], [e.offdiagonal_kurtosis for e in entries])
     axes = panel(figure, "share of squared norm", 1)
     (filled,), (empty,) = points(axes), points(axes, fill="none")
@@ -127,15 +130,15 @@ def test_a_zero_product_is_left_out_of_the_panels_it_has_no_number_for():
     with torch.no_grad():
         model.blocks[1].attn.proj.weight.zero_()
     figure = attnlens.fit_params(model).figures()["tails"]
-    (drawn,) = points(panel(figure, "excess kurtosis", 1))
+    (drawn,) = points(panel(figure, "excess kurtosis (arcsinh scale)", 1))
     assert [math.isnan(value) for value in drawn[:, 1]] == [False, True, False]
 
 
-def test_several_models_have_a_colour_each():
+def test_several_models_have_a_colour_and_a_mark_each():
     params = attnlens.fit_params(small_vit(), small_vit(1))
-    axes = panel(params.figures()["fit_profile"], "alpha", 0)
-    colours = {line.get_color() for line in axes.lines if line.get_marker() == "o"}
-    assert len(colours) == 2
+    axes = panel(params.figures()["fit_profile"], "alpha (log scale)", 0)
+    looks = [(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() != "None"]
+    assert [len(set(each)) for each in zip(*looks, strict=True)] == [2, 2]
     first, second = points(axes)
     np.testing.assert_array_equal(first[:, 1], [e.alpha for e in params.select("qk", "each") if e.source == 0])
     np.testing.assert_array_equal(second[:, 1], [e.alpha for e in params.select("qk", "each") if e.source == 1])
@@ -145,7 +148,8 @@ def test_a_comparison_draws_every_profile_against_relative_depth():
     comparison = attnlens.compare(small_vit(), small_vit(1))
     figure = comparison.figures()["comparison"]
     assert len(figure.axes) == 6
-    for label, statistic in (("alpha (log scale)", "alpha"), ("identity cosine ÷ bound", "identity_share")):
+    labels = {"alpha (log scale)": "alpha", "beta (arcsinh scale)": "beta", "identity cosine ÷ bound": "identity_share"}
+    for label, statistic in labels.items():
         for column, circuit in enumerate(("qk", "ov")):
             drawn = points(panel(figure, label, column))
             for data, profile in zip(drawn, comparison.select(circuit, statistic), strict=True):

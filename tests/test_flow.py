@@ -15,6 +15,7 @@ ROOMS = (
         "arguments",
         "errors",
         "vocabulary",
+        "figure_styles",
         "provenance",
         "threads",
         "atomic",
@@ -26,7 +27,19 @@ ROOMS = (
         "templates",
     ),
     *("heads", "balance", "krylov", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
-    *("inspection", "composition", "fit", "inits", "reports", "scans", "gpt", "signal", "training", "cli"),
+    *(
+        "inspection",
+        "composition",
+        "composition_files",
+        "fit",
+        "inits",
+        "reports",
+        "scans",
+        "gpt",
+        "signal",
+        "training",
+        "cli",
+    ),
 )
 """From the ground up; the root ``attnlens`` itself names the public functions and is imported for its version alone."""
 HEAVY = {

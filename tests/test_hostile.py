@@ -2,15 +2,25 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
+import tracemalloc
+from collections import OrderedDict
 
 import pytest
+import torch
 
+from attnlens.checkpoints import TorchFile
+from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError, UsageError
 from attnlens.printable import LONGEST, one_line, printable
 from attnlens.strict_json import parse_json, within
+from benchmarks.trust import payloads, seeds
 from benchmarks.trust.guard import Case, Outcome
+from benchmarks.trust.mutations import members_of, zip_of
+from benchmarks.trust.parsers import PARSERS, corpus
 from benchmarks.trust.tally import Kept, counts, tally, together
 from tests.conftest import ROOT
 
@@ -136,3 +146,56 @@ def test_a_link_is_followed_inside_its_folder_and_in_a_hub_cache_only(tmp_path):
         with pytest.raises(CheckpointError, match="cannot be followed"):
             within(snapshot, snapshot / name, CheckpointError)
     assert within(snapshot, snapshot / "absent", CheckpointError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modules in modules",
+        "lists that double",
+        "one list, many dictionaries",
+        "one state, many objects",
+        "one key, many names",
+        "one shape, many tensors",
+    ],
+)
+def test_what_a_pickle_says_once_and_uses_often_is_not_copied_each_time(name, tmp_path):
+    whole = seeds.pth(seeds.transformers_state())
+    inner = b"\x80\x02" + payloads.growing()[name] + b"."
+    members = [(path, inner if path.endswith("data.pkl") else held) for path, held in members_of(whole)]
+    path = tmp_path / "model.pth"
+    path.write_bytes(zip_of(members))
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        opened = TorchFile(path)
+        assert {name: tuple(opened[name].shape) for name in opened} == {"w": (8, 8)}
+    except CheckpointError:
+        pass
+    seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 20
+    assert peak < 64 * (path.stat().st_size + (1 << 20))
+
+
+def test_a_checkpoint_with_an_ordered_dictionary_and_its_state_is_still_loaded(tmp_path):
+    state = OrderedDict(w=torch.ones(2, 3))
+    state._metadata = {"": {"version": 1}}
+    torch.save({"a": state, "b": OrderedDict(state), "same": state}, tmp_path / "a.pt")
+    loaded = load_pickle(tmp_path / "a.pt", CheckpointError)
+    assert torch.equal(loaded["a"]["w"], torch.ones(2, 3))
+    assert loaded["same"]._metadata == state._metadata
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_parser_keeps_its_word_about_what_fuzzing_starts_from_and_its_cuts(name):
+    rng = random.Random(name)
+    known = list(corpus(name))
+    assert len(known) > 1
+    for data in known:
+        PARSERS[name](data)
+        for _ in range(5):
+            cut = bytearray(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data)
+            if cut:
+                cut[rng.randrange(len(cut))] ^= 1 << rng.randrange(8)
+            PARSERS[name](bytes(cut))

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "attnlens"
 LAYOUTS = PACKAGE / "layouts"
 COUNTED = (
     *("architectures", "arms", "blocks", "classes", "contrasts", "cores", "devices", "epochs", "files", "groups"),
-    *("layers", "models", "pairs", "requests", "runs", "seeds", "shards", "sources", "tensors", "tokens", "windows"),
+    *("heads", "layers", "models", "pairs", "requests", "runs", "seeds", "shards", "sources", "tensors", "tokens"),
+    "windows",
 )
 PLURAL = re.compile(rf"^ (?:[a-z-]+ )?({'|'.join(COUNTED)})\b")
 NEVER_ONE = {
@@ -23,6 +24,10 @@ NEVER_ONE = {
     "self.tokens",
     "len(self.log_P)",
     "len(kernel)",
+    "group",  # of heads that share a projection: said of two or more
+    "groups[0]",
+    "layer.query_groups",
+    "layer.value_groups",
     "format_",
     "shape.contrast",
     "family.name",
@@ -59,6 +64,17 @@ def plurals_by_hand(text: ast.JoinedStr) -> list[str]:
 def test_a_number_and_what_it_counts_are_written_by_counted():
     assert len(sentences()) > 500
     wrong = [(place, found) for place, text in sentences() if (found := plurals_by_hand(text))]
+    assert wrong == []
+
+
+def test_templates_write_a_number_and_what_it_counts_by_counted():
+    templates = sorted((PACKAGE / "templates").glob("*.j2"))
+    assert len(templates) > 2
+    wrong = []
+    for path in templates:
+        for number, after in re.findall(r"{{ ([^}]*) }}( [a-z -]*)", path.read_text()):
+            if PLURAL.match(after) and "counted" not in number:
+                wrong.append((path.name, number, after))
     assert wrong == []
 
 

@@ -256,6 +256,14 @@ def test_a_model_without_square_products_has_numbers_and_says_why_no_verdict(mon
 
 
 @pytest.mark.slow
+def test_one_layer_is_one_and_every_fold_that_is_shown_is_explained():
+    page = reports.report(small_vit(depth=1), fold="all")
+    assert "1 of 1 attention layer, each product" in page
+    assert "1 of 1 layers" not in page
+    legend = page.partition('id="profiles-title"')[2].partition("</p>")[0]
+    assert re.findall(r"^(\w+): .+[;.]$", legend, re.MULTILINE) == ["raw", "effective", "centred", "balanced"]
+
+
 def test_a_vit_base_takes_less_than_five_megabytes():
     import timm
 

@@ -125,13 +125,23 @@ def test_the_figure_draws_means_bands_and_theory(found):
     assert any(np.array_equal(y, found.curve("u-spa", "theory_cosine")[0]) for y in lines)
     assert len(alike.collections) == 7  # a band an arm
     assert len(error.collections) == 5
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in figure.legends[0].get_texts()}
+    labels = sorted(boxes, key=lambda text: (-round(boxes[text].y1 / 4), boxes[text].x0))  # line by line
     assert labels == [*found.arms, "theory"]
-    dashes = {text: handle.get_linestyle() for text, handle in zip(labels, figure.legends[0].get_lines(), strict=True)}
-    assert dashes["value-skipinit"] == "-"
-    assert dashes["shaped"] == "--"  # lies on value-skipinit
+    handles = dict(
+        zip([t.get_text() for t in figure.legends[0].get_texts()], figure.legends[0].get_lines(), strict=True)
+    )
+    lines = [handles[label] for label in labels]
+    looks = [(str(line._dash_pattern), line.get_marker()) for line in lines]
+    assert all(len(set(each)) > 4 for each in zip(*looks, strict=True))
+    assert len(set(looks)) == len(looks)
+    widths = [line.get_linewidth() for line in lines[:-1]]
+    assert widths == sorted(widths, reverse=True)  # a line that lies on another one leaves its edges to be seen
     told = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
     assert "2 blocks without skips and without norms, tailored MLPs; width 96, 16 random tokens, causal" in told
+    assert ("Band: from least to largest seed." in told) == (found.seeds > 1)
+    assert "band" not in found.described()  # the table that says it too has no band
 
 
 def test_errors_of_rounding_are_not_drawn_and_no_theory_is_said(attention_alone):
@@ -139,8 +149,9 @@ def test_errors_of_rounding_are_not_drawn_and_no_theory_is_said(attention_alone)
     assert np.isnan(error.lines[0].get_ydata()[1:]).all()  # softmax: one token in theory and in the network
     assert error.get_ylim()[0] > 1e-3
     silent = propagate(arms=["default"], depth=1, tokens=4, seeds=1, sequences=1)
-    words = [text.get_text() for text in draw_signal(silent).axes[1].texts]
-    assert words == ["no arm has a theory here"]
+    figure = draw_signal(silent)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["mean cosine of two tokens"]
+    assert "No arm has a theory of its kernel here." in " ".join(" ".join(t.get_text().split()) for t in figure.texts)
 
 
 def test_the_command_writes_table_and_figure_and_prints(run, tmp_path):

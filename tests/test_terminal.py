@@ -13,7 +13,7 @@ import pytest
 
 from attnlens.cli.sheet import Sheet
 from attnlens.printable import spelled, utf8_text
-from attnlens.words import counted, p_text, told_apart
+from attnlens.words import counted, numbered, p_text, told_apart
 
 pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
 PROGRAM = [sys.executable, "-m", "attnlens"]
@@ -257,6 +257,8 @@ def test_p_values_read_as_people_write_them(value, text):
 def test_one_and_many():
     assert [counted(n, "model") for n in (0, 1, 2)] == ["0 models", "1 model", "2 models"]
     assert counted(1, "part is", "parts are") == "1 part is"
+    assert [numbered(of, "layer") for of in ([3], [3, 0, 1], range(12))] == ["layer 3", "layers 0-1, 3", "layers 0-11"]
+    assert numbered([2], "layer of filters", "layers of filters") == "layer of filters 2"
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders():

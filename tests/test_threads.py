@@ -1,6 +1,7 @@
 """How many threads work: the user's number, else one of BLAS for each core that affinity, quota and load leave."""
 
 import os
+import platform
 import subprocess
 import sys
 from threading import Event, current_thread
@@ -129,3 +130,27 @@ def test_every_command_passes_the_guard(given, blas):
     found, _, torch_threads = done.stdout.strip().rpartition(" ")
     assert found == blas
     assert 1 <= int(torch_threads) <= available_cores()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from attnlens.threads import keep_memory, over_threads
+if sys.argv[1] == "kept":
+    keep_memory()
+def work(seed):
+    for size in np.random.default_rng(seed).integers(1 << 16, 1 << 21, 40):
+        held = np.ones(size), np.ones(size // 3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+over_threads(work, range(8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_threads_of_a_command_take_memory_from_the_kernel_once():
+    free, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("free", "kept")
+    )
+    assert kept < free / 2

@@ -219,6 +219,8 @@ def test_report_summary_and_figure_say_what_each_step_is_worth(climbed):
     assert [step["arm"] for step in data["ladder"]] == list(ARMS[1:])
     assert data["ladder"][0]["step"]["difference"]["n"] == 2
     assert "waterfall.png" in data["files"]
+    assert set(found.figures()) == {"curves", "structure", "waterfall"}
+    assert found.figure("waterfall", style="paper", width="page").get_figwidth() == 6.75
     config = json.loads((found.folder / "config.json").read_text())
     assert config["classes"] == ["1", "3", "5", "7", "9"]
     assert config["starts"]["permuted"].startswith("keeps of default-0: attention with one random permutation")
@@ -236,7 +238,7 @@ def test_the_waterfall_names_every_rung_and_step_and_hatches_those_that_go_back(
         assert bool(bar.get_hatch()) == (step.step.difference.mean <= 0)
     figure.canvas.draw()
     renderer, box = figure.canvas.get_renderer(), figure.bbox
-    for text in (*figure.texts, *axes.get_yticklabels(), axes.xaxis.label):
+    for text in (*figure.texts, *axes.texts, *axes.get_yticklabels(), axes.xaxis.label):
         extent = text.get_window_extent(renderer)
         assert extent.x0 >= 0
         assert extent.x1 <= box.x1, text.get_text()

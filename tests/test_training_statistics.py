@@ -311,6 +311,15 @@ def test_few_seeds_and_unfinished_comparisons_say_so():
     assert not summary.complete
 
 
+def test_a_report_of_one_arm_has_no_table_of_contrasts_and_nothing_to_pair():
+    alone = {name: lines for name, lines in records_of(1).items() if name.startswith("default")}
+    report = render_report(summarise(config(seeds=1, arms=("default",), contrasts=()), alone))
+    assert "1 of 1 run finished; 1 seed an arm" in report
+    assert "No contrast was declared." in report
+    assert "Declared contrasts" not in report
+    assert "one arm: nothing to compare" in report
+
+
 def test_diverged_runs_stay_in_the_report_and_out_of_the_numbers():
     broken = run_records("mimetic", 5, [0.1, 0.2])
     broken.append({**broken[-1], "epoch": 2, "status": "diverged", "streams": ["5-2"]})

@@ -50,6 +50,9 @@ class Checkpoint(Mapping[str, Any]):
     def check(self) -> None:
         """Raise `CheckpointError` where what is on disk is not what was opened, as it was then."""
 
+    def let_go(self) -> None:
+        """Give back the memory of what was read, where that is a view of the file and nobody keeps one."""
+
     def expect(self, names: Iterable[str]) -> None:
         """Take note of which tensors will be asked for, where reading several together saves something."""
 

@@ -65,6 +65,10 @@ class AppliedWeights(Checkpoint):
         """Return the bytes on disk."""
         return self._stored.size()
 
+    def let_go(self) -> None:
+        """Give back the memory of what was read."""
+        self._stored.let_go()
+
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which of its tensors will be asked for."""
         parts = [self._made[name].parts if name in self._made else (name,) for name in names]

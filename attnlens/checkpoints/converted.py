@@ -80,6 +80,10 @@ class PrefixedWeights(ConvertedWeights):
         """Return the shape of the tensor stored as prefix + name."""
         return self._origin.shape(self._tensors[name])
 
+    def let_go(self) -> None:
+        """Give back the memory of what was read."""
+        self._origin.let_go()
+
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which of its tensors will be asked for."""
         self._origin.expect(self._tensors[name] for name in names)

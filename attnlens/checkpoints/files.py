@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ class SafetensorsFile(_File):
             return data.view(kind).reshape(shape)
         except (ValueError, OverflowError) as error:  # more axes, or an empty tensor of more rows, than numpy has
             raise CheckpointError(f"{name} in {self.path} has shape {shape}, which cannot be read ({error})") from error
+
+    def let_go(self) -> None:
+        """Take the pages that were read off this process; a view that is left reads them anew."""
+        mapped = getattr(self.__dict__.get("_bytes"), "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def __contains__(self, name: object) -> bool:
         """Whether a tensor of that name is there; nothing is read."""

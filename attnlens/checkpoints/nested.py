@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +25,8 @@ def parts_of(value: Any) -> Mapping[Any, Any]:
     own = value.attributes()
     if "_modules" not in own:
         return value.items or own
-    found: dict[Any, Any] = {}
-    for kind in ("_parameters", "_buffers", "_modules"):
-        found |= parts_of(own.get(kind))
-    return found
+    held = (own.get(kind) for kind in ("_modules", "_buffers", "_parameters"))
+    return ChainMap(*(part for part in held if isinstance(part, dict)))  # a view: a module may be reached many times
 
 
 def _is_tensor(value: Any) -> bool:
@@ -36,8 +36,12 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, TensorRef) or (hasattr(value, "dtype") and hasattr(value, "shape"))
 
 
-def named_tensors(root: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return every tensor by its dotted name, and of each name the keys in front of the state dict it stands in."""
+def named_tensors(root: Any, room: float = math.inf) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return every tensor by its dotted name, and of each name the keys in front of the state dict it stands in.
+
+    Raises `ValueError` where the names have more than ``room`` characters: a pickle may say one long key once and use
+    it in many dictionaries.
+    """
     found: dict[str, Any] = {}
     keys: dict[str, str] = {}
     waiting: list[tuple[str, str, Any, int]] = [("", "", root, 0)]
@@ -49,6 +53,9 @@ def named_tensors(root: Any) -> tuple[dict[str, Any], dict[str, str]]:
         seen.add(id(value))
         inner: list[tuple[str, str, Any, int]] = []
         for key, part in parts_of(value).items():
+            room -= len(prefix) + (len(key) if isinstance(key, str) else 20)
+            if room < 0:
+                raise ValueError("its keys make names of more characters than it has bytes")
             name = f"{prefix}{key}"
             if _is_tensor(part):
                 found[name], keys[name] = part, outer

@@ -77,6 +77,10 @@ class ChosenNetwork(Checkpoint):
         """Return a tensor's shape."""
         return self.origin.shape(self._names[name])
 
+    def let_go(self) -> None:
+        """Give back the memory of what was read."""
+        self.origin.let_go()
+
     def expect(self, names: Iterable[str]) -> None:
         """Tell the file which of its tensors will be asked for."""
         self.origin.expect([self._names[name] for name in names if name in self._names])

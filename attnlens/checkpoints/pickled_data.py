@@ -57,6 +57,8 @@ _HOSTILE_BUILTINS = frozenset(
 _HOSTILE_TORCH = frozenset(("torch load", "torch.storage _load_from_bytes", "torch.serialization load"))
 _LARGEST_KEY = 1 << 60
 """Integers beyond may be chosen to share a hash: they are no keys of a checkpoint."""
+_MOST_AXES = 64
+"""Of a tensor; numpy has as many."""
 _DICTS = frozenset(("collections OrderedDict", "builtins dict", "collections defaultdict", "collections Counter"))
 
 
@@ -109,6 +111,7 @@ def read_pickle(stream: IO[bytes] | Any) -> Any:
     """
     machine = _Machine()
     for operation, argument, _ in pickletools.genops(stream):
+        machine.room += 1
         machine.step(operation.name, argument)
     return machine.stack[-1]
 
@@ -120,6 +123,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.room = 0
+        """Pairs that may yet be copied into dictionaries: each took an operation, and one list may be given often."""
 
     def step(self, name: str, argument: Any) -> None:
         if name in _PUSHES:
@@ -162,7 +167,11 @@ class _Machine:
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(_made(function, arguments))
+        made = _made(function, arguments)
+        self.room -= len(made) if isinstance(made, dict) else 0
+        if self.room < 0:
+            raise pickle.UnpicklingError("it makes dictionaries of one list again and again")
+        self.stack.append(made)
 
     def _newobj(self) -> None:
         self._reduce()
@@ -334,8 +343,10 @@ def _text(value: Any) -> str:
 
 def _tensor(parts: tuple[Any, ...], dtype: str | None = None) -> TensorRef:
     storage, offset, shape, stride = parts
+    if len(shape) > _MOST_AXES or len(stride) > _MOST_AXES:
+        raise pickle.UnpicklingError(f"it holds a tensor of more than {_MOST_AXES} axes")
     numbers = (offset, *shape, *stride)
-    if not isinstance(storage, StorageRef) or not all(type(n) is int and n >= 0 for n in numbers):
+    if not isinstance(storage, StorageRef) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise pickle.UnpicklingError("it describes a tensor in a way that is not used")
     if len(shape) != len(stride):
         raise pickle.UnpicklingError("it describes a tensor in a way that is not used")

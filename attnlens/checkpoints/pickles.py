@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from attnlens.checkpoints.archives import check_archive, data_offset
 from attnlens.errors import AttnlensError, first_line
@@ -101,9 +101,9 @@ def _scan(stream: IO[bytes] | mmap.mmap) -> None:
     The stack is followed by weight alone: a tuple weighs what it holds, a list or dictionary one, as nothing is hashed
     or compared by what is inside those.
     """
-    stack: list[int] = []
+    stack: list[_Value] = []
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: dict[int, _Value] = {}
     large = 0
     for operation, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]
         name = operation.name
@@ -118,16 +118,32 @@ def _scan(stream: IO[bytes] | mmap.mmap) -> None:
         elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
             memo[len(memo) if argument is None else int(argument)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[int(argument)])  # type: ignore[arg-type]
+            stack.append(memo[int(argument)]._replace(shared=True))  # type: ignore[arg-type]
+        elif name == "DUP":
+            stack.append(stack[-1]._replace(shared=True))
         else:
-            _follow(operation, stack, marks)
-        if stack and stack[-1] > _HEAVIEST:
+            _follow(operation, str(argument), stack, marks)
+        if stack and stack[-1].weight > _HEAVIEST:
             raise pickle.UnpicklingError("it nests tuples in tuples without end")
 
 
-def _follow(operation: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
-    """Apply one operation to the stack of weights."""
-    before = list(operation.stack_before)
+class _Value(NamedTuple):
+    """What is known of a value on the stack."""
+
+    weight: int
+    shared: bool = False
+    """Whether it is, or a tuple with it holds, something that stands elsewhere, too."""
+    copies: bool = False
+    """Whether it is a class that copies what it is called with."""
+
+
+_COPYING = ("collections OrderedDict", "builtins set", "__builtin__ set")
+_IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+
+
+def _follow(operation: pickletools.OpcodeInfo, argument: str, stack: list[_Value], marks: list[int]) -> None:
+    """Apply one operation to the stack. Raises `pickle.UnpicklingError` for copies of what stands elsewhere, too."""
+    name, before = operation.name, list(operation.stack_before)
     if pickletools.markobject in before:
         start = marks.pop()
         taken = stack[start:]
@@ -137,8 +153,16 @@ def _follow(operation: pickletools.OpcodeInfo, stack: list[int], marks: list[int
         taken = []
     for _ in before:
         taken.append(stack.pop())
-    holds = operation.name.startswith(("TUPLE", "REDUCE", "NEWOBJ", "BINPERSID"))
-    stack.extend(1 + sum(taken) if holds else 1 for _ in operation.stack_after)
+    copied = name == "BUILD" or (name == "REDUCE" and taken[-1].copies)
+    if copied and taken[0].shared:  # one list, copied again and again
+        raise pickle.UnpicklingError("it copies one value again and again")
+    holds = name.startswith(("TUPLE", "REDUCE", "NEWOBJ", "BINPERSID"))
+    made = _Value(
+        1 + sum(value.weight for value in taken) if holds else 1,
+        taken[-1].shared if name in _IN_PLACE else name.startswith("TUPLE") and any(value.shared for value in taken),
+        name == "GLOBAL" and argument in _COPYING,
+    )
+    stack.extend(made for _ in operation.stack_after)
 
 
 def _check_tensors(loaded: Any, size: int) -> None:

@@ -28,6 +28,7 @@ _LEGACY_PICKLES = 5
 _MAGIC = 0x1950A86A20F9469CFC6C
 TIED = 16
 """Bytes of tensors for each byte of the file: names may share a storage, each tensor must fit into the file."""
+_LONGEST_ARGUMENTS = 1 << 16
 _KINDS = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -58,7 +59,7 @@ class TorchFile(_File):
         self._places: dict[str, tuple[int, int]] = {}
         try:
             root = self._read_root()
-            self._tensors, self.keys_in_front = named_tensors(root)
+            self._tensors, self.keys_in_front = named_tensors(root, TIED * self._status.st_size)
             self._check()
         except pickle.UnpicklingError as error:
             raise CheckpointError(
@@ -221,8 +222,19 @@ def _arguments(value: Any) -> dict[str, str]:
     given: dict[str, Any] = {}
     for name, argument in _settings(value).items():
         with contextlib.suppress(TypeError, ValueError, RecursionError):
-            given |= json.loads(json.dumps({name: argument}))
+            given |= json.loads(_written({name: argument}))
     return {"named_arguments": json.dumps(given)} if given else {}
+
+
+def _written(value: Any) -> str:
+    """Return a value as JSON. Raises `ValueError` for a long one: lists that hold one another twice grow for ever."""
+    parts, length = [], 0
+    for part in json.JSONEncoder().iterencode(value):
+        parts.append(part)
+        length += len(part)
+        if length > _LONGEST_ARGUMENTS:
+            raise ValueError("it is longer than arguments are")
+    return "".join(parts)
 
 
 def _outline(root: Any) -> str:

@@ -57,15 +57,20 @@ class FactoredProduct:
         """Whether M has as many rows as columns, so that a diagonal and a trace mean something."""
         return self.A.shape[-2] == self.B.shape[-2]
 
-    @cached_property
+    @property
     def unit(self) -> tuple[FactoredProduct, NDArray[np.int_]]:
         """The products at a scale at which no power of their entries is lost, and the exponents of 2 taken out.
 
         M = 2^exponent * unit, exactly; the product itself, and zeros, where it is at such a scale already.
         """
+        return self._scaled_down or (self, np.zeros(self.A.shape[:-2], dtype=np.int_))
+
+    @cached_property
+    def _scaled_down(self) -> tuple[FactoredProduct, NDArray[np.int_]] | None:
+        """`unit` where it is another product: one that held itself would stay in memory until cycles are collected."""
         exponents = exponent_of(self.A), exponent_of(self.B)
         if max(np.abs(exponent).max(initial=0) for exponent in exponents) <= SAFE_EXPONENT:
-            return self, np.zeros_like(exponents[0])
+            return None
         A, B = (np.ldexp(f, -e[..., None, None]) for f, e in zip((self.A, self.B), exponents, strict=True))
         exponent = exponents[0] + exponents[1]
         parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
@@ -220,7 +225,8 @@ class FactoredProduct:
 
 def exponent_of(factor: Array) -> NDArray[np.int_]:
     """Return the exponents of 2 of the largest entry of each factor."""
-    return np.asarray(np.frexp(np.abs(factor).max((-2, -1), initial=0.0))[1], dtype=np.int_)
+    largest = np.maximum(factor.max((-2, -1), initial=0.0), -factor.min((-2, -1), initial=0.0))
+    return np.asarray(np.frexp(largest)[1], dtype=np.int_)
 
 
 def squares_of(factor: Array) -> Array:

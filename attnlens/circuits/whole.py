@@ -33,14 +33,14 @@ class WholeProduct(FactoredProduct):
     @classmethod
     def of(cls, M: Array, inner: int) -> WholeProduct:
         """Wrap a formed matrix ``[rows, cols]``."""
-        return cls(M, np.eye(M.shape[-1]), inner)
+        return cls(M, _identity(M.shape[-1]), inner)
 
     @cached_property
-    def unit(self) -> tuple[FactoredProduct, NDArray[np.int_]]:
-        """The product at a safe scale, as of any product: of M alone, B stays the identity."""
+    def _scaled_down(self) -> tuple[FactoredProduct, NDArray[np.int_]] | None:
+        """As of any product, of M alone: B stays the identity."""
         exponent = exponent_of(self.A)
         if np.abs(exponent).max(initial=0) <= SAFE_EXPONENT:
-            return self, np.zeros_like(exponent)
+            return None
         parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
         return replace(self, A=np.ldexp(self.A, -exponent[..., None, None]), parts=parts), exponent
 
@@ -59,12 +59,15 @@ class WholeProduct(FactoredProduct):
 
     def squared_norm(self) -> Float[Array, "*stack"]:
         """Return ||M||_F^2."""
-        return np.asarray(np.vdot(self.A, self.A))
+        return squares_of(self.A)
 
     def squared_trace(self) -> Float[Array, "*stack"]:
         """Return tr(M @ M)."""
-        parts = [slice(start, start + _BLOCK) for start in range(0, len(self.A), _BLOCK)]  # of rows: columns in cache
-        return np.asarray(sum(np.einsum("ij,ji->", self.A[part], self.A[:, part]) for part in parts))
+        starts = range(0, self.A.shape[-2], _BLOCK)
+        parts = [slice(start, start + _BLOCK) for start in starts]  # of rows: columns in cache
+        return np.asarray(
+            sum(np.einsum("...ij,...ji->...", self.A[..., part, :], self.A[..., :, part]) for part in parts)
+        )
 
     def squared_margins(self) -> tuple[Float[Array, "*stack rows"], Float[Array, "*stack cols"]]:
         """Return the sum of squares of every row, and of every column."""
@@ -122,11 +125,15 @@ class WholeProduct(FactoredProduct):
 
     def offdiagonal_squares(self, weights: Float[Array, "*stack cols"]) -> Float[Array, "*stack rows"]:
         """Return sum_{j != i} M_ij^2 w_j for every row i, ``[..., rows]``, from the entries themselves."""
+        return np.matmul(self._offdiagonal, weights[..., None])[..., 0]
+
+    @cached_property
+    def _offdiagonal(self) -> Array:
         squares = self.A**2
         if self.is_square:
             index = np.arange(squares.shape[-1])
             squares[..., index, index] = 0.0
-        return np.matmul(squares, weights[..., None])[..., 0]
+        return squares
 
     def scaled(self, rows: Array | None, cols: Array | None) -> WholeProduct:
         """Return diag(rows) @ M @ diag(cols); None leaves that side alone."""
@@ -139,3 +146,11 @@ class WholeProduct(FactoredProduct):
         M = self.A - self.A.mean(-2, keepdims=True) if rows else self.A
         parts = self.parts and self.parts.centred(rows, cols)
         return WholeProduct(M - M.mean(-1, keepdims=True) if cols else M, self.B, self.inner, parts=parts)
+
+
+def _identity(size: int) -> Array:
+    """Return the identity ``[size, size]`` as a view of zeros about a one: a row begins one before the last."""
+    row = np.zeros(2 * size - 1)
+    row[size - 1] = 1.0
+    step = row.itemsize
+    return np.lib.stride_tricks.as_strided(row[size - 1 :], (size, size), (-step, step), writeable=False)

@@ -94,11 +94,14 @@ def _with_common(command: Callable[..., None]) -> Callable[..., None]:
     """Return the command with ``--quiet`` and ``--debug`` among its options; `main` does what the latter says."""
     from attnlens.cli.console import Interrupted, quietly
     from attnlens.cli.options import Debug, Quiet
+    from attnlens.figure_styles import current, use
+    from attnlens.threads import keep_memory
 
     @wraps(command)
     def run(*, quiet: bool, debug: bool, **options: Any) -> None:  # noqa: ARG001  # read by main, where errors arrive
         try:
-            with quietly(quiet):
+            keep_memory()
+            with quietly(quiet), use(current()):  # a command may settle on another style of figures
                 command(**options)
         except KeyboardInterrupt as stopped:  # typer would make an exit without a word of it
             raise Interrupted from stopped

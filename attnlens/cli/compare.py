@@ -11,12 +11,13 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import format_layers, note, tracked, write_stdout
+from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_distance_table
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
 from attnlens.outputs import Outputs
 from attnlens.vocabulary import FOLD
+from attnlens.words import numbered
 
 if TYPE_CHECKING:
     from attnlens.fit.comparison import Comparison
@@ -37,12 +38,15 @@ def compare(
     remote: options.Remote = False,
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     table: options.TableFile = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Compare models: depth profiles side by side, and a distance between their structures."""
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(models, checkpoints, force=force)
     if figures is not None:
         outputs.folder(figures)
@@ -62,7 +66,7 @@ def compare(
     )
     for model, said in comparison.left_out.items():
         for why, layers in said.items():
-            note(f"{model}: {why}: layers {format_layers(layers)}")
+            note(f"{model}: {why}: {numbered(layers, 'layer')}")
     if json_:
         write_stdout(json.dumps(comparison.to_json(), indent=1))
     if comparison.distances and not json_:
@@ -75,7 +79,7 @@ def compare(
     folder = options.figure_folder(figures, comparison.models, *models, *(checkpoints or ()), weights, model_args)
     drawn = comparison.figures()
     with FileSet(outputs.check) as files:
-        save_figures(drawn, folder, format_, dpi, into=files.write)
+        save_figures(drawn, folder, into=files.write)
         if table is not None:
             files.write(table, methodcaller("write", comparison.to_csv().encode()))
     note(f"wrote {' and '.join(f'{name}.{format_}' for name in drawn)} to {folder}")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
 from attnlens.outputs import Outputs
+from attnlens.words import numbered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,22 +36,34 @@ def compose(
         ),
     ] = "effective",
     layers: options.Layers = None,
+    all_pairs: Annotated[
+        bool,
+        typer.Option(
+            "--all-pairs",
+            help="Write every pair of heads to both tables. Default: the strongest 100,000 of each kind.",
+        ),
+    ] = False,
     top: Annotated[int, typer.Option(min=0, help="Show so many pairs of each kind in the table.")] = 5,
     offline: options.Offline = False,
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
-    from attnlens.composition import save_composition
+    from attnlens.composition_files import save_composition
     from attnlens.inspection import UNSAID
     from attnlens.layouts.flags import FLAGS, layers_by_reason
+    from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("composition.csv", "composition.json"))
+    import_beside("attnlens.figures.composition")
     composition = attnlens.compose(
         model,
         checkpoint,
@@ -69,20 +81,26 @@ def compose(
         flag for flags in composition.leaves_out.values() for flag in flags if flag not in UNSAID
     ):
         flagged = [layer for layer, flags in composition.leaves_out.items() if flag in flags]
-        note(f"{FLAGS[flag]}: layers {format_layers(flagged)}")
+        note(f"{FLAGS[flag]}: {numbered(flagged, 'layer')}")
     for label, labelled in layers_by_reason((layer, [label]) for layer, label in composition.labels.items()).items():
-        note(f"{label}: layers {format_layers(labelled)}")
+        note(f"{label}: {numbered(labelled, 'layer')}")
     from attnlens.atomic import FileSet
     from attnlens.figures import save_figures
 
     folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
     with FileSet(outputs.check) as files:
-        save_composition(composition, folder, command_line(), files)
-        save_figures(composition.figures(), folder, format_, dpi, into=files.write)
+        save_figures(composition.figures(), folder, into=files.write)
+        pairs = save_composition(composition, folder, command_line(), files, all_pairs=all_pairs)
+        text = files.read(folder / "composition.json").decode() if json_ else ""
     if json_:
-        write_stdout(json.dumps(composition.to_json()))
+        write_stdout(text.rstrip())
     else:
         print_sheet(strongest_table(composition, top))
+    if pairs.written < pairs.found:
+        note(
+            f"both tables hold the {pairs.written:,} strongest of {pairs.found:,} pairs of heads, by score over "
+            "baseline: --all-pairs writes all"
+        )
     note(f"wrote composition.csv, composition.json and figures ({composition.fold}, {format_}) to {folder}")
 
 
@@ -104,7 +122,7 @@ def strongest_table(composition: Composition, top: int) -> Sheet:
         ratios, pairs, deviations = _pairs(composition, kind)
         for rank in np.argsort(-ratios, kind="stable")[:top]:
             first, i, second, j = pairs[rank]
-            score = ratios[rank] * composition.baseline(second)
+            score = ratios[rank] * composition.baseline(int(second))
             cells = (
                 f"{first}.{i}",
                 f"{second}.{j}",
@@ -120,17 +138,15 @@ def strongest_table(composition: Composition, top: int) -> Sheet:
     return table
 
 
-def _pairs(composition: Composition, kind: Composed) -> tuple[np.ndarray, list[tuple[int, int, int, int]], np.ndarray]:
+def _pairs(composition: Composition, kind: Composed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return score over baseline, (earlier layer, head, later layer, head) and deviation of every defined pair."""
     import numpy as np
 
-    ratios, pairs, deviations = [], [], []
+    ratios, pairs, deviations = [np.empty(0)], [np.empty((0, 4), np.int32)], [np.empty(0)]
     for (of, first, second), scores in composition.scores.items():
-        if of != kind:
-            continue
-        for (i, j), score in np.ndenumerate(scores):
-            if np.isfinite(score):
-                ratios.append(float(score) / composition.baseline(second))
-                pairs.append((first, i, second, j))
-                deviations.append(float(composition.deviations[of, first, second][i, j]))
-    return np.array(ratios), pairs, np.array(deviations)
+        if of == kind:
+            i, j = np.nonzero(np.isfinite(scores))
+            ratios.append(scores[i, j] / composition.baseline(second))
+            pairs.append(np.stack((np.full_like(i, first), i, np.full_like(i, second), j), axis=1).astype(np.int32))
+            deviations.append(composition.deviations[of, first, second][i, j])
+    return np.concatenate(ratios), np.concatenate(pairs), np.concatenate(deviations)

@@ -67,14 +67,3 @@ def tracked(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
 def command_line() -> str:
     """Return the command as it was given, for provenance."""
     return printable(shlex.join(["attnlens", *sys.argv[1:]]))
-
-
-def format_layers(layers: list[int]) -> str:
-    """Write layer indices as ranges: ``0-3, 11``."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

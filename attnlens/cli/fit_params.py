@@ -9,12 +9,13 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.filter_tables import fit_filter_table
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.outputs import Outputs
 from attnlens.vocabulary import FOLD, PER, SHRINKAGE
+from attnlens.words import numbered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,17 +67,22 @@ def fit_params(
     output: Annotated[Path, typer.Option("--output", "-o", help="Write this parameter file.")] = Path("params.json"),
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Fit alpha and beta with intervals and verdicts, and write the parameter file that drives an initialiser."""
     from attnlens.atomic import FileSet
+    from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(models, checkpoint, force=force)
     outputs.file(output, ".json")
     if figures is not None:
         outputs.folder(figures)
+    import_beside("attnlens.fit.figures")
     params = attnlens.fit_params(
         *(models or []),
         checkpoint=checkpoint,
@@ -102,7 +108,7 @@ def fit_params(
     names = [source.model for source in params.sources]
     folder = options.figure_folder(figures, names, *(models or ()), checkpoint, weights, model_args)
     with FileSet(outputs.check) as files:
-        save_figures(params.figures(), folder, format_, dpi, into=files.write)
+        save_figures(params.figures(), folder, into=files.write)
         files.write(output, lambda file: file.write(params.to_json().encode()))
     if json_:
         write_stdout(params.to_json())
@@ -131,7 +137,7 @@ def caveats(source: Source) -> list[str]:
     unsaid = {FLAGS[flag] for flag in UNSAID}
     unread = [f"not read: {what}" for what in source.not_read]
     left_out = [(why, layers) for why, layers in source.left_out.items() if why not in unsaid]
-    return unread + [f"{why}: layers {format_layers(layers)}" for why, layers in left_out]
+    return unread + [f"{why}: {numbered(layers, 'layer')}" for why, layers in left_out]
 
 
 def fit_table(params: InitParams, source: int) -> Sheet:

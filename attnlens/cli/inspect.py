@@ -8,11 +8,11 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, format_layers, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.filter_tables import filter_table
 from attnlens.cli.tables import in_words, layer_table, print_sheet
 from attnlens.outputs import Outputs
-from attnlens.words import counted
+from attnlens.words import counted, numbered
 
 if TYPE_CHECKING:
     from attnlens.circuits import Fold
@@ -41,9 +41,17 @@ def inspect(
     ] = False,
     offline: options.Offline = False,
     remote: options.Remote = False,
-    crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
+    crop: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Show so many dimensions of each product in the heatmaps. Default: 64, fewer where heads are many.",
+        ),
+    ] = None,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -51,19 +59,18 @@ def inspect(
 
     Of depthwise convolutions (ConvNeXt, ConvMixer, ...) the covariance of each layer's filters is measured.
     """
-    from importlib import import_module
-    from threading import Thread
-
     from attnlens.atomic import FileSet
     from attnlens.circuits import parse_folds
     from attnlens.inspection import Corners, save_inspection
+    from attnlens.threads import import_beside
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, checkpoint, force=force)
     if output is not None:
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
-    Thread(target=import_module, args=("attnlens.figures",), daemon=True).start()  # while the layers are measured
+    import_beside(*(f"attnlens.figures.{name}" for name in ("heatmaps", "profiles", "spectra")))
     folds = parse_folds(fold)
-    corners = Corners("effective" if "effective" in folds else folds[0], crop)
+    corners = Corners("effective" if "effective" in folds else folds[0], crop or _CROP, bounded=crop is None)
     inspection = attnlens.inspect(
         model,
         checkpoint,
@@ -84,12 +91,14 @@ def inspect(
         note(fetched(inspection.provenance))
     for message in caveats(inspection):
         note(message)
+    if corners.size < (crop or _CROP):
+        note(f"heatmaps show {corners.size} dimensions of each product, for so many heads: --crop {_CROP} shows more")
     folder = options.figure_folder(output, [inspection.model], model, checkpoint, weights, model_args)
     shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
     from attnlens.figures import save_figures
 
     with FileSet(outputs.check) as files:
-        save_figures(inspection.figures(shown, crop, corners), folder, format_, dpi, into=files.write)
+        save_figures(inspection.figures(shown, corners.size, corners), folder, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()
     if json_:
@@ -101,6 +110,9 @@ def inspect(
     drawn = f"{shown}, {format_}" if inspection.specs else format_
     note(f"wrote {', '.join(written)} and figures ({drawn}) to {folder}")
 
+
+_CROP = 64
+"""Dimensions that heatmaps show of each product, by default"""
 
 NEXT = """This is the small ViT that attnlens ships. To go on:
   attnlens fit-params                what of this is more than chance: intervals, p-values, a verdict each
@@ -137,6 +149,8 @@ def caveats(inspection: Inspection) -> list[str]:
         lines.append(f"sizes {inspection.provenance['sizes']}")
     stacks = inspection.stacks()
     if len(stacks) > 1:
-        lines += [f"{path}: layers {format_layers(layers)}" for path, layers in stacks.items()]
-    lines += [f"{why}: layers {format_layers(layers)}" for why, layers in inspection.left_out().items()]
-    return lines + [f"{why}: layers of filters {format_layers(own)}" for why, own in filters.left_out().items()]
+        lines += [f"{path}: {numbered(layers, 'layer')}" for path, layers in stacks.items()]
+    lines += [f"{why}: {numbered(layers, 'layer')}" for why, layers in inspection.left_out().items()]
+    return lines + [
+        f"{why}: {numbered(own, 'layer of filters', 'layers of filters')}" for why, own in filters.left_out().items()
+    ]

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from attnlens.errors import UsageError
+from attnlens.figure_styles import chosen, settle
 from attnlens.outputs import model_identity, named_folder
-from attnlens.vocabulary import FOLD, FOLD_CHOICE, Vocabulary, layer_choice
+from attnlens.vocabulary import FIGURE_STYLE, FOLD, FOLD_CHOICE, Vocabulary, layer_choice
 
 
 def in_brackets(vocabulary: Vocabulary) -> str:
@@ -104,7 +105,26 @@ Figures = Annotated[
     Path | None, typer.Option("--figures", help="Write the figures to this folder. Default: figures/<model>.")
 ]
 FigureFormat = Annotated[Literal["png", "pdf", "svg"], typer.Option("--format", help="Write figures in this format.")]
-Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Draw figures with so many dots per inch.")]
+Dpi = Annotated[
+    int | None,
+    typer.Option(min=20, max=1200, help="Draw figures with so many dots per inch. Default: 150, for a paper 600."),
+]
+FigureStyle = Annotated[
+    str,
+    typer.Option(
+        "--style",
+        metavar=in_brackets(FIGURE_STYLE),
+        help="Draw figures for a screen, or for a paper: without title and prose, in 8-point text, safe in grayscale.",
+    ),
+]
+FigureWidth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[column|page|INCHES]",
+        help="Make a paper's figures as wide as one column, 3.25 inches, as both, 6.75, or as many inches. Default: "
+        "column.",
+    ),
+]
 
 INITIALISERS = (
     *("mimetic", "qk-only", "ov-only", "ov-positive", "fitted", "conv-covariance", "norm-matched", "identity"),
@@ -138,6 +158,11 @@ InitOptions = Annotated[
         help="Pass name=value to the initialiser, as often as needed; `attnlens init --list` names the options.",
     ),
 ]
+
+
+def draw_in(style: str, width: str | None, format_: str, dpi: int | None) -> None:
+    """Draw and write figures in this style until the command ends. Raises `UsageError` for another style or width."""
+    settle(chosen(style, width, format_, dpi))
 
 
 def figure_folder(given: Path | None, models: Sequence[str], *identity: Any) -> Path:

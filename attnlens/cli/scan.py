@@ -13,7 +13,6 @@ from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.errors import AttnlensError
-from attnlens.outputs import Outputs
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -58,13 +57,16 @@ def scan(
     offline: options.Offline = False,
     remote: options.Remote = False,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Inspect every model the patterns match: a result file each, one table, one figure; stopped, it can go on."""
     from attnlens.scans.plan import plan_scan
 
+    options.draw_in(style, figure_width, format_, dpi)
     if list_:
         plan = plan_scan(patterns)
         write_stdout("\n".join(job.name for job in plan.jobs))
@@ -84,6 +86,7 @@ def scan(
             offline=offline,
             remote=remote,
             force=force,
+            figure=format_,
             command=command_line(),
             progress=tracked("models"),
         )
@@ -99,11 +102,6 @@ def scan(
         write_stdout((output / "scan.json").read_text())
     else:
         print_sheet(model_table(scanned, shown))
-    from attnlens.atomic import FileSet
-    from attnlens.figures import save_figures
-
-    with FileSet(Outputs(force=force).check) as files:
-        save_figures({"landscape": scanned.figure(shown)}, output, format_, dpi, into=files.write)
     for name, result in scanned.results.items():
         for label in result.get("labels", ()):
             note(f"{name}: {label}")

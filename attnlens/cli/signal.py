@@ -59,7 +59,9 @@ def signal(
     sequences: Annotated[int, typer.Option(min=1, help="Feed so many random sequences of tokens to each network.")] = 4,
     output: options.ModelFolder = None,
     format_: options.FigureFormat = "png",
-    dpi: options.Dpi = 150,
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -70,9 +72,9 @@ def signal(
     from attnlens.figures import save_figures
     from attnlens.provenance import run_provenance
     from attnlens.signal.arms import ARMS
-    from attnlens.signal.figure import draw_signal
     from attnlens.signal.propagation import propagate
 
+    options.draw_in(style, figure_width, format_, dpi)
     outputs = Outputs.of(model, force=force)
     if output is not None:
         outputs.folder(output, ("signal.csv", "signal.json"))
@@ -97,10 +99,10 @@ def signal(
         **propagation.to_json(),
         "provenance": {**run_provenance(), "command": command_line()},
     }
-    text = json.dumps(record, indent=1)
     with FileSet(outputs.check) as files:
-        save_figures({"signal": draw_signal(propagation)}, folder, format_, dpi, into=files.write)
+        save_figures({"signal": propagation.figure()}, folder, into=files.write)
         files.write(folder / "signal.csv", methodcaller("write", propagation.table.to_csv().encode()))
+        text = json.dumps({**record, "files": files.hashes()}, indent=1)
         files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))
     if json_:
         write_stdout(text)
@@ -111,11 +113,9 @@ def signal(
 
 def signal_table(propagation: Propagation) -> Sheet:
     """Build the table: an arm a row, mean over seeds and standard deviation of one seed at four depths."""
-    from attnlens.signal.figure import describe
-
     table = Sheet(
         title=f"[bold]{escape(propagation.model)}[/bold]: mean cosine of two tokens behind a block",
-        caption=f"{describe(propagation)[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to "
+        caption=f"{propagation.described()[:-1]}\n± standard deviation over seeds; error: of the kernel, relative to "
         "theory; by chance: expected of random coordinates; entries: mean square of the tokens behind the last block",
     )
     layers = sorted({0, round(propagation.depth / 4), round(propagation.depth / 2), propagation.depth})

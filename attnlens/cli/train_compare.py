@@ -11,11 +11,9 @@ from typing import Annotated, Literal
 import typer
 
 import attnlens
-from attnlens.atomic import write_text_atomic
 from attnlens.cli import options
 from attnlens.cli.console import command_line, is_quiet, note, write_stdout
 from attnlens.errors import UsageError
-from attnlens.outputs import Outputs
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
@@ -220,6 +218,10 @@ def train_compare(
         Path | None,
         typer.Option("--output", "-o", help="Write results to this folder. Default: comparisons/<dataset>."),
     ] = None,
+    format_: options.FigureFormat = "png",
+    dpi: options.Dpi = None,
+    style: options.FigureStyle = "default",
+    figure_width: options.FigureWidth = None,
     table: options.TableFile = None,
     force: options.Force = False,
     json_: options.Json = False,
@@ -229,9 +231,7 @@ def train_compare(
     leads = os.environ.get("RANK", "0") == "0"
     if leads:
         note("loading")  # the first second: torch and others are imported behind it
-    outputs = Outputs.of(params, checkpoint, force=force)
-    if table is not None:
-        outputs.file(table, ".csv")
+    options.draw_in(style, figure_width, format_, dpi)
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
@@ -281,14 +281,12 @@ def train_compare(
         log=None if log is None else _words("--log", log),
         command=command,
         output=output,
+        table=table,
         force=force,
         quiet=is_quiet(),
     )
     if leads:
         write_stdout(json.dumps(comparison.summary.to_json(), indent=1) if json_ else comparison.report)
-        if table is not None:
-            outputs.check(table)
-            write_text_atomic(table, comparison.summary.to_csv())
         note(f"wrote {comparison.folder}")
         if comparison.stopped:
             again = command if resume else f"{command} --resume"

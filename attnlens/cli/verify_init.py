@@ -10,12 +10,12 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import format_layers, note, write_stdout
+from attnlens.cli.console import note, write_stdout
 from attnlens.cli.init import choose_initialiser
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.errors import UsageError
-from attnlens.words import counted
+from attnlens.words import counted, numbered
 
 if TYPE_CHECKING:
     from attnlens.inits import Check, VerifyReport
@@ -120,9 +120,10 @@ def findings(report: VerifyReport) -> list[str]:
     """Say in lines what failed: recognised mistakes first, then one line for each kind of other problem."""
     lines = []
     for name, checks in report.mistakes.items():
-        where = f"{len(checks)} {checks[0].circuit.upper() if len({c.circuit for c in checks}) == 1 else 'QK and OV'}"
+        kind = checks[0].circuit.upper() if len({c.circuit for c in checks}) == 1 else "QK and OV"
+        where = f"{counted(len(checks), f'{kind} product')}, {numbered({c.layer for c in checks}, 'layer')}"
         lines.append(
-            f"known mistake: {name} ({where} products, layers {format_layers(sorted({c.layer for c in checks}))}), "
+            f"known mistake: {name} ({where}), "
             f"e.g. {checks[0].name} {checks[0].circuit.upper()} head {checks[0].head}: {checks[0].problem}"
         )
     others = [check for check in report.checks if not check.passed and not check.mistake]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
-from attnlens.figures import style
+from attnlens.figures import scales, style
+from attnlens.figures.panels import Given, Place, open_panels
 from attnlens.heads import Array
 
 TITLES: Mapping[str, str] = {
@@ -20,6 +21,8 @@ TITLES: Mapping[str, str] = {
     "v": "V-composition, ‖W_OV W_OV‖ / (‖W_OV‖ ‖W_OV‖): what a head wrote is carried on",
 }
 CLIP_PERCENTILE = 99.5
+MOST_HEADS = 1600
+"""Heads of all layers in one image, whose memory grows with their square."""
 SIDE = 720
 """Device pixels a side that the image is about as large as, a whole number for each pair of heads."""
 
@@ -28,21 +31,38 @@ Pair = tuple[int, int]
 
 
 def draw_composition(
-    logs: Mapping[Pair, Array], heads: Mapping[int, int], kind: str, *, model: str, fold: str
+    logs: Mapping[Pair, Array],
+    heads: Mapping[int, int],
+    kind: str,
+    *,
+    model: str,
+    fold: str,
+    ax: Given | None = None,
 ) -> Figure:
     """Draw log2(score / baseline): rows are heads that write, columns heads that read, white is the baseline.
 
     ``logs`` holds ``[earlier head, later head]`` by earlier and later layer, ``heads`` the heads of every layer.
-    Entries without composition are grey. One colour scale to the 99.5th percentile of the absolute values.
+    Entries without composition are grey, in a paper white. One colour scale to the 99.5th percentile of the absolute
+    values.
     """
+    number = sum(heads.values())
+    if number > MOST_HEADS:
+        return style.message_figure(
+            model,
+            f"{number:,} heads are too many to draw their {kind.upper()}-composition (at most {MOST_HEADS:,}): choose "
+            "fewer layers.",
+            ax,
+        )
     image, starts = mosaic(logs, heads)
     shown = np.abs(image[np.isfinite(image)])
     if not shown.size:
-        return style.message_figure(model, f"There is no {kind.upper()}-composition to draw.")
+        return style.message_figure(model, f"There is no {kind.upper()}-composition to draw.", ax)
     limit = max(float(np.percentile(shown, CLIP_PERCENTILE)), 1e-6)
     zoom = max(1, SIDE // len(image))
     side, left = len(image) * zoom, 85
     total = left + side + 150
+    if ax is not None or style.current().paper:
+        return _compact(image, starts, kind, limit, list(heads), ax)
     with style.look():
         heading = style.Heading(total)
         heading.add(model, 10, weight="bold")
@@ -57,12 +77,8 @@ def draw_composition(
         figure = style.new_figure(total, top + side + 30)
         heading.write(figure)
         axes = style.add_axes(figure, left, top, side, side)
-        colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#e4e4e4")
-        drawn = axes.imshow(
-            image, cmap=colours, norm=Normalize(-limit, limit), interpolation="none", aspect="auto", gid=kind
-        )
-        _frames(axes, starts, len(image))
-        _labels(axes, list(heads), starts, len(image), zoom)
+        drawn = _show(axes, image, starts, kind, limit)
+        _labels(axes, list(heads), starts, len(image))
         cax = style.add_axes(figure, left + side + 30, top, 18, min(side, 420))
         bar = figure.colorbar(drawn, cax=cax, extend="both" if shown.max() > limit else "neither")
         bar.outline.set_linewidth(0.5)
@@ -81,6 +97,28 @@ def mosaic(blocks: Mapping[Pair, Array], heads: Mapping[int, int]) -> tuple[Arra
     return image, starts
 
 
+def _compact(image: Array, starts: Array, kind: str, limit: float, layers: Sequence[int], ax: Given | None) -> Figure:
+    """Draw into a paper's figure or a caller's axes."""
+    with style.look():
+        panels = open_panels([[kind]], Place(0, 0, 0, shape=1.0), [], ax=ax)
+        axes = panels.axes[kind]
+        drawn = _show(axes, image, starts, kind, limit)
+        _labels(axes, layers, starts, len(image))
+        beyond = bool(np.nanmax(np.abs(image[np.isfinite(image)])) > limit)
+        panels.colour_bar(drawn, "log2(score / baseline)", "both" if beyond else "neither")
+        return panels.finish()
+
+
+def _show(axes: Axes, image: Array, starts: Array, kind: str, limit: float) -> AxesImage:
+    """Draw the image with a hairline between layers."""
+    colours = style.signed_colours("#e4e4e4")
+    drawn = axes.imshow(
+        image, cmap=colours, norm=Normalize(-limit, limit), interpolation="none", aspect="auto", gid=kind
+    )
+    _frames(axes, starts, len(image))
+    return drawn
+
+
 def _frames(axes: Axes, starts: Array, size: int) -> None:
     """Draw a hairline between layers."""
     ends = [-0.5, size - 0.5]
@@ -89,9 +127,9 @@ def _frames(axes: Axes, starts: Array, size: int) -> None:
     axes.add_collection(LineCollection(lines, colors=style.RULE, linewidths=0.4), autolim=False)
 
 
-def _labels(axes: Axes, layers: Sequence[int], starts: Array, size: int, zoom: int) -> None:
+def _labels(axes: Axes, layers: Sequence[int], starts: Array, size: int) -> None:
     centres = (starts[:-1] + starts[1:] - 1) / 2
-    step = style.label_step([centre * zoom for centre in centres], 26)
+    step = style.label_step([centre * scales.length(axes) / size for centre in centres], 26)
     names = [str(layer) for layer in layers[::step]]
     axes.set_xticks(centres[::step], names)
     axes.set_yticks(centres[::step], names)

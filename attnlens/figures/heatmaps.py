@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from attnlens.circuits import Fold, Kind
 from attnlens.errors import UsageError
-from attnlens.figures import style
+from attnlens.figures import scales, style
+from attnlens.figures.panels import Given, Place, open_panels
 from attnlens.heads import Array
 from attnlens.statistics.table import ALL_HEADS
 
@@ -29,6 +30,8 @@ Shape = tuple[int, int]
 CLIP_PERCENTILE = 99.5
 MAX_ENTRIES = 40_000_000
 """Largest image that is drawn; its colours alone take four bytes an entry, and rendering several times that."""
+MAX_SIDE = 60_000
+"""Largest side of it: the canvas, labels included, must be below 2^16 pixels"""
 
 
 class ArcsinhNorm(Normalize):
@@ -78,10 +81,10 @@ def compose(panels: Panels) -> Mosaic:
     heights = {layer: max(panel.shape[0] for panel in row.values()) for layer, row in panels.items()}
     tops = dict(zip(heights, np.cumsum([0, *(height + gap for height in heights.values())]).tolist(), strict=False))
     size = (sum(heights.values()) + gap * (len(heights) - 1), max(lefts.values()) + width)
-    if size[0] * size[1] > MAX_ENTRIES:
+    if size[0] * size[1] > MAX_ENTRIES or max(size) > MAX_SIDE:
         raise UsageError(
-            f"a heatmap of {size[1]} x {size[0]} entries is too large to draw (at most {MAX_ENTRIES:,} in all): "
-            "show a smaller corner of each product, or fewer layers"
+            f"a heatmap of {size[1]} x {size[0]} entries is too large to draw (at most {MAX_ENTRIES:,} in all, and "
+            f"{MAX_SIDE:,} a side): show a smaller corner of each product, or fewer layers"
         )
     image = np.full(size, np.nan, dtype=np.float32)
     corners = {(layer, head): (tops[layer], lefts[head]) for layer, row in panels.items() for head in row}
@@ -111,22 +114,39 @@ def colour_scale(panels: Panels) -> ArcsinhNorm:
 
 
 def draw_heatmap(
-    panels: Panels, full: Mapping[int, Shape], *, model: str, circuit: Kind, fold: Fold, notes: str = ""
+    panels: Panels,
+    full: Mapping[int, Shape],
+    *,
+    model: str,
+    circuit: Kind,
+    fold: Fold,
+    notes: str = "",
+    ax: Given | None = None,
 ) -> Figure:
     """Draw every panel at one or more whole device pixels an entry, with layer and head labels and a colour bar.
 
     ``full`` gives the shape of each layer's whole product; ``notes`` is written under the image. Without panels the
-    figure says that there are none.
+    figure says that there are none. In a paper, and in a caller's axes, an entry is as large as there is room for.
     """
     if not panels:
         missing = f"There is no {style.CIRCUIT_WORDS[circuit]} to draw ({fold})."
-        return style.message_figure(model, f"{missing} {notes}")
+        return style.message_figure(model, f"{missing} {notes}", ax)
     mosaic, scale = compose(panels), colour_scale(panels)
     rows, columns = mosaic.image.shape
+    label = f"entry of {circuit_name(circuit)} (arcsinh scale)"
+    if ax is not None or style.current().paper:
+        place = Place(0, 0, 0, shape=rows / columns)
+        sheet = open_panels([[circuit]], place, [], ax=ax)
+        axes = sheet.axes[circuit]
+        image = _show(axes, mosaic, scale, panels, zoom=None)
+        _ticks(axes, mosaic)
+        bar, cax = sheet.colour_bar(image, label, _extend(image))
+        _bar_ticks(bar, cax, scale)
+        return sheet.finish()
     zoom = _zoom(rows, columns)
     height, width = rows * zoom, columns * zoom
     unit = min(1.8, max(1.0, math.sqrt(max(width / 1100, height / 1700))))  # larger figures get larger letters
-    bar = max(150 * unit, min(height, 420 * unit))
+    bar_height = max(150 * unit, min(height, 420 * unit))
     left, right = 75 * unit, 165 * unit
     total = max(left + width + right, 760 * unit)
     left += math.floor((total - left - width - right) / 2)
@@ -139,14 +159,18 @@ def draw_heatmap(
     top = heading.height + 50 * unit
     notes = style.wrapped(notes, total - 40 * unit, 7 * unit)
     below = 25 * unit + style.text_height(notes, 7 * unit)
-    figure = style.new_figure(total, top + max(height, bar) + below)
+    figure = style.new_figure(total, top + max(height, bar_height) + below)
     heading.write(figure)
-    style.add_text(figure, 20 * unit, top + max(height, bar) + 15 * unit, notes, 7 * unit, color=style.FAINT)
+    style.add_text(figure, 20 * unit, top + max(height, bar_height) + 15 * unit, notes, 7 * unit, color=style.FAINT)
     axes = style.add_axes(figure, left, top, width, height)
     image = _show(axes, mosaic, scale, panels, zoom)
     _label(axes, mosaic, zoom, unit)
-    cax = style.add_axes(figure, left + width + 30 * unit, top, 18 * unit, bar)
-    _colour_bar(figure, cax, image, f"entry of {circuit_name(circuit)}", unit)
+    cax = style.add_axes(figure, left + width + 30 * unit, top, 18 * unit, bar_height)
+    bar = figure.colorbar(image, cax=cax, extend=_extend(image))
+    bar.outline.set_linewidth(0.5)
+    _bar_ticks(bar, cax, scale)
+    cax.tick_params(labelsize=7.5 * unit, length=2.5 * unit)
+    cax.set_ylabel(label, fontsize=8 * unit, labelpad=4 * unit)
     return figure
 
 
@@ -161,10 +185,12 @@ def _zoom(rows: int, columns: int) -> int:
     return next(fits, 1)
 
 
-def _show(axes: Axes, mosaic: Mosaic, scale: ArcsinhNorm, panels: Panels, zoom: int) -> AxesImage:
-    """Draw the image, and around every panel a hairline that lies in the gap and covers no entry."""
-    colours = mpl.colormaps["RdBu_r"].with_extremes(bad="white")
+def _show(axes: Axes, mosaic: Mosaic, scale: ArcsinhNorm, panels: Panels, zoom: int | None) -> AxesImage:
+    """Draw the image, and where it has a zoom, around every panel a hairline in the gap that covers no entry."""
+    colours = style.signed_colours("white")
     image = axes.imshow(mosaic.image, cmap=colours, norm=scale, interpolation="none", aspect="auto")
+    if zoom is None:
+        return image
     out = 0.5 + 0.5 / zoom
     frames = []
     for (layer, head), (top, left) in mosaic.corners.items():
@@ -198,17 +224,41 @@ def _label(axes: Axes, mosaic: Mosaic, zoom: int, unit: float) -> None:
     axes.set_axis_off()
 
 
-def _colour_bar(figure: Figure, cax: Axes, image: AxesImage, label: str, unit: float) -> None:
+def _ticks(axes: Axes, mosaic: Mosaic) -> None:
+    """Number layers and heads by ticks, as many as there is room for."""
+    rows, columns = mosaic.image.shape
+    heads = {head: x for head, x in mosaic.head_centres.items() if head != ALL_HEADS}
+    step = style.label_step([x * scales.length(axes) / columns for x in heads.values()], 34)
+    places = {str(head): x for head, x in list(heads.items())[::step]}
+    if ALL_HEADS in mosaic.head_centres:
+        places["sum"] = mosaic.head_centres[ALL_HEADS]
+    axes.set_xticks(list(places.values()), list(places))
+    layers = mosaic.layer_centres
+    step = style.label_step([y * scales.length(axes, "y") / rows for y in layers.values()], 22)
+    axes.set_yticks(list(layers.values())[::step], [str(layer) for layer in layers][::step])
+    axes.xaxis.set_ticks_position("top")
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _extend(image: AxesImage) -> str:
+    """Say whether entries lie beyond the limits of the colour scale."""
     scale = image.norm
     assert isinstance(scale, ArcsinhNorm)
     clipped = bool(np.ma.max(np.ma.abs(np.ma.asarray(image.get_array()))) > scale.limit)
-    bar = figure.colorbar(image, cax=cax, extend="both" if clipped else "neither")
-    ticks = style.arcsinh_ticks(-scale.limit, scale.limit, scale.linear_width)
-    bar.set_ticks(ticks, labels=[style.number(tick) for tick in ticks])
+    return "both" if clipped else "neither"
+
+
+def _bar_ticks(bar: Colorbar, cax: Axes, scale: ArcsinhNorm) -> None:
+    """Tick 0, round numbers, and the limits themselves."""
+    apart = max(0.09, min(0.3, 24 / max(scales.length(cax, "y"), 1)))
+    ticks = scales.arcsinh_ticks(-scale.limit, scale.limit, scale.linear_width, apart, exact=True)
+    bar.set_ticks(ticks, labels=[style.number(float(f"{tick:.2g}")) for tick in ticks])
     bar.minorticks_off()
-    bar.outline.set_linewidth(0.5)
-    cax.tick_params(labelsize=7.5 * unit, length=2.5 * unit)
-    cax.set_ylabel(label, fontsize=8 * unit, labelpad=4 * unit)
 
 
 def _and_sum(mosaic: Mosaic) -> str:

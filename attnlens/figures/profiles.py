@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from attnlens.circuits import Fold
-from attnlens.figures import style
+from attnlens.figures import scales, style
+from attnlens.figures.panels import Given, Place, open_panels
 from attnlens.heads import Array
 from attnlens.statistics.table import ALL_HEADS, StatsTable
 
@@ -22,6 +24,8 @@ ROWS = {
     "beta": "beta (arcsinh scale)",
     "cosine": "identity cosine ÷ bound",
 }
+PAPER_COLUMNS = {"qk": "QK", "ov": "OV", "sum": "OV, sum"}
+PAPER_ROWS = {"alpha": "alpha (log)", "beta": "beta (arcsinh)", "cosine": "cosine ÷ bound"}
 
 
 @dataclass(frozen=True)
@@ -47,51 +51,54 @@ def collect(stats: StatsTable) -> dict[tuple[str, Fold], Series]:
     return {key: Series(*np.array(table).T) for key, table in rows.items()}
 
 
-def draw_profile(stats: StatsTable, folds: Sequence[Fold], *, model: str, notes: str = "") -> Figure:
-    """Draw a point a head with +-2 standard errors of beta and a line through the heads' mean, a colour a fold."""
+def draw_profile(
+    stats: StatsTable, folds: Sequence[Fold], *, model: str, notes: str = "", ax: Given | None = None
+) -> Figure:
+    """Draw a point a head with +-2 standard errors of beta and a line through the heads' mean, a colour a fold.
+
+    Panels: a statistic of ``alpha``, ``beta`` and ``cosine`` of ``qk``, ``ov`` and ``sum``, as in ``"beta qk"``.
+    """
     series = collect(stats)
     columns = [name for name in COLUMNS if any(column == name for column, _ in series)]
     if not columns:
-        return style.message_figure(model, "No circuit of this model is square: there is no diagonal to fit.")
+        return style.message_figure(model, "No circuit of this model is square: there is no diagonal to fit.", ax)
     layers = sorted({int(layer) for values in series.values() for layer in values.layer})
-    left, gap, width, height = 120, 95, 400, 250
-    if len(columns) == 1:
-        width = 620
-    total = left + len(columns) * (width + gap) - gap + 30
-    heading = style.Heading(total)
-    heading.add(model, 10, weight="bold")
-    heading.add("Fit of each circuit, M ≈ alpha·Z + beta·I, against depth", 8.5)
-    heading.add(
-        "Points: one product each; bars: ±2 standard errors of beta; lines: mean over a layer's heads",
-        7.5,
-        color=style.FAINT,
+    paper = style.current().paper
+    panels = open_panels(
+        [[f"{row} {column}" for column in columns] for row in ROWS],
+        Place(120, 620 if len(columns) == 1 else 400, 250, gap=95, pitch=35, above=44),
+        [
+            (model, 10),
+            ("Fit of each circuit, M ≈ alpha·Z + beta·I, against depth", 8.5),
+            ("Points: one product each; bars: ±2 standard errors of beta; lines: mean over a layer's heads", 7.5),
+        ],
+        notes=notes,
+        legend=[(_handle(fold), fold if paper else style.fold_words(fold, ["qk", "ov"])) for fold in folds],
+        ax=ax,
     )
-    top = heading.height + 80
-    notes = style.wrapped(notes, total - 40, 7)
-    bottom = top + len(ROWS) * (height + 35) - 35 + 70
-    figure = style.new_figure(total, bottom + 15 + style.text_height(notes, 7))
-    heading.write(figure)
-    style.add_text(figure, 20, bottom, notes, 7, color=style.FAINT)
-    _legend(figure, folds, heading.height + 8)
-    for i, column in enumerate(columns):
-        for j, (row, label) in enumerate(ROWS.items()):
-            axes = style.add_axes(figure, left + i * (width + gap), top + j * (height + 35), width, height)
-            chosen = {fold: series[column, fold] for fold in folds if (column, fold) in series}
-            _panel(axes, row, chosen, layers)
-            style.layer_axis(axes, layers, width, labelled=j == len(ROWS) - 1)
-            if i == 0:
-                axes.set_ylabel(label)
-                axes.yaxis.set_label_coords(-92 / width, 0.5)
-            if j == 0:
-                axes.set_title(COLUMNS[column], loc="left", pad=5)
-    return figure
+    for name, axes in panels.axes.items():
+        row, column = name.split()
+        chosen = {fold: series[column, fold] for fold in folds if (column, fold) in series}
+        _panel(axes, row, chosen, layers)
+        shared = [values for (other, _), values in series.items() if other == column or (paper and not panels.given)]
+        _y_axis(axes, row, shared)
+        scales.layer_axis(axes, layers, labelled=panels.is_last(name))
+        if panels.is_first(name):
+            axes.set_ylabel(PAPER_ROWS[row] if paper else ROWS[row])
+            if not (paper or panels.given):
+                axes.yaxis.set_label_coords(-92 / scales.length(axes), 0.5)
+        elif paper:  # one scale a row
+            axes.tick_params(labelleft=False)
+        if row == next(iter(ROWS)):
+            panels.title(name, PAPER_COLUMNS[column] if paper else COLUMNS[column])
+    return panels.finish()
 
 
 def _panel(axes: Axes, row: str, series: Mapping[Fold, Series], layers: Sequence[int]) -> None:
     """Draw one statistic of one circuit: points side by side, lines through the layers' means."""
     pitch = min(np.diff(layers), default=1)
     crowded = any(len(values.layer) > len(layers) for values in series.values())
-    spread = 0.26 * pitch if crowded else 0.0
+    spread = pitch * min(0.26, 0.72 / len(series)) if crowded else 0.0
     faded = max(0.3, min(1.0, (150 / max(len(values.layer) for values in series.values())) ** 0.5))
     for index, (fold, values) in enumerate(series.items()):
         y = getattr(values, row)
@@ -117,7 +124,6 @@ def _panel(axes: Axes, row: str, series: Mapping[Fold, Series], layers: Sequence
             zorder=2.5 if fold == "effective" else 3,
             gid=f"mean {row} {fold}",
         )
-    _y_axis(axes, row, list(series.values()))
 
 
 def _y_axis(axes: Axes, row: str, series: Sequence[Series]) -> None:
@@ -126,39 +132,17 @@ def _y_axis(axes: Axes, row: str, series: Sequence[Series]) -> None:
     if row == "alpha":
         positive = values[values > 0]
         if positive.size:
-            style.log_y_axis(axes, float(positive.min()), float(positive.max()))
+            scales.log_y_axis(axes, float(positive.min()), float(positive.max()))
         return
     axes.axhline(0, color=style.FAINT, linewidth=0.7, zorder=0.5)
     if row == "beta":
         spread = np.concatenate([each.beta_stderr for each in series])
         reach = np.concatenate([values - 2 * spread, values + 2 * spread])
-        style.arcsinh_y_axis(axes, reach, linear_width=float(np.median(np.abs(values))))
+        scales.arcsinh_axis(axes, reach, linear_width=float(np.median(np.abs(values))))
     else:
-        style.linear_y_axis(axes, min(-0.1, float(values.min())), max(0.1, float(values.max())))
+        scales.linear_y_axis(axes, min(-0.1, float(values.min())), max(0.1, float(values.max())))
 
 
-def _legend(figure: Figure, folds: Sequence[Fold], top: float) -> None:
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=style.FOLD_COLOURS[f],
-            marker=style.FOLD_MARKERS[f],
-            markersize=3.5,
-            linestyle=style.FOLD_LINES[f],
-            linewidth=1.2,
-        )
-        for f in folds
-    ]
-    width, height = (size * style.DPI for size in figure.get_size_inches())
-    figure.legend(
-        handles,
-        [style.fold_words(f, ["qk", "ov"]) for f in folds],
-        loc="upper left",
-        bbox_to_anchor=(20 / width, 1 - top / height),
-        ncols=len(folds),
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=2.4,
-        columnspacing=1.6,
-    )
+def _handle(fold: Fold) -> Line2D:
+    look: Any = {"marker": style.FOLD_MARKERS[fold], "linestyle": style.FOLD_LINES[fold]}
+    return Line2D([], [], color=style.FOLD_COLOURS[fold], markersize=3.5, linewidth=1.2, **look)

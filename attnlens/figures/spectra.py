@@ -13,7 +13,8 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from attnlens.circuits import Fold, Kind
-from attnlens.figures import style
+from attnlens.figures import scales, style
+from attnlens.figures.panels import Given, Panels, Place, open_panels
 from attnlens.heads import Array
 
 TITLES: Mapping[Kind, str] = {"qk": "QK", "ov": "OV"}
@@ -21,36 +22,42 @@ FLOOR = 1e-6
 """Singular values below this share of the largest are rounding, not spectrum, and stay below the axis."""
 
 
-def draw_spectra(spectra: Mapping[tuple[int, Kind, Fold], Array], fold: Fold, *, model: str, notes: str = "") -> Figure:
-    """Draw a thin line a head, QK beside OV, over a logarithmic axis; early layers are dark, late ones light."""
+def draw_spectra(
+    spectra: Mapping[tuple[int, Kind, Fold], Array],
+    fold: Fold,
+    *,
+    model: str,
+    notes: str = "",
+    ax: Given | None = None,
+) -> Figure:
+    """Draw a thin line a head, QK beside OV, over a logarithmic axis; early layers are dark, late ones light.
+
+    Panels: ``qk`` and ``ov``.
+    """
     chosen = {key[:2]: values for key, values in spectra.items() if key[2] == fold}
-    circuits = [circuit for circuit in TITLES if any(kind == circuit for _, kind in chosen)]
+    circuits: list[Kind] = [circuit for circuit in TITLES if any(kind == circuit for _, kind in chosen)]
     layers = sorted({layer for layer, _ in chosen})
     if not layers:
-        return style.message_figure(model, f"There is no product to draw ({fold}). {notes}")
-    left, gap, width, height = 100, 90, 470, 440
-    bar = left + len(circuits) * (width + gap) - gap + 30
-    total = bar + (110 if len(layers) > 1 else 0)
-    heading = style.Heading(total)
-    heading.add(model, 10, weight="bold")
-    heading.add(f"Singular values of each head's product, {style.fold_words(fold, circuits)}", 8.5)
-    top = heading.height + 40
-    notes = style.wrapped(notes, total - 40, 7)
-    bottom = top + height + 70
-    figure = style.new_figure(total, bottom + 15 + style.text_height(notes, 7))
-    heading.write(figure)
-    style.add_text(figure, 20, bottom, notes, 7, color=style.FAINT)
+        return style.message_figure(model, f"There is no product to draw ({fold}). {notes}", ax)
+    panels = open_panels(
+        [circuits],
+        Place(100, 470, 440, gap=90, bar=110 if len(layers) > 1 else 0, right=0, least=0, shape=0.9),
+        [(model, 10), (f"Singular values of each head's product, {style.fold_words(fold, circuits)}", 8.5)],
+        notes=notes,
+        ax=ax,
+    )
     colours, depth = depth_colours(layers)
-    for i, circuit in enumerate(circuits):
-        axes = style.add_axes(figure, left + i * (width + gap), top, width, height)
-        own = {layer: values for (layer, kind), values in chosen.items() if kind == circuit}
+    for name, axes in panels.axes.items():
+        own = {layer: values for (layer, kind), values in chosen.items() if kind == name}
         draw_lines(axes, own, colours, depth)
-        axes.set_title(f"{TITLES[circuit]}: {style.CIRCUIT_WORDS[circuit]}", loc="left", pad=5)
-        if i == 0:
-            axes.set_ylabel("singular value")
+        circuit: Kind = "qk" if name == "qk" else "ov"
+        words = f": {style.CIRCUIT_WORDS[circuit]}" * (not style.current().paper)
+        panels.title(name, f"{TITLES[circuit]}{words}")
+        if panels.is_first(name):
+            axes.set_ylabel("singular value (log)" if style.current().paper else "singular value (log scale)")
     if len(layers) > 1:
-        depth_bar(figure, style.add_axes(figure, bar, top, 18, height), ScalarMappable(depth, colours), layers)
-    return figure
+        depth_bar(panels, ScalarMappable(depth, colours), layers)
+    return panels.finish()
 
 
 def depth_colours(layers: list[int]) -> tuple[ListedColormap, Normalize]:
@@ -81,17 +88,15 @@ def draw_lines(
     visible = np.concatenate([curve[:, 1] for curve in curves])
     visible = visible[np.isfinite(visible)]
     low, high = (float(visible.min()), float(visible.max())) if visible.size else (0.1, 1.0)
-    style.log_y_axis(axes, low, high)
+    scales.log_y_axis(axes, low, high)
     axes.set_xlim(1 - 0.02 * rank, rank * 1.02)
-    step = style.label_step(range(1, rank + 1), rank / 8)
+    step = style.label_step(range(1, rank + 1), rank * max(1 / 8, 45 / max(scales.length(axes), 46)))
     axes.set_xticks([1, *range(step, rank + 1, step)] if step > 1 else range(1, rank + 1))
-    axes.set_xlabel(f"index of {of}")
+    axes.set_xlabel("index" if style.current().paper else f"index of {of}")
 
 
-def depth_bar(figure: Figure, cax: Axes, colours: ScalarMappable, layers: list[int]) -> None:
+def depth_bar(panels: Panels, colours: ScalarMappable, layers: list[int]) -> None:
     """Draw the colour bar of depth."""
-    bar = figure.colorbar(colours, cax=cax)
-    bar.set_ticks(style.layer_ticks(layers, cax.get_window_extent().height, 26))
+    bar, cax = panels.colour_bar(colours, "layer")
+    bar.set_ticks(scales.layer_ticks(layers, scales.length(cax, "y"), 26))
     bar.minorticks_off()
-    bar.outline.set_linewidth(0.5)
-    cax.set_ylabel("layer")

@@ -13,14 +13,17 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 from attnlens.circuits import Fold, Kind
-from attnlens.heads import Array
+from attnlens.figure_styles import SCREEN_DPI, Style, chosen, use
+from attnlens.figure_styles import current as current_style
 
-DPI = 150
+DPI = SCREEN_DPI
 """Device pixels an inch that every figure is laid out for."""
 
+current = current_style
 INK, FAINT, RULE = "#222222", "#666666", "#b5b5b5"
 
 # Okabe & Ito's palette (https://jfly.uni-koeln.de/color/), which stays distinct under the common colour blindnesses.
@@ -81,11 +84,75 @@ _RC: Any = {
 }
 
 
+PAPER_POINTS = 8.0
+"""Size of all text of a paper's figure."""
+_PAPER: Any = {
+    **dict.fromkeys(
+        [
+            *("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"),
+            *("legend.fontsize", "legend.title_fontsize", "figure.titlesize"),
+        ],
+        PAPER_POINTS,
+    ),
+    "axes.titlepad": 3.0,
+    "axes.labelpad": 2.0,
+    "xtick.major.pad": 2.0,
+    "ytick.major.pad": 2.0,
+    "figure.dpi": DPI,
+    "figure.constrained_layout.h_pad": 0.02,
+    "figure.constrained_layout.w_pad": 0.02,
+    "figure.constrained_layout.hspace": 0.02,
+    "figure.constrained_layout.wspace": 0.03,
+    "legend.borderpad": 0.0,
+    "legend.handlelength": 2.0,
+    "legend.columnspacing": 1.2,
+    "legend.labelspacing": 0.3,
+}
+
+
+def rc_settings() -> Any:
+    """Return the current style's rc settings; the font's family stays the caller's."""
+    here = current()
+    return {**_RC, **_PAPER, "figure.figsize": (here.width, 0.7 * here.width)} if here.paper else _RC
+
+
+@contextmanager
+def figure_style(
+    style: str | None = None,
+    width: str | float | None = None,
+    format: str | None = None,  # noqa: A002  (the word savefig uses)
+    dpi: float | None = None,
+) -> Iterator[Style]:
+    """Draw and write every figure made within in this style, and give matplotlib its settings there.
+
+    ``paper`` leaves out titles and prose, sets all text in 8 points and tells lines and signs apart in grayscale too;
+    ``width`` is ``column`` (3.25 inches), ``page`` (6.75) or inches. ``default`` says on each figure what it shows.
+    ``format`` (png, pdf, svg) and ``dpi`` (by default 150, of a paper 600) are those `save_figures` writes. Figures of
+    pyplot made within have the settings too: axes of theirs can be handed to ``figure(name, ax=...)``. Raises
+    `UsageError` for another style, width or format.
+    """
+    with use(chosen(style, width, format, dpi)) as settled, mpl.rc_context(rc_settings()):
+        yield settled
+
+
 @contextmanager
 def look() -> Iterator[None]:
-    """Hold the figures' rc settings while drawing or saving, and put the caller's back afterwards."""
-    with mpl.rc_context(_RC):
+    """Hold the figures' rc settings while drawing or saving, and put the caller's back afterwards.
+
+    Drawing into a caller's axes leaves the caller's settings as they are.
+    """
+    with mpl.rc_context(None if current().given else rc_settings()):
         yield
+
+
+def signed_colours(bad: str) -> Colormap:
+    """Return the colours of values of both signs, ``bad`` where there is none.
+
+    Blue, white and red. In a paper dark blue, grey and light yellow, lighter the larger the value, so that signs differ
+    in grayscale too; white where there is none.
+    """
+    name, bad = ("cividis", "white") if current().paper else ("RdBu_r", bad)
+    return mpl.colormaps[name].with_extremes(bad=bad)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -183,127 +250,40 @@ def fold_words(fold: Fold, circuits: Sequence[Kind]) -> str:
     return f"{fold} ({', '.join(folded[:-1])}{' and ' if folded[1:] else ''}{folded[-1]} folded in)"
 
 
-def message_figure(model: str, message: str) -> Figure:
-    """Draw a figure that says why there is nothing to draw."""
-    heading = Heading(760)
-    heading.add(model, 10, weight="bold")
-    heading.add(message, 8.5)
-    figure = new_figure(760, heading.height + 20)
+def message_figure(model: str, message: str, ax: Any = None) -> Figure:
+    """Draw a figure that says why there is nothing to draw, or say it in the first of the axes given."""
+    if ax is not None:
+        axes: Axes = (
+            ax if isinstance(ax, Axes) else next(iter(ax.values() if isinstance(ax, Mapping) else np.ravel(ax)))
+        )
+        axes.text(0.5, 0.5, message, ha="center", va="center", wrap=True, transform=axes.transAxes, parse_math=False)
+        axes.set_axis_off()
+        figure = axes.get_figure(root=True)
+        assert isinstance(figure, Figure)
+        return figure
+    paper = current().paper
+    total = current().width * DPI if paper else 760
+    heading = Heading(total)
+    if not paper:
+        heading.add(model, 10, weight="bold")
+    heading.add(message, PAPER_POINTS if paper else 8.5)
+    figure = new_figure(total, heading.height + 20)
     heading.write(figure)
     return figure
 
 
-def layer_ticks(layers: Sequence[int], length: float, room: float) -> list[int]:
-    """Return layer indices for an axis of ``length`` device pixels: each if ``room`` allows, else round steps."""
-    per_layer = length / max(1, layers[-1] - layers[0] + 1)
-    step = label_step([0, per_layer], room)
-    return [layer for layer in layers if (layer - layers[0]) % step == 0]
-
-
-def layer_axis(axes: Axes, layers: Sequence[int], length: float, labelled: bool) -> None:
-    """Make x the layer index, with integer ticks where it is labelled."""
-    margin = max(0.6, 0.02 * (layers[-1] - layers[0]))
-    axes.set_xlim(layers[0] - margin, layers[-1] + margin)
-    if not labelled:
-        axes.set_xticks([])
-        return
-    ticks = layer_ticks(layers, length, 30)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlabel("layer")
-
-
-def log_y_axis(axes: Axes, low: float, high: float) -> None:
-    """Make y logarithmic around [low, high], its ticks labelled in plain numbers."""
-    spread = max(high / low, 1.5) ** 0.06
-    low, high = low / spread, high * spread
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    _y_ticks(axes, log_ticks(low, high))
-
-
-def arcsinh_y_axis(axes: Axes, values: Array, linear_width: float) -> None:
-    """Make y linear within ``+-linear_width`` and logarithmic beyond, around ``values`` and 0."""
-    low, high, width = _arcsinh_range(values, linear_width)
-    axes.set_yscale("asinh", linear_width=width)
-    axes.set_ylim(low, high)
-    _y_ticks(axes, arcsinh_ticks(low, high, width))
-
-
-def arcsinh_x_axis(axes: Axes, values: Array, linear_width: float) -> None:
-    """Make x what `arcsinh_y_axis` makes y."""
-    low, high, width = _arcsinh_range(values, linear_width)
-    axes.set_xscale("asinh", linear_width=width)
-    axes.set_xlim(low, high)
-    ticks = arcsinh_ticks(low, high, width, apart=0.42)  # labels are wider than high
-    axes.set_xticks(ticks, [number(tick) for tick in ticks])
-    axes.minorticks_off()
-
-
-def _arcsinh_range(values: Array, linear_width: float) -> tuple[float, float, float]:
-    """Return both ends of an axis around ``values`` and 0, and a linear width it can be drawn with."""
-    limit = float(np.abs(values).max(initial=0.0)) or 1.0
-    width = min(max(linear_width, 1e-3 * limit), limit)
-    places = np.arcsinh([min(values.min(), 0.0) / width, max(values.max(), 0.0) / width])
-    margin = 0.07 * (places[1] - places[0] or 1.0)
-    low, high = (float(end) for end in np.sinh([places[0] - margin, places[1] + margin]) * width)
-    return low, high, width
-
-
-def linear_y_axis(axes: Axes, low: float, high: float) -> None:
-    """Make y linear around [low, high], its ticks labelled in plain numbers."""
-    margin = 0.06 * (high - low)
-    axes.set_ylim(low - margin, high + margin)
-    _y_ticks(axes, [tick for tick in _even_ticks(low, high) if low - margin <= tick <= high + margin])
-
-
-def _y_ticks(axes: Axes, ticks: Sequence[float]) -> None:
-    axes.set_yticks(ticks, [number(tick) for tick in ticks])
-    axes.minorticks_off()
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten in [low, high]; in 1-2-5 steps where those are few, evenly spaced where these are."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    decades = last - first
-    stride = 1 if decades <= 7 else math.ceil(decades / 6)
-    for powers, steps in ((range(first, last + 1, stride), (1,)), (range(first, last + 1), (1, 2, 5))):
-        ticks = [step * 10.0**power for power in powers for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            return ticks
-    return [tick for tick in _even_ticks(low, high) if low <= tick <= high]
-
-
-def arcsinh_ticks(low: float, high: float, width: float, apart: float = 0.2) -> list[float]:
-    """Return 0 and round numbers in [low, high], far enough apart on an arcsinh scale for their labels."""
-    limit = max(-low, high)
-    ticks: list[float] = []
-    previous = 2.0
-    power = math.floor(math.log10(limit))
-    for tick in (step * 10.0**p for p in range(power, power - 9, -1) for step in (5, 2, 1)):
-        here = math.asinh(tick / width) / math.asinh(limit / width)
-        if apart <= here <= 1 and previous - here >= apart:
-            ticks.append(tick)
-            previous = here
-    return [tick for tick in (*(-tick for tick in ticks), 0.0, *reversed(ticks)) if low <= tick <= high]
-
-
-def _even_ticks(low: float, high: float) -> list[float]:
-    """Return the shortest of 1-2-5 steps that gives at most seven ticks."""
-    step = next(
-        step * 10.0**power
-        for power in range(math.floor(math.log10(high - low)) - 1, 400)
-        for step in (1, 2, 5)
-        if (high - low) / (step * 10.0**power) <= 6
-    )
-    return [float(f"{multiple * step:.12g}") for multiple in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-# Okabe & Ito's palette; beyond seven arms the line's pattern tells them apart.
+# Okabe & Ito's palette; patterns and marks of other numbers, so that no two of the first 35 lines share both.
 COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", ":")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (7, 1.5, 3, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return the colour and dash of the arm at ``index``."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+    """Return colour, dash and mark of the arm at ``index``: any two of some dozen lines differ in dash or mark."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 3.5,
+        "markeredgewidth": 0,
+    }

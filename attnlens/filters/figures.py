@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from attnlens.errors import UsageError
-from attnlens.figures import style
+from attnlens.figures import scales, style
+from attnlens.figures.drawings import Drawing
 from attnlens.figures.heatmaps import MAX_ENTRIES
+from attnlens.figures.panels import Given, Place, open_panels
 from attnlens.figures.spectra import depth_bar, depth_colours, draw_lines
 from attnlens.filters.closed_form import PARTS
 from attnlens.heads import Array
@@ -34,15 +38,15 @@ class Covariance(NamedTuple):
     caption: str
 
 
-def draw_filters(
+def filter_drawings(
     stats: StatsTable,
     covariances: Mapping[int, tuple[Array, FilterSpec]],
     spectra: Mapping[int, Array],
     left_out: Mapping[str, Sequence[int]],
     *,
     model: str,
-) -> dict[str, Figure]:
-    """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read.
+) -> dict[str, Drawing]:
+    """Return what draws ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read.
 
     ``left_out`` says what else acts on the filters, with the layers it is true of.
     """
@@ -51,22 +55,28 @@ def draw_filters(
         for layer, (covariance, spec) in covariances.items()
     }
     notes = "; ".join(f"{why} ({len(layers)} of {counted(len(measured), 'layer')})" for why, layers in left_out.items())
-    with style.look():
-        return {
-            "filter_covariance": draw_mosaics(
-                {"": measured}, model=model, title="Covariance of each layer's depthwise filters", notes=notes
-            ),
-            "filter_profile": draw_filter_profile(stats, model=model, notes=notes),
-            "filter_spectra": draw_filter_spectra(spectra, model=model),
-        }
+    title = "Covariance of each layer's depthwise filters"
+    return {
+        "filter_covariance": partial(draw_mosaics, {"": measured}, model=model, title=title, notes=notes),
+        "filter_profile": partial(draw_filter_profile, stats, model=model, notes=notes),
+        "filter_spectra": partial(draw_filter_spectra, spectra, model=model),
+    }
 
 
-def draw_mosaics(rows: Mapping[str, Mapping[int, Covariance]], *, model: str, title: str, notes: str = "") -> Figure:
+def draw_mosaics(
+    rows: Mapping[str, Mapping[int, Covariance]],
+    *,
+    model: str,
+    title: str,
+    notes: str = "",
+    ax: Given | None = None,
+) -> Figure:
     """Draw covariances as k x k blocks of k x k images, a panel a layer; several ``rows`` stand below each other.
 
     Block p of a panel shows Sigma[p, q] over q. Each panel has its own linear scale, as layers differ in size: white is
     zero, and the colours end at the largest covariance of two different positions, so that variances may lie beyond.
-    Raises `UsageError` when the panels are too large to draw.
+    A panel is named by its layer, after its row where it has one. Raises `UsageError` when the panels are too large to
+    draw.
     """
     layers = list(next(iter(rows.values())))
     images = {(row, layer): mosaic(*own[layer][:2]) for row, own in rows.items() for layer in layers}
@@ -76,6 +86,8 @@ def draw_mosaics(rows: Mapping[str, Mapping[int, Covariance]], *, model: str, ti
             f"covariances of {counted(len(layers), 'layer')} of filters are too large to draw: choose fewer layers "
             "with --layers"
         )
+    if ax is not None or style.current().paper:
+        return _compact(rows, images, ax)
     target = 600 if len(layers) == 1 else 330 if len(layers) <= 4 else 180
     panel = max(target, largest)
     gap, caption, left = 34, 58, 40 + (110 if any(rows) else 0)
@@ -109,6 +121,28 @@ def draw_mosaics(rows: Mapping[str, Mapping[int, Covariance]], *, model: str, ti
     return figure
 
 
+def _compact(
+    rows: Mapping[str, Mapping[int, Covariance]], images: Mapping[tuple[str, int], Array], ax: Given | None
+) -> Figure:
+    """Draw the panels into a paper's figure or a caller's axes."""
+    layers = list(next(iter(rows.values())))
+    across = min(len(layers), 8 if style.current().width > 5 else 4)
+    named = {(row, layer): f"{row} {layer}".replace("\n", " ").strip() for row, layer in images}
+    bands = [layers[start : start + across] for start in range(0, len(layers), across)]
+    grid = [[named[row, layer] for layer in band] for band in bands for row in rows]
+    panels = open_panels(grid, Place(0, 0, 0, shape=1.0), [], ax=ax)
+    for (row, layer), name in named.items():
+        if name in panels.axes:
+            axes, shown = panels.axes[name], rows[row][layer]
+            _show(axes, images[row, layer], shown)
+            where = f"{layer}: " if row == next(iter(rows)) else ""
+            panels.title(name, f"{where}±{_share(shown)}")
+    engine = panels.figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine) and not panels.given:
+        engine.set(wspace=0.08)
+    return panels.finish()
+
+
 def mosaic(covariance: Array, kernel: Kernel) -> Array:
     """Return the image of a covariance: block p holds Sigma[p, q] over q, blocks one pixel (NaN) apart."""
     h, w = kernel
@@ -129,129 +163,151 @@ def _panel(figure: Figure, place: tuple[float, float, float], image: Array, show
     left, top, panel = place
     rows, columns = image.shape
     zoom = max(1, int(panel // max(rows, columns)))
-    axes = style.add_axes(figure, left, top, columns * zoom, rows * zoom)
+    _show(style.add_axes(figure, left, top, columns * zoom, rows * zoom), image, shown)
+    style.add_text(figure, left, top - 40, f"{shown.caption}\n±{_share(shown)}", 6.5)
+
+
+def _show(axes: Axes, image: Array, shown: Covariance) -> None:
     limit = colour_limit(shown.matrix)
-    colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#dddddd")
+    colours = style.signed_colours("#dddddd")
     axes.imshow(image, cmap=colours, vmin=-limit, vmax=limit, interpolation="none", aspect="auto")
     axes.set_axis_off()
-    share = limit / (float(np.trace(shown.matrix)) / len(shown.matrix) or 1.0)
-    text = f"{shown.caption}\n±{style.number(float(f'{share:.2g}'))}"
-    style.add_text(figure, left, top - 40, text, 6.5)
 
 
-def draw_filter_profile(stats: StatsTable, *, model: str, notes: str = "") -> Figure:
-    """Draw effective rank, explained shares, width and parts of the closed form by layer, beside chance."""
+def _share(shown: Covariance) -> str:
+    """Write where the colours end, in units of the mean variance."""
+    share = colour_limit(shown.matrix) / (float(np.trace(shown.matrix)) / len(shown.matrix) or 1.0)
+    return style.number(float(f"{share:.2g}"))
+
+
+_CHANCE = "Chance: filters of the same norms in random directions. An open point is a layer that cannot be told from it"
+Series = tuple[str, Array]
+"""Name and values by layer of a line; the name says how it is drawn."""
+_LOOKS: Mapping[str, dict[str, Any]] = {
+    "measured": {"color": MEASURED, "linestyle": "-", "marker": "o"},
+    "chance": {"color": EXPECTED, "linestyle": "--", "marker": "s"},
+    "1 - noise share": {"color": LIMIT, "linestyle": ":", "marker": "v"},
+    "of covariances": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
+    "mean filter": {"color": LIMIT, "linestyle": ":", "marker": "X"},
+    "isotropic": {"color": EXPECTED, "linestyle": "-", "marker": "P"},
+    **{
+        part: {"color": colour, "linestyle": dash, "marker": marker}
+        for part, colour, dash, marker in zip(
+            PARTS, (MEASURED, "#009E73", "#CC79A7"), ("-", "--", "-."), ("<", "^", ">"), strict=True
+        )
+    },
+}
+
+
+def draw_filter_profile(stats: StatsTable, *, model: str, notes: str = "", ax: Given | None = None) -> Figure:
+    """Draw effective rank, explained shares, width and parts of the closed form by layer, beside chance.
+
+    Panels: ``effective_rank``, ``explained``, ``relative_s`` and ``shares``.
+    """
     rows = [record for record in stats.records() if record["verdict"] != "zeros"]
     if not rows:
-        return style.message_figure(model, "All filters of this model are zero: there is nothing to draw.")
+        return style.message_figure(model, "All filters of this model are zero: there is nothing to draw.", ax)
     layers = [int(record["layer"]) for record in rows]
 
     def column(name: str) -> Array:
         return np.array([float(record[name]) for record in rows])
 
-    ceiling = ("1 - noise share", 1 - column("noise_share"), LIMIT)
-    parts = zip((*PARTS, "isotropic"), (MEASURED, "#009E73", "#CC79A7", EXPECTED), strict=True)
-    panels: list[tuple[str, bool, list[tuple[str, Array, str]]]] = [
-        ("effective rank", True, [_chance(column("effective_rank_null")), _own(column("effective_rank"))]),
-        (
-            "explained beyond isotropy",
-            False,
-            [
-                _chance(column("explained_null")),
-                ceiling,
-                ("of covariances", column("explained_covariances"), "#009E73"),
-                _own(column("explained")),
-            ],
-        ),
-        ("closed form: s ÷ side²", True, [_own(column("relative_s"))]),
-        (
-            "share of the trace",
-            False,
-            [
-                *((part, column(f"{part}_share"), colour) for part, colour in parts),
-                ("mean filter", column("mean_share"), LIMIT),
-            ],
-        ),
-    ]
-    left, gap, width, height = 120, 110, 440, 250
-    total = left + 2 * width + gap + 30
-    heading = style.Heading(total)
-    heading.add(model, 10, weight="bold")
-    heading.add("Covariance of depthwise filters by layer, and the closed form's fit to it", 8.5)
-    heading.add(
-        "Chance: filters of the same norms in random directions. An open point is a layer that cannot be told from it",
-        7.5,
-        color=style.FAINT,
+    series: dict[str, list[Series]] = {
+        "effective_rank": [("chance", column("effective_rank_null")), ("measured", column("effective_rank"))],
+        "explained": [
+            ("chance", column("explained_null")),
+            ("1 - noise share", 1 - column("noise_share")),
+            ("of covariances", column("explained_covariances")),
+            ("measured", column("explained")),
+        ],
+        "relative_s": [("measured", column("relative_s"))],
+        "shares": [
+            *((part, column(f"{part}_share")) for part in (*PARTS, "isotropic")),
+            ("mean filter", column("mean_share")),
+        ],
+    }
+    paper = style.current().paper
+    used = list(dict.fromkeys(name for lines in series.values() for name, _ in lines))
+    panels = open_panels(
+        [["effective_rank", "explained"], ["relative_s", "shares"]],
+        Place(120, 440, 250, gap=110, pitch=90, above=44),
+        [
+            (model, 10),
+            ("Covariance of depthwise filters by layer, and the closed form's fit to it", 8.5),
+            (_CHANCE, 7.5),
+        ],
+        notes=notes,
+        legend=[(_handle(name), name) for name in used] if ax is None else (),
+        ax=ax,
     )
-    top = heading.height + 50
-    notes = style.wrapped(notes, total - 40, 7)
-    bottom = top + 2 * height + 90 + 70
-    figure = style.new_figure(total, bottom + 15 + style.text_height(notes, 7))
-    heading.write(figure)
-    style.add_text(figure, 20, bottom, notes, 7, color=style.FAINT)
     isotropic = np.array([record["verdict"] == "isotropic" for record in rows])
-    for place, (label, logarithmic, series) in enumerate(panels):
-        across, down = place % 2, place // 2
-        axes = style.add_axes(figure, left + across * (width + gap), top + down * (height + 90), width, height)
-        _lines(axes, layers, series, isotropic, logarithmic=logarithmic)
-        style.layer_axis(axes, layers, width, labelled=True)
-        axes.set_title(label, loc="left", pad=5)
-    return figure
+    for name, axes in panels.axes.items():
+        _lines(axes, layers, series[name], isotropic, logarithmic=name in ("effective_rank", "relative_s"))
+        scales.layer_axis(axes, layers, labelled=not paper or panels.is_last(name))
+        panels.title(name, PAPER_TITLES[name] if paper else TITLES[name])
+        if panels.given and len(series[name]) > 1:
+            axes.legend(*zip(*((_handle(line), line) for line, _ in series[name]), strict=True), loc="best")
+        if panels.given:
+            axes.set_ylabel(PAPER_TITLES[name])
+    return panels.finish()
 
 
-def _own(values: Array) -> tuple[str, Array, str]:
-    return "measured", values, MEASURED
+TITLES = {
+    "effective_rank": "effective rank (log scale)",
+    "explained": "explained beyond isotropy",
+    "relative_s": "closed form: s ÷ side² (log scale)",
+    "shares": "share of the trace",
+}
+PAPER_TITLES = {**TITLES, "effective_rank": "rank (log)", "explained": "explained", "relative_s": "s ÷ side² (log)"}
 
 
-def _chance(values: Array) -> tuple[str, Array, str]:
-    return "chance", values, EXPECTED
+def _handle(name: str) -> Line2D:
+    return Line2D([], [], linewidth=1.1, markersize=3, **_LOOKS[name])
 
 
 def _lines(
     axes: Axes,
     layers: Sequence[int],
-    series: Sequence[tuple[str, Array, str]],
+    series: Sequence[Series],
     isotropic: NDArray[np.bool_],
     *,
     logarithmic: bool,
 ) -> None:
-    """Draw lines through the layers; of what is measured, points that are open where chance gives as much."""
-    for name, values, colour in series:
-        axes.plot(layers, values, "-", color=colour, linewidth=1.1, label=name)
-        for chosen, fill in ((~isotropic, colour), (isotropic, "white")):
-            axes.plot(np.array(layers)[chosen], values[chosen], "o", markersize=3, color=colour, markerfacecolor=fill)
-    every = np.concatenate([values for _, values, _ in series])
+    """Draw lines through the layers; marks of what is measured, open where chance gives as much."""
+    for name, values in series:
+        look = {**_LOOKS[name], "markersize": 3, "linewidth": 1.1}
+        axes.plot(layers, values, **look)
+        axes.plot(
+            np.array(layers)[isotropic], values[isotropic], **{**look, "linestyle": "none"}, markerfacecolor="white"
+        )
+    every = np.concatenate([values for _, values in series])
     if logarithmic:
-        style.log_y_axis(axes, float(every.min()), float(every.max()))
+        scales.log_y_axis(axes, float(every.min()), float(every.max()))
     else:
-        style.linear_y_axis(axes, min(0.0, float(every.min())), max(1.0, float(every.max())))
-    if len(series) > 1:
-        axes.legend(loc="best", borderpad=0.2, handlelength=1.6)
+        scales.linear_y_axis(axes, min(0.0, float(every.min())), max(1.0, float(every.max())))
 
 
-def draw_filter_spectra(spectra: Mapping[int, Array], *, model: str) -> Figure:
+def draw_filter_spectra(spectra: Mapping[int, Array], *, model: str, ax: Given | None = None) -> Figure:
     """Draw the eigenvalues of every layer's covariance in units of their mean, coloured by depth."""
     known = {layer: values[None] / values.mean() for layer, values in spectra.items() if values.any()}
     if not known:
-        return style.message_figure(model, "All filters of this model are zero: there is nothing to draw.")
+        return style.message_figure(model, "All filters of this model are zero: there is nothing to draw.", ax)
     layers = sorted(known)
-    left, width, height = 100, 620, 440
-    total = left + width + 140
-    heading = style.Heading(total)
-    heading.add(model, 10, weight="bold")
-    heading.add("Eigenvalues of each layer's filter covariance, in units of their mean: 1 is isotropy", 8.5)
-    top = heading.height + 30
-    figure = style.new_figure(total, top + height + 70)
-    heading.write(figure)
-    axes = style.add_axes(figure, left, top, width, height)
+    panels = open_panels(
+        [["spectra"]],
+        Place(100, 620, 440, above=30, bar=110 if len(layers) > 1 else 0, shape=0.7),
+        [(model, 10), ("Eigenvalues of each layer's filter covariance, in units of their mean: 1 is isotropy", 8.5)],
+        ax=ax,
+    )
     colours, depth = depth_colours(layers)
-    draw_lines(axes, known, colours, depth, "eigenvalue")
-    axes.axhline(1, color=style.FAINT, linewidth=0.7, zorder=0.5)
-    axes.set_ylabel("eigenvalue ÷ mean")
+    for axes in panels.axes.values():
+        draw_lines(axes, known, colours, depth, "eigenvalue")
+        axes.axhline(1, color=style.FAINT, linewidth=0.7, zorder=0.5)
+        scale = "log" if style.current().paper else "log scale"
+        axes.set_ylabel(f"eigenvalue ÷ mean ({scale})")
     if len(layers) > 1:
-        cax = style.add_axes(figure, left + width + 30, top, 18, height)
-        depth_bar(figure, cax, ScalarMappable(depth, colours), layers)
-    return figure
+        depth_bar(panels, ScalarMappable(depth, colours), layers)
+    return panels.finish()
 
 
 def _times(kernel: Kernel) -> str:

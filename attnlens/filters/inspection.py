@@ -20,6 +20,7 @@ from attnlens.words import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from attnlens.figures.drawings import Drawing
     from attnlens.models.architecture import Architecture
 
 Reader = Callable[[int], Array]
@@ -65,12 +66,18 @@ class FilterInspection(Tabular):
         """Say in words what else acts on the filters, with the layers it is true of."""
         return layers_by_reason((layer, [spec.label]) for layer, spec in self.specs)
 
-    def figures(self, model: str) -> dict[str, Figure]:
-        """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read."""
-        from attnlens.filters.figures import draw_filters
+    def drawings(self, model: str) -> dict[str, Drawing]:
+        """Return what draws ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers read."""
+        from attnlens.filters.figures import filter_drawings
 
         covariances = {layer: (self.covariance(layer), spec) for layer, spec in self.specs}
-        return draw_filters(self.stats, covariances, self.spectra, self.left_out(), model=model)
+        return filter_drawings(self.stats, covariances, self.spectra, self.left_out(), model=model)
+
+    def figures(self, model: str) -> dict[str, Figure]:
+        """Draw ``filter_covariance``, ``filter_profile`` and ``filter_spectra`` of the layers that were read."""
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self.drawings(model))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights as JSON-ready data."""

@@ -26,6 +26,9 @@ from attnlens.words import counted, listed, told_apart
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
+
 STATISTICS = ("alpha", "beta", "identity_share")
 STATISTIC = Vocabulary("statistic", STATISTICS)
 PROFILES: tuple[tuple[Kind, str], ...] = (("qk", "each"), ("ov", "all"))
@@ -94,15 +97,38 @@ class Comparison(Tabular):
             about=("left out", dict(self.left_out)),
         )
 
-    def figures(self) -> dict[str, Figure]:
-        """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side."""
-        from attnlens.fit.figures import draw_comparison, draw_filter_comparison
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side.
 
-        found = {}
+        ``style`` and ``width`` are those of `attnlens.figure_style`.
+        """
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(self._drawings(), style, width)
+
+    def figure(
+        self,
+        name: str,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(), name, ax, style, width)
+
+    def _drawings(self) -> dict[str, Drawing]:
+        from functools import partial
+
+        from attnlens.fit.comparison_figures import draw_comparison, draw_filter_comparison
+
+        found: dict[str, Drawing] = {}
         if self.profiles:
-            found["comparison"] = draw_comparison(self.models, self.profiles, self.fold)
+            found["comparison"] = partial(draw_comparison, self.models, self.profiles, self.fold)
         if self.filter_profiles:
-            found["filter_comparison"] = draw_filter_comparison(self.models, self.filter_profiles)
+            found["filter_comparison"] = partial(draw_filter_comparison, self.models, self.filter_profiles)
         return found
 
 

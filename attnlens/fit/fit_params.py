@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from attnlens.filters.fit import filter_medians, fit_filter_entries
 from attnlens.fit.entries import Entry, Heads, LayerSummary, Source, pool, sd, select
 from attnlens.fit.gains import LEVELS, CircuitGains
 from attnlens.fit.params import InitParams, Per
-from attnlens.heads import HeadWeights
+from attnlens.heads import Array, HeadWeights
 from attnlens.inspection import Inspection
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.flags import FLAGS, layers_by_reason
@@ -26,7 +26,7 @@ from attnlens.models.opened import Access, OpenedModel
 from attnlens.provenance import run_provenance
 from attnlens.statistics.depth import relative_depth
 from attnlens.statistics.diagonal import AlphaBeta, fit_alpha_beta
-from attnlens.statistics.inference import Inference, infer
+from attnlens.statistics.inference import Inference, infer, judge_balanced
 from attnlens.statistics.inverse import Requests, requests
 from attnlens.statistics.table import ALL_HEADS
 from attnlens.statistics.verdicts import corrected, judge
@@ -63,8 +63,9 @@ def fit_params(
 
     ``models`` are what `attnlens.inspect` takes, one by one or as one list; none means the shipped ViT. What `inspect`
     returned stands for the model it was of, every layer of it. QK products are fitted head by head, OV
-    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective`` or
-    ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with their gains.
+    on each layer's sum, as the recipe draws them, and head by head beside it. ``fold`` is ``raw``, ``effective``,
+    ``centred`` or ``balanced``; beside it stand the raw products and, unless it is ``raw``, the balanced ones with
+    their gains.
     Realised parameters: M ~ alpha Z + beta I with intervals at ``level``; requested ones by `inverse.request`.
     ``per`` says what an initialiser takes from the file: see `InitParams.requests`. Filters: the covariance of each
     layer, shrunk towards isotropy by ``shrinkage`` (``ledoit-wolf``, ``oas`` or ``none``), and the closed form's width.
@@ -173,13 +174,12 @@ def _fit_model(
         place = {"source": source, "layer": indexed[0], "depth": depth}
         stacks: list[_Stack] = []
         gains: list[CircuitGains] = []
-        for name, circuit, names, product in _circuits(weights, folds):
-            if not product.is_square:
-                continue
-            stacks.append(_measure(product, {**place, "circuit": circuit, "fold": name}, names, level, seed))
-            if product.gains is not None:
+        for name, circuit, names, circuits, balanced in _circuits(weights, folds):
+            inference = infer(circuits, level=level, seed=seed, of_balanced=balanced)
+            stacks.append(_Stack.of(circuits, {**place, "circuit": circuit, "fold": name}, names, inference))
+            if circuits.gains is not None:
                 head: Heads = "all" if names == [ALL_HEADS] else "each"
-                gains.append(CircuitGains.of(product, {**place, "circuit": circuit}, head))
+                gains.append(CircuitGains.of(circuits, {**place, "circuit": circuit}, head))
         return weights.num_heads, stacks, gains
 
     measured = over_threads(measure, specs, progress, largest=max(opened.bytes_of(spec) for _, spec in specs))
@@ -219,31 +219,55 @@ def _caveats(opened: OpenedModel, fold: Fold, unread: Sequence[str]) -> dict[str
     return {"not_read": not_read, "left_out": layers_by_reason(read)}
 
 
-def _circuits(
-    weights: HeadWeights, folds: Sequence[Fold]
-) -> Iterator[tuple[Fold, Kind, list[int | str], FactoredProduct]]:
-    """Yield every product under every fold.
+class _Folded:
+    """The products of one layer under each fold, made once each.
 
     A sum and the heads it is the sum of share what is computed of them, and so do a product and the balanced one.
     """
 
-    @cache
-    def folded(name: str, fold: Fold) -> FactoredProduct:
-        if fold == "balanced":
-            return folded(name, "effective").balanced()
-        if name == "heads":
-            return folded("sum", fold).parts or raw["heads"]
-        return (fold_qk if name == "qk" else fold_ov)(raw[name], weights, fold)
+    def __init__(self, weights: HeadWeights) -> None:
+        self._weights = weights
+        self._made: dict[tuple[str, Fold], FactoredProduct] = {}
+        self._judged: dict[tuple[str, Fold], Mapping[str, Array]] = {}
+        self.raw = {"qk": qk_circuit(weights)}
+        if weights.W_O is not None:
+            self.raw["sum"] = layer_ov(weights)
+            self.raw["heads"] = self.raw["sum"].parts or ov_circuit(weights)
 
-    raw = {"qk": qk_circuit(weights)}
-    if weights.W_O is not None:
-        raw["sum"] = layer_ov(weights)
-        raw["heads"] = raw["sum"].parts or ov_circuit(weights)
-    for fold in folds:
-        yield fold, "qk", list(range(weights.num_heads)), folded("qk", fold)
-        if "sum" in raw:
-            yield fold, "ov", list(range(weights.num_value_heads)), folded("heads", fold)
-            yield fold, "ov", [ALL_HEADS], folded("sum", fold)
+    def product(self, name: str, fold: Fold) -> FactoredProduct:
+        """Return ``qk``, ``heads`` or their ``sum`` under a fold."""
+        if (name, fold) not in self._made:
+            self._made[name, fold] = self._make(name, fold)
+        return self._made[name, fold]
+
+    def _make(self, name: str, fold: Fold) -> FactoredProduct:
+        if fold == "balanced":
+            return self.product(name, "effective").balanced()
+        if name == "heads":
+            return self.product("sum", fold).parts or self.raw["heads"]
+        return (fold_qk if name == "qk" else fold_ov)(self.raw[name], self._weights, fold)
+
+    def judged(self, name: str, fold: Fold) -> Mapping[str, Array]:
+        """Return `judge_balanced` of a product: effective ones have it in common with the balanced."""
+        fold = "effective" if fold == "balanced" else fold
+        if (name, fold) not in self._judged:
+            self._judged[name, fold] = judge_balanced(self.product(name, fold))
+        return self._judged[name, fold]
+
+
+def _circuits(
+    weights: HeadWeights, folds: Sequence[Fold]
+) -> Iterator[tuple[Fold, Kind, list[int | str], FactoredProduct, Mapping[str, Array]]]:
+    """Yield every square product under every fold, with what is said of it balanced."""
+    folded = _Folded(weights)
+    heads: dict[str, tuple[Kind, list[int | str]]] = {
+        "qk": ("qk", list(range(weights.num_heads))),
+        "heads": ("ov", list(range(weights.num_value_heads))),
+        "sum": ("ov", [ALL_HEADS]),
+    }
+    for fold, name in product(folds, heads):
+        if name in folded.raw and folded.raw[name].is_square:
+            yield fold, *heads[name], folded.product(name, fold), folded.judged(name, fold)
 
 
 @dataclass(frozen=True)
@@ -255,12 +279,13 @@ class _Stack:
     fit: AlphaBeta
     inference: Inference
 
-
-def _measure(
-    product: FactoredProduct, place: dict[str, Any], names: Sequence[int | str], level: float, seed: int
-) -> _Stack:
-    fit, inference = fit_alpha_beta(product), infer(product, level=level, seed=seed)
-    return _Stack({**place, "head_dim": product.rank_bound, "embed_dim": product.shape[-1]}, names, fit, inference)
+    @classmethod
+    def of(
+        cls, product: FactoredProduct, place: dict[str, Any], names: Sequence[int | str], inference: Inference
+    ) -> _Stack:
+        """Fit a stack of products and put its inference beside the fit."""
+        sizes = {"head_dim": product.rank_bound, "embed_dim": product.shape[-1]}
+        return cls({**place, **sizes}, names, fit_alpha_beta(product), inference)
 
 
 def _entries(stacks: Sequence[_Stack]) -> Iterator[Entry]:

@@ -13,7 +13,7 @@ from attnlens.figures.notebook import fragment
 from attnlens.filters.entries import FilterEntry
 from attnlens.filters.notebook import HEAD
 from attnlens.fit.entries import Entry, Source
-from attnlens.fit.figures import draw_filter_fits, draw_fits
+from attnlens.fit.figures import filter_drawings, fit_drawings
 from attnlens.statistics.table import ALL_HEADS
 from attnlens.templates import shown
 
@@ -23,7 +23,7 @@ def fits_html(
 ) -> str:
     """Return a fragment: per model and layer the fit, its verdicts and the request, and the fits by depth."""
     return fragment(
-        lambda: draw_fits(sources, entries, fold, level)["fit_profile"],
+        fit_drawings(sources, entries, fold, level)["fit_profile"],
         title=f"{_models(sources)}: {fold} products, M ≈ α Z + β I",
         note=f"QK: means and verdicts of heads; OV: sum over heads with the {level:.0%} interval of β",
         head=[
@@ -40,7 +40,7 @@ def filter_fits_html(sources: Sequence[Source], filters: Sequence[FilterEntry], 
     fitted = {title: name for name, title in HEAD.items() if not name.startswith(("effective", "verdict"))}
     names = {"shrinkage": "shrinkage", **fitted}
     return fragment(
-        lambda: next(iter(draw_filter_fits(sources, filters).values())),
+        next(iter(filter_drawings(sources, filters).values())),
         title=f"{_models(sources)}: covariance of depthwise filters",
         note="shrinkage: towards equal variances; explained: beyond isotropy, and of covariances",
         head=["model", "layer", "filters", "kernel", *names, "verdict"],

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from attnlens.figures.drawings import Drawing
+    from attnlens.figures.panels import Given
     from attnlens.models.architecture import Architecture
 
 SCHEMA = "attnlens.params"
@@ -140,15 +142,34 @@ class InitParams(Tabular, _Part):
             parts.append(f"{counted(len(self.filters), 'layer')} of depthwise filters")
         return f"InitParams of {models}: {'; '.join(parts)}"
 
-    def figures(self) -> dict[str, Figure]:
-        """Draw ``fit_profile``, ``realised_requested`` and ``tails``, a colour a model.
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``fit_profile``, ``realised_requested`` and ``tails``, a colour, dash and mark a model.
 
         Where there are depthwise filters, also ``filter_fit`` of each model (numbered where there are several).
+        ``style`` and ``width`` are those of `attnlens.figure_style`.
         """
-        from attnlens.fit.figures import draw_filter_fits, draw_fits
+        from attnlens.figures.drawings import draw_all
 
-        filters = draw_filter_fits(self.sources, self.filters)
-        return filters | (draw_fits(self.sources, self.entries, self.fold, self.level) if self.entries else {})
+        return draw_all(self._drawings(), style, width)
+
+    def figure(
+        self,
+        name: str,
+        *,
+        ax: Given | None = None,
+        style: str | None = None,
+        width: str | float | None = None,
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(self._drawings(), name, ax, style, width)
+
+    def _drawings(self) -> dict[str, Drawing]:
+        from attnlens.fit.figures import filter_drawings, fit_drawings
+
+        filters = filter_drawings(self.sources, self.filters)
+        return filters | (fit_drawings(self.sources, self.entries, self.fold, self.level) if self.entries else {})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> InitParams:

@@ -20,7 +20,7 @@ from attnlens.statistics.inverse import Parameters, realised
 from attnlens.statistics.pairs import offdiagonal_kurtosis
 from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.strict_json import finite_or_none
-from attnlens.words import counted
+from attnlens.words import counted, numbered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +149,7 @@ class InitReport(Tabular):
         if not math.isnan(self.worst_error):
             lines.append(f"largest relative error of {self._what()}: {self.worst_error:.1e}")
         lines += [f"skipped {s.name} {s.circuit}: {s.reason}".replace("  ", " ") for s in self.skipped]
-        lines += [f"{note} (layers {', '.join(map(str, layers))})" for note, layers in self.notes.items()]
+        lines += [f"{note} ({numbered(layers, 'layer')})" for note, layers in self.notes.items()]
         return "\n".join(lines)
 
     def _filter_lines(self) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnlens.errors import CheckpointError
 from attnlens.heads import Array, HeadWeights, InputNorm
@@ -103,13 +104,20 @@ def _read_weight(slot: Slot, tensors: Tensors) -> Array:
                 f"{name} has shape {tuple(stored.shape)}, too small for {slot.heads} heads of width {slot.width}: "
                 "name the architecture this file was made for"
             )
-        flat = stored[rows.ravel()] if slot.axis == 0 else stored[:, rows.ravel()].T
+        chosen = _run(rows.ravel())
+        flat = stored[chosen] if slot.axis == 0 else stored[:, chosen].T
         parts.append(widened(flat, name).reshape(*rows.shape, -1))
     weight = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if slot.batch_norm:
         gain, _ = _batch_norm(slot, tensors, whole=slot.axis == 1)
         weight = weight * (gain[:, :, None] if slot.axis == 0 else gain)
     return weight
+
+
+def _run(units: NDArray[np.int_]) -> NDArray[np.int_] | slice:
+    """Return the slice that units in a row make, which is a view and no copy; else the units."""
+    one_by_one = units.size > 0 and (np.diff(units) == 1).all()
+    return slice(int(units[0]), int(units[-1]) + 1) if one_by_one else units
 
 
 def _write_weight(slot: Slot, weight: Array, tensors: MutableMapping[str, Any]) -> None:
@@ -240,14 +248,15 @@ def widened(stored: Any, name: str) -> Array:
         )
     if not isinstance(stored, np.ndarray):
         stored = stored.detach().cpu().double().numpy()
-    values = np.asarray(stored, dtype=np.float64)
-    if not np.isfinite(values).all():
+    values = np.array(stored, dtype=np.float64, order="C")  # never a view of what is read: that may change
+    largest = np.maximum(values.max(initial=0.0), -values.min(initial=0.0))
+    if not np.isfinite(largest):
         bad = int(values.size - np.isfinite(values).sum())
         raise CheckpointError(
             f"{name} holds {bad} NaN or Inf values of {values.size} read: this checkpoint is broken, "
             "take one from before training diverged"
         )
-    if values.size and max(values.max(), -values.min()) > LARGEST:
+    if largest > LARGEST:
         raise CheckpointError(f"{name} holds values beyond {LARGEST:.0e}: this checkpoint is broken")
     return values
 

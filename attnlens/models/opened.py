@@ -96,7 +96,9 @@ class OpenedModel:
     def heads(self, layer: int) -> HeadWeights:
         """Read the weights of an attention layer, one thread at a time."""
         with self._reading:
-            return read_heads(dict(self.architecture.indexed())[layer], self.checkpoint, layer)
+            found = read_heads(dict(self.architecture.indexed())[layer], self.checkpoint, layer)
+            self.checkpoint.let_go()
+            return found
 
     def filters(self, layer: int) -> Array:
         """Read a layer of depthwise filters ``[filter, height, width]``, one thread at a time."""

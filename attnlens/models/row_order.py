@@ -181,6 +181,10 @@ class ReorderedRows(Checkpoint):
         """Return a tensor's shape."""
         return self.origin.shape(name)
 
+    def let_go(self) -> None:
+        """Give back the memory of what was read."""
+        self.origin.let_go()
+
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which tensors will be asked for."""
         self.origin.expect(names)

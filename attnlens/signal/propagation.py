@@ -14,13 +14,16 @@ from attnlens.errors import UsageError
 from attnlens.heads import Array
 from attnlens.signal.arms import ARMS, build_arm, resolved_options
 from attnlens.signal.kernels import cosines, mean_cosine
-from attnlens.signal.rewire import RewireReport
+from attnlens.signal.rewire import RewireReport, with_or_without
 from attnlens.statistics.table import Row, StatsTable, Tabular
 from attnlens.vocabulary import Vocabulary
 from attnlens.words import counted
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor, nn
+
+    from attnlens.figures.panels import Given
 
 COLUMNS = (
     *("arm", "seed", "layer", "cosine", "mean_square", "kernel_error"),
@@ -63,6 +66,30 @@ class Propagation(Tabular):
         """Return ``[seed, layer]`` of a column; layer 0 is the input. Raises `UsageError` for an arm that is none."""
         arm = Vocabulary("arm", tuple(self.arms))(arm)
         return self.table.select(arm=arm).column(column).reshape(self.seeds, self.depth + 1)
+
+    def described(self) -> str:
+        """Say in a sentence what was measured."""
+        parts = f"{with_or_without(self.skips)} skips and {with_or_without(self.norms)} norms"
+        mlp = {"keep": "MLPs as they are", "tailored": "tailored MLPs", "none": "no MLPs"}[self.mlp]
+        which = "causal" if self.causal else "bidirectional"
+        return (
+            f"{counted(self.depth, 'block')} {parts}, {mlp}; width {self.embed_dim}, "
+            f"{self.tokens} random tokens, {which}. "
+            f"Mean over {counted(self.seeds, 'seed')} of {counted(self.sequences, 'sequence')}."
+        )
+
+    def figure(self, *, ax: Given | None = None, style: str | None = None, width: str | float | None = None) -> Figure:
+        """Draw mean cosine of tokens and relative kernel error against depth.
+
+        Panels ``cosine`` and, where an arm has a theory, ``error`` go into ``ax`` where it is given: see
+        `Inspection.figure`; ``style`` and ``width`` are those of `attnlens.figure_style`.
+        """
+        from functools import partial
+
+        from attnlens.figures.drawings import draw_one
+        from attnlens.signal.figure import draw_signal
+
+        return draw_one({"signal": partial(draw_signal, self)}, "signal", ax, style, width)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data; a number that is not known is null."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -101,7 +102,14 @@ class Inference:
         return tuple(f.name for f in fields(cls))
 
 
-def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 0, seed: int = 0) -> Inference:
+def infer(
+    product: FactoredProduct,
+    *,
+    level: float = 0.95,
+    permutations: int = 0,
+    seed: int = 0,
+    of_balanced: Mapping[str, Array] | None = None,
+) -> Inference:
     """Return intervals, p-values and the shares of M for every product M = A @ B.T of a stack.
 
     With d = embed_dim, S_i = sum_{j != i} (M_ij^2 + M_ji^2) from A_i (B^T B) A_i^T, h_ij = (M_ij^2 + M_ji^2) / 2:
@@ -112,7 +120,8 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
       the variance of single pairs, which it counts twice; times `sampling_variance` / (d sd(M_ii)^2) where that is
       above 1: d channels that depend on each other are worth n < d; alpha * exp(+- t_{n-1} sd(U) / (2 U));
     - p-values: `trace_p_value` of M balanced decides; beside it `sign_flip_p_value` of `own_diagonal`,
-      `pairing_p_value`, `rotation_p_value`, with ``permutations`` > 0 by that many seeded Monte Carlo draws.
+      `pairing_p_value`, `rotation_p_value`, with ``permutations`` > 0 by that many seeded Monte Carlo draws;
+      ``of_balanced`` is `judge_balanced` of the product where that is at hand.
 
     O(d k^2) time a product beside 2^16 sampled entries, float64. Raises `UsageError` for a level outside (0, 1).
     Source: derived in docs/verdicts.md; pairs that share a member as in Aronow, Samii & Assenova (arXiv 1312.3398).
@@ -122,7 +131,6 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
     if not product.is_square or d < 3:
         return Inference(*(np.full(product.shape[:-2], np.nan) for _ in fields(Inference)))
     product, exponent = product.unit
-    balanced = product if product.gains is not None else product.balanced()
     margins = product.squared_margins()
     squared_norm = margins[0].sum(-1)
     diagonal = product.diagonal()
@@ -130,18 +138,15 @@ def infer(product: FactoredProduct, *, level: float = 0.95, permutations: int = 
     flipped = sign_flip_draws(own, permutations, seed) if permutations else sign_flip_p_value(own)
     paired = pairing_draws(product, permutations, seed) if permutations else pairing_p_value(product, squared_norm)
     rotated = rotation_draws(product, permutations, seed) if permutations else rotation_p_value(product)
-    z, p_value = trace_p_value(balanced)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = Inference(
             **_intervals(product, diagonal, margins, (1 + level) / 2, seed),
             null_sd=np.sqrt(null_variance(product)) / d,
-            identity_z=z,
-            p_value=p_value,
             sign_p_value=flipped,
             pairing_p_value=paired,
             rotation_p_value=rotated,
             **_shares(product, diagonal, margins),
-            **_of_balanced(balanced),
+            **(judge_balanced(product) if of_balanced is None else of_balanced),
             factor_cosine=diagonal.sum(-1) / np.sqrt(math.prod(product.squared_sizes())),
             diagonal_median=np.median(diagonal, axis=-1),
             top_channel_share=_top_share(np.abs(diagonal)),
@@ -161,21 +166,27 @@ _IN_UNITS_OF_M = (
 )
 
 
-def _of_balanced(balanced: FactoredProduct) -> dict[str, Array]:
-    """Return what the diagonal of balanced products is like, in units of their off-diagonal entries."""
+def judge_balanced(product: FactoredProduct) -> dict[str, Array]:
+    """Return what `infer` says of the products balanced: p-value and likeness of the diagonal, free of scale."""
+    unit, _ = product.unit
+    balanced = unit if unit.gains is not None else unit.balanced()
     d = balanced.shape[-1]
+    z, p_value = trace_p_value(balanced)
     diagonal = balanced.diagonal()
     noise = np.sqrt(np.maximum(balanced.squared_norm() - (diagonal**2).sum(-1), 0.0) / (d * (d - 1)))
     mean = diagonal.mean(-1)
     median = np.median(np.abs(diagonal), axis=-1)
     beyond = np.sqrt(np.maximum(median**2 - (_NORMAL_MEDIAN * noise) ** 2, 0.0))
-    return {
-        "spread_ratio": diagonal.var(-1, ddof=1) / noise**2,
-        "typical_ratio": np.minimum((median / _NORMAL_MEDIAN) ** 2, (diagonal**2).mean(-1)) / noise**2,
-        "sign_agreement": (diagonal * np.sign(mean)[..., None] > 0).mean(-1),
-        "expected_agreement": ndtr(np.maximum(np.abs(mean), beyond) / noise),
-        "channels": np.full_like(mean, d),
-    }
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "identity_z": z,
+            "p_value": p_value,
+            "spread_ratio": diagonal.var(-1, ddof=1) / noise**2,
+            "typical_ratio": np.minimum((median / _NORMAL_MEDIAN) ** 2, (diagonal**2).mean(-1)) / noise**2,
+            "sign_agreement": (diagonal * np.sign(mean)[..., None] > 0).mean(-1),
+            "expected_agreement": ndtr(np.maximum(np.abs(mean), beyond) / noise),
+            "channels": np.full_like(mean, d),
+        }
 
 
 def _intervals(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from attnlens.words import counted
+
 WIDTH = 79
 """Characters of a line of text."""
 TEXT_ROWS, HTML_ROWS = 10, 20
@@ -37,7 +39,7 @@ def text_preview(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [_GAP.join(cells).rstrip() for cells in zip(*aligned, strict=True)]
     left = list(columns[kept:])
     if left:
-        lines.append(_listed(f"and {len(left)} more column{'s' * (len(left) != 1)}: ", left))
+        lines.append(_listed(f"and {counted(len(left), 'more column')}: ", left))
     return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from attnlens.words import counted
+
 
 def shown(value: float | None) -> str:
     """Write a statistic with four significant digits; nothing where it is not defined."""
@@ -52,6 +54,5 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters["shown"] = shown
-    environment.filters["aligned"] = aligned
+    environment.filters.update(shown=shown, counted=counted, aligned=aligned)
     return environment

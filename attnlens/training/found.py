@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attnlens.statistics.preview import shown_rows
 from attnlens.statistics.table import StatsTable, Tabular
+from attnlens.training.drawings import comparison_drawings
 from attnlens.training.results import Summary
+from attnlens.training.source import Source
 from attnlens.training.stop import Reason
 from attnlens.words import counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from attnlens.figures.panels import Given
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,6 +32,8 @@ class TrainComparison(Tabular):
     report: str
     """The text of ``report.md``."""
     stopped: Reason
+    source: Source = field(repr=False, compare=False)
+    """What the arms start from."""
 
     @property
     def runs(self) -> StatsTable:
@@ -40,6 +50,20 @@ class TrainComparison(Tabular):
         """A row a declared contrast: the paired difference, its interval and p-values."""
         return self.findings.contrast_table()
 
+    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
+        """Draw ``curves``, and where they were measured ``structure`` and ``waterfall``, in a `figure_style`."""
+        from attnlens.figures.drawings import draw_all
+
+        return draw_all(comparison_drawings(self.findings, self.source), style, width)
+
+    def figure(
+        self, name: str, *, ax: Given | None = None, style: str | None = None, width: str | float | None = None
+    ) -> Figure:
+        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
+        from attnlens.figures.drawings import draw_one
+
+        return draw_one(comparison_drawings(self.findings, self.source), name, ax, style, width)
+
     def _table(self) -> StatsTable:
         return self.summary
 
@@ -53,10 +77,9 @@ class TrainComparison(Tabular):
     def _repr_html_(self) -> str:
         """Return what a notebook shows: a row an arm, and the curves of every run."""
         from attnlens.figures.notebook import fragment
-        from attnlens.training.figures import draw_curves
 
         return fragment(
-            lambda: draw_curves(self.findings),
+            lambda: self.figure("curves"),
             title=self._headline(),
             note="mean of each arm's runs with its 95% interval; minus_default: the difference, paired by seed",
             head=self.summary.columns,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from attnlens.errors import AttnlensError, UsageError
@@ -206,3 +209,14 @@ def fixed_attention(config: Config) -> Iterator[None]:
         return
     with sdpa_kernel(kernels[config.attention]):
         yield
+
+
+def describe_device(device: torch.device) -> str:
+    """Name the GPU, or the processor and its cores."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{named[1] if named else platform.machine()}, {counted(os.cpu_count() or 1, 'core')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,8 @@ class Journal:
         self._changed = threading.Condition()
         self._dirty = self._closed = False
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        inherited = contextvars.copy_context()  # the style of figures
+        self._thread = threading.Thread(target=inherited.run, args=(self._work,), name="journal", daemon=True)
 
     def listen(self, unit: Unit, what: Mapping[str, Any]) -> None:
         """Take note of a unit's evaluation or end."""

@@ -37,8 +37,7 @@ def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
         "\n".join(f"- {line}" for line in conclusions(summary)),
         f"## {metric.title.capitalize()} at the last epoch",
         _values(summary),
-        "## Declared contrasts",
-        _contrasts(summary),
+        *(["## Declared contrasts", _contrasts(summary)] if summary.contrasts else []),
     ]
     ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
     if ladder:
@@ -185,7 +184,8 @@ def _reachable(contrasts: Sequence[Contrast]) -> str:
         return ""
     family = len(contrasts)
     least = smallest_sign_flip(n, family)
-    never = "" if least < _ALPHA else ": none of these contrasts can go under .05 that way"
+    one = "this contrast cannot" if family == 1 else "none of these contrasts can"
+    never = "" if least < _ALPHA else f": {one} go under .05 that way"
     return (
         f"With n = {n} and {counted(family, 'contrast')} the corrected sign-flip p cannot go under {_p(least)}{never}."
     )
@@ -336,6 +336,8 @@ def _data(config: Config) -> str:
 def _pairing(summary: Summary) -> str:
     if not summary.streams:
         return "nothing to compare yet"
+    if len(summary.config.arms) == 1:
+        return "one arm: nothing to compare"
     least, most = min(summary.streams.values()), max(summary.streams.values())
     arms = counted(most, "arm") if least == most else f"{least} to {counted(most, 'arm')}"
     return f"hashes of order and augmentation equal in every epoch, over the {arms} of each seed"

@@ -8,52 +8,76 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from attnlens.figures import style
+from attnlens.figures.panels import Given, Place, open_panels
 from attnlens.training.ladder import Step
 from attnlens.training.metrics import Metric
 from attnlens.training.results import Summary
 from attnlens.training.statistics import LEVEL, Mean
 from attnlens.words import counted
 
-WIDTH = 608
-"""Device pixels: a column of a paper, at the size its text is read at."""
-_ROW, _LEFT, _PLOT = 30, 174, 196
+_ROW = 30
 _GAIN, _LOSS = "#0072B2", "#D55E00"
 _ALPHA = 1 - LEVEL
 
 
-def draw_waterfall(summary: Summary, ladder: Sequence[Step]) -> Figure:
+def draw_waterfall(summary: Summary, ladder: Sequence[Step], *, ax: Given | None = None) -> Figure:
     """Draw each rung as a bar from the mean of the rung before it to its own, with the interval of the step.
 
-    Beside it stand the step and what is left to the last rung. Bars that go back are hatched.
+    Beside it stand the step and what is left to the last rung; in a column of a paper the step alone. Bars that go back
+    are hatched.
     """
     metric, config = summary.config.metric, summary.config
     start = Mean.of(list(summary.finished[ladder[0].below].values()))
+    told = (
+        f"{metric.title}, {counted(ladder[0].step.difference.n, 'seed')}; bars: step over the rung above; whiskers: "
+        f"{LEVEL:.0%} interval of the step; hatched: {metric.worse} than the rung above"
+    )
+    narrow = style.current().paper and style.current().width < 5
+    points = style.PAPER_POINTS if style.current().paper else 7.5
+    beside = [
+        (-1.0, f"step, {metric.unit}", "" if narrow else "left"),
+        (0.0, f"from {metric.value(start.mean)}", ""),
+        *(
+            (float(row), _told(step, metric, short=narrow), "" if narrow else _unsigned(step.left.mean, metric))
+            for row, step in enumerate(ladder, 1)
+        ),
+    ]
+    longest = max(len(step) for _, step, _ in beside) + max(len(left) for *_, left in beside)
+    ends = 5 + 0.63 * points * longest + 8  # points, of what is written beside the axes
+    rows = len(ladder) + 1
     with style.look():
-        heading = style.Heading(WIDTH)
-        heading.add(f"{config.dataset}: what each step of the ladder adds", 9.5, weight="bold")
-        heading.add(
-            f"{metric.title}, {counted(ladder[0].step.difference.n, 'seed')}; bars: step over the rung above; "
-            f"whiskers: {LEVEL:.0%} interval of the step; hatched: {metric.worse} than the rung above",
-            7.5,
+        panels = open_panels(
+            [["waterfall"]],
+            Place(
+                185,
+                330,
+                _ROW * rows,
+                above=46,
+                below=62,
+                right=style.pixels(ends) + 12,
+                shape=0.04 * rows,
+                lowest=0.17 * rows,
+                least=0,
+            ),
+            [(f"{config.dataset}: what each step of the ladder adds", 9.5), (told, 7.5)],
+            notes=_notes(ladder),
+            ax=ax,
         )
-        notes = style.wrapped(_notes(ladder), WIDTH - 40, 7)
-        rows = len(ladder) + 1
-        top = heading.height + 24
-        figure = style.new_figure(WIDTH, top + _ROW * rows + 72 + style.text_height(notes, 7))
-        heading.write(figure)
-        axes = style.add_axes(figure, _LEFT, top, _PLOT, _ROW * rows)
-        _draw_bars(axes, start, ladder, metric)
-        style.add_text(figure, _LEFT + _PLOT + 10, top - 20, f"step, {metric.unit}", 7.5, weight="bold")
-        style.add_text(figure, WIDTH - 12, top - 20, "left", 7.5, weight="bold", ha="right")
-        style.add_text(figure, _LEFT + _PLOT + 10, top + 7, f"starts at {metric.value(start.mean)}", 7.5)
-        for row, step in enumerate(ladder, 1):
-            place = top + _ROW * row + 7
-            style.add_text(figure, _LEFT + _PLOT + 10, place, _told(step, metric), 7.5)
-            style.add_text(figure, WIDTH - 12, place, _unsigned(step.left.mean, metric), 7.5, ha="right")
-        style.add_text(figure, 20, top + _ROW * rows + 60, notes, 7)
-    return figure
+        for axes in panels.axes.values():
+            _draw_bars(axes, start, ladder, metric)
+            for row, step, left in beside:
+                for text, across, side in ((step, 5.0, "left"), (left, ends, "right")):
+                    _write_beside(axes, row, text, across, ha=side, size=points, weight="bold" if row < 0 else "normal")
+        return panels.finish()
+
+
+def _write_beside(axes: Axes, row: float, text: str, across: float, **how: Any) -> None:
+    """Write a text so many points to the right of the axes, at a row's height."""
+    where: Any = {"xytext": (across, 0), "textcoords": "offset points", "annotation_clip": False, "va": "center"}
+    axes.annotate(text, (1, row), xycoords=axes.get_yaxis_transform(), **where, **how)
 
 
 def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) -> None:
@@ -61,6 +85,7 @@ def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) 
     names = [ladder[0].below, *(f"{step.arm}{'' if step.nested else '†'}" for step in ladder)]
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3 if style.current().paper else 6, min_n_ticks=3))
     axes.tick_params(axis="y", length=0)
     before = start.mean
     axes.plot([scale * before], [0], marker="D", markersize=4, color=style.INK, zorder=3)
@@ -78,10 +103,14 @@ def _draw_bars(axes: Axes, start: Mean, ladder: Sequence[Step], metric: Metric) 
     axes.margins(x=0.06)
 
 
-def _told(step: Step, metric: Metric) -> str:
+def _told(step: Step, metric: Metric, *, short: bool) -> str:
     pairs, show = step.step.difference, metric.difference
     mark = "*" if step.step.t_holm < _ALPHA else ""
-    text = show(pairs.mean) if math.isinf(pairs.low) else f"{show(pairs.mean)} [{show(pairs.low)}, {show(pairs.high)}]"
+    text = (
+        show(pairs.mean)
+        if short or math.isinf(pairs.low)
+        else f"{show(pairs.mean)} [{show(pairs.low)}, {show(pairs.high)}]"
+    )
     return f"{text}{mark}".replace("-", "\N{MINUS SIGN}")
 
 

@@ -5,7 +5,8 @@
 
 Each row's command runs once unrecorded, which fills the caches of what is warm, then --repeats times, in turn with the
 other rows. Rows with a goal for it run once more beside a process that keeps one core busy. A cold run has an empty
-cache of attnlens and a file whose pages the operating system forgot; matplotlib's list of fonts is there.
+cache of attnlens and a file whose pages the operating system forgot; matplotlib's list of fonts is there, and Python's
+bytecode, as behind an installation.
 Weights are random (timm's own draws for ViT-B; of the giant, only attention is not zero): eigenvalues and fits of
 trained ones may take another number of steps. The ViT-S is DINOv2's, from $ATTNLENS_TEST_DATA, where that is set.
 WeightWatcher and TransformerLens run where --bench-python, an interpreter with the group ``bench``, has them.
@@ -46,7 +47,7 @@ class Bench:
     def __init__(self, folder: Path, bench_python: str, limit: float) -> None:
         self.folder, self.bench_python, self.limit = folder, bench_python, limit
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
             "XDG_CACHE_HOME": str(folder / "cache"),
             "MPLCONFIGDIR": str(folder / "matplotlib"),
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
@@ -62,7 +63,7 @@ class Bench:
             if row.cold:
                 evicted(weights)
                 environment = {**environment, "XDG_CACHE_HOME": str(Path(out) / "cache")}
-            return inside(row, run(row.command(weights, Path(out)), environment, self.limit))
+            return inside(row, run(row.make(weights, Path(out)), environment, self.limit))
 
     def rival(self, row: Row, rival: Rival) -> Run | str:
         """Run another way once, or say why it cannot be run."""
@@ -71,7 +72,8 @@ class Bench:
         if rival.needs and not imports(python, rival.needs):
             return f"{rival.needs} is not installed"
         try:
-            return inside(row, run([python, "-c", rival.code, str(weights)], self.environment, self.limit))
+            process = [python, *rival.make(weights, self.folder)[1:]]
+            return inside(row, run(process, self.environment, self.limit))
         except subprocess.TimeoutExpired:
             return f"ended after {self.limit:.0f} s"
         except subprocess.CalledProcessError as error:
@@ -88,7 +90,7 @@ def inside(row: Row, found: Run) -> Run:
     """Return a run with the times that its process printed, where the row is about a part of it."""
     if not row.timed_inside:
         return found
-    wall, cpu = found.output.split()[-3:-1]
+    wall, cpu = found.output.split()[-2:]
     return found._replace(wall=float(wall), cpu=float(cpu))
 
 
@@ -125,7 +127,7 @@ def main(
     bench_python: Annotated[
         str, typer.Option(help="Interpreter that has WeightWatcher and TransformerLens.")
     ] = sys.executable,
-    limit: Annotated[float, typer.Option(help="End a process that takes longer, in seconds.")] = 300.0,
+    limit: Annotated[float, typer.Option(help="End a process that takes longer, in seconds.")] = 120.0,
     folder: Annotated[
         Path | None, typer.Option(help="Keep the random weights here. Default: a temporary folder.")
     ] = None,
@@ -162,7 +164,7 @@ def measure(bench: Bench, rows: dict[str, Row], repeats: int, rivals: bool) -> d
                 f"{name}: {taken.wall:.2f} s, {taken.cpu:.2f} s CPU, {taken.peak_mib:.0f} MiB, load before {before:.1f}"
             )
     found = {name: summary(kept) for name, kept in runs.items()}
-    for name in [name for name in found if rows[name].busy]:
+    for name in [name for name in found if "busy" in rows[name].goals]:
         with busy_process():
             taken = bench.row(rows[name])
         assert taken is not None

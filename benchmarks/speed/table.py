@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlens.atomic import write_text_atomic
-from benchmarks.speed.rows import ROWS, Row
+from benchmarks.speed.rows import ROWS, UNITS, Quantity, Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 START, END = "<!-- made by python -m benchmarks.speed -->", "<!-- end of speed -->"
@@ -20,24 +20,26 @@ def cells(values: dict[str, Any]) -> list[str]:
 
 
 def goals(row: Row, entry: dict[str, Any], result: dict[str, Any]) -> str:
-    """Say of every goal whether it is met, else how many times it is what was found, and what the time goes to."""
-    found = {
-        "wall": (entry["wall"]["median"], row.wall, "s"),
-        "CPU": (entry["cpu"]["median"], row.cpu, "s CPU"),
-        "peak": (entry["peak_mib"]["median"], row.peak_mib, "MiB"),
-    }
-    if "busy" in entry:
-        found["busy"] = (entry["busy"]["wall"]["median"], row.busy, "s beside a busy process")
-    if row.private_mib is not None and row.above in result:
-        private = entry["private_mib"]["median"] - result[row.above]["private_mib"]["median"]
-        found["private"] = (private, row.private_mib, "MiB private above imports")
-    said = [
-        f"{goal:.3g} {unit}: {'met' if value <= goal else f'{value / goal:.2f} times that'} ({value:.3g})"
-        for value, goal, unit in found.values()
-        if goal is not None
-    ]
-    missed = any(goal is not None and value > goal for value, goal, _ in found.values())
-    return "; ".join(said) + (f". Spent on {row.spent}" if missed and row.spent else "")
+    """Say of every goal whether it is met, else by how much not, and why."""
+    said, missed = [], False
+    for quantity, goal in row.goals.items():
+        value = found(row, entry, result, quantity)
+        if value is None:
+            continue
+        missed |= value > goal
+        over = f"missed by {value - goal:.2g}, {value / goal:.2f} times" if value > goal else "met"
+        said.append(f"{goal:.3g} {UNITS[quantity]}: {over} ({value:.3g})")
+    return "; ".join(said) + (f". Why: {row.why}" if missed else "")
+
+
+def found(row: Row, entry: dict[str, Any], result: dict[str, Any], quantity: Quantity) -> float | None:
+    """Return the median that a goal is about; None where it was not measured."""
+    if quantity == "busy":
+        return entry["busy"]["wall"]["median"] if "busy" in entry else None
+    if quantity == "private_mib":
+        below = result.get(row.above)
+        return entry[quantity]["median"] - below[quantity]["median"] if below else None
+    return float(entry[quantity]["median"])
 
 
 def table(result: dict[str, Any]) -> str:

@@ -52,6 +52,11 @@ def _pickles() -> Iterator[Case]:
             config = {**seeds.TIMM, "model_args": {**seeds.MODEL_ARGS, "checkpoint_path": "FORBIDDEN/secret.pth"}}
             files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": zip_of(changed)}
             yield Case("timm folder", name, files)
+    for name in ("one list, many dictionaries", "one state, many objects", "collisions", "tuples"):
+        inner = b"\x80\x02" + payloads.growing()[name] + b"."
+        changed = [(path, inner if path.endswith("data.pkl") else content) for path, content in members]
+        state = {**seeds.results(), "checkpoints/default-1.pt": zip_of(changed)}
+        yield Case("results folder", f"checkpoint, {name}", state)
     prefixed = b"junk" + whole
     yield Case("pth", "prefix", {"model.pth": prefixed}, "model.pth")
     tar = io.BytesIO()

@@ -69,7 +69,42 @@ def growing() -> dict[str, bytes]:
         + text("cpu") + b"K\x10tQK\x00(J\x40\x42\x0f\x00J\x40\x42\x0f\x00t(K\x00K\x00t\x89"
         + b"ccollections\nOrderedDict\n)RtR"
     )  # fmt: skip
+    small = (
+        view.replace(b"K\x10tQ", b"K\x40tQ")
+        .replace(b"J\x40\x42\x0f\x00", b"K\x08")
+        .replace(b"K\x00K\x00t", b"K\x08K\x01t")
+    )
+    module = b"c__main__\nM\n)\x81}("
+    kinds = [text(kind) for kind in ("_modules", "_buffers", "_parameters")]
+    modules = b"Nq\x00" + b"".join(
+        b"0" + module + b"".join(kind + b"h%c" % i for kind in kinds) + b"ubq%c" % (i + 1) for i in range(90)
+    )
+    doubled = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+    pairs = b"](" + b"".join(b"K%c" % (i % 250) + b"N\x86" for i in range(2000)) + b"e\x85q\x000"
+    ordered = b"ccollections\nOrderedDict\n"
+    copies = b"](" + (ordered + b"h\x00R") * 30_000 + b"e"
+    state = b"}(" + b"".join(text(f"a{i}") + b"N" for i in range(2000)) + b"uq\x000"
+    built = b"](" + (ordered + b")Rh\x00b") * 30_000 + b"e"
+    key = text("k" * 20_000) + b"q\x00" + small + b"q\x010"
+    keys = b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"}h\x00h\x01s" for i in range(20_000)) + b"u"
     return {
+        "modules in modules": b"}(" + text("w") + small + text("m") + modules + b"u",
+        "lists that double": b"}("
+        + text("w")
+        + small
+        + text("args")
+        + b"cargparse\nNamespace\n)\x81}("
+        + text("model")
+        + text("vit_tiny_patch16_224")
+        + text("model_kwargs")
+        + b"}"
+        + text("a")
+        + doubled
+        + b"subu",
+        "one list, many dictionaries": pairs + copies,
+        "one state, many objects": state + built,
+        "one key, many names": key + keys,
+        "one shape, many tensors": _axes(small),
         "bytearray": _call("builtins", "bytearray", b"J\x00\x00\x00\x70"),
         "encode chain": doubling + chain,
         "tensor": _call("torch", "Tensor", b"J\x40\x42\x0f\x00", b"J\x40\x42\x0f\x00"),
@@ -88,6 +123,14 @@ def growing() -> dict[str, bytes]:
         "lone surrogate": b"}X\x03\x00\x00\x00\xed\xa0\x80" + view + b"s",
         "huge key": b"}\x8b\x00\x20\x00\x00" + b"\x7f" * 8192 + view + b"s",
     }
+
+
+def _axes(view: bytes) -> bytes:
+    """Return many tensors of one shape of very many axes."""
+    shape = b"(" + b"K\x01" * 100_000 + b"tq\x000"
+    start = view.partition(b"K\x00(")[0]
+    one = start + b"K\x00h\x00h\x00\x89ccollections\nOrderedDict\n)RtR"
+    return shape + b"](" + one * 3000 + b"e"
 
 
 NAMES = [

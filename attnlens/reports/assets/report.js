@@ -212,7 +212,8 @@
     }
     table.classList.toggle("one-fold", Boolean(fold));
     find("empty").hidden = shown > 0;
-    find("shown").textContent = `${shown} of ${table.tBodies[0].rows.length} rows`;
+    const every = table.tBodies[0].rows.length;
+    find("shown").textContent = `${shown} of ${every} ${every === 1 ? "row" : "rows"}`;
   }
   for (const id of ["layer", "kind", "verdict"]) find(id)?.addEventListener("change", filter);
   function changeFold() {

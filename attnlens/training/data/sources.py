@@ -65,8 +65,8 @@ def load_dataset(
         key = f"{_file_sha256(path)}-{image_size}"
         return _cached(cache, name_of(path), key, lambda: tar_files(path), image_size, say, packed=True)
     raise UsageError(
-        f"--dataset {name} is no folder, no tar and no known name: choose {', '.join(NAMED)}, hfds/NAME, or a "
-        "folder or tar of images in class folders"
+        f"--dataset {name} is no folder, no tar and no known name: choose {', '.join(NAMED)}, hfds/NAME, a "
+        "folder or tar of images in class folders, or text:FILE"
     )
 
 
