@@ -17,6 +17,7 @@ import attnlens
 from attnlens import cli, reports
 from attnlens.reports.matrices import CODES, HALF, corner_size, encode
 from attnlens.reports.training import ResultsError, read_training
+from attnlens.templates import aligned
 from tests.test_inspect import SMALL, small_vit
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
@@ -293,3 +294,15 @@ def test_a_missing_results_folder_is_one_line_before_anything_is_measured(monkey
     assert stop.value.code == 1
     assert "absent/results.jsonl does not exist" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_column_keeps_four_digits_and_lines_its_decimal_points_up():
+    values = [0.0009029, -0.0234, 12.5, None, 0.0, 1e-9, 340.0]
+    texts = aligned(values)
+    assert [text.rstrip() for text in texts] == ["0.0009029", "-0.02340", "12.50", "", "0.000", "1e-09", "340.0"]
+    behind = {len(text) - text.index(".") for text in texts if "." in text}
+    assert behind == {len(".0009029")}
+    for value, text in zip(values, texts, strict=True):
+        assert value is None or float(text) == pytest.approx(value, rel=5e-4)
+    assert aligned([]) == []
+    assert aligned([None]) == [""]

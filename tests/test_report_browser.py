@@ -236,7 +236,7 @@ def test_zoom_by_button_and_key_shows_a_part_and_the_whole_again(page):
     box = css(page, "#detail-qk .heatmap .plot")[0]
     box.send_keys("+", Keys.ARROW_LEFT)
     left, right, top, bottom = shown("qk")
-    assert (right - left, bottom - top) == (16, 16)
+    assert (round(right - left, 1), round(bottom - top, 1)) == (16, 16)  # shown to one decimal
     assert left < 24 == top
     box.send_keys("0")
     assert shown("qk") == [0, 64, 0, 64]
@@ -309,3 +309,136 @@ def test_a_script_that_got_in_all_the_same_would_not_run(browser, report, tmp_pa
     open_page(browser, path.as_uri())
     assert browser.execute_script("return window.hacked") is None
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+
+
+WIDE, HIGH = 1280, 900
+"""The screen of a laptop."""
+_OVERLAPS = """
+const found = [];
+for (const svg of document.querySelectorAll("main svg")) {
+  const texts = [...svg.querySelectorAll("text")].filter((text) => !text.closest("[aria-label=text], [aria-label=tip]"));
+  const boxes = texts.map((text) => [text.textContent, text.getBoundingClientRect()]).filter(([, box]) => box.width);
+  boxes.forEach(([one, a], i) => boxes.slice(0, i).forEach(([other, b]) => {
+    const [across, down] = [Math.min(a.right, b.right) - Math.max(a.left, b.left), Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top)];
+    if (across > 0.5 && down > 0.5) found.push([one, other]);
+  }));
+}
+return found;
+"""  # noqa: E501
+
+
+@pytest.fixture
+def laptop(page):
+    sizes = {"width": WIDE, "height": HIGH, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+    settle(page)
+    yield page
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def settle(page):
+    """Wait for two frames: charts are drawn again after the room they have changes."""
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0], 100)))")
+
+
+def test_a_laptop_shows_beta_prominence_and_verdict_of_both_circuits_without_scrolling_sideways(laptop):
+    box = css(laptop, ".tall")[0]
+    assert laptop.execute_script("return document.documentElement.scrollWidth") <= WIDE
+    assert laptop.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", box)
+    right = laptop.execute_script("return arguments[0].getBoundingClientRect().right", box)
+    row = css(laptop, "#table tbody tr[data-layer='2'][data-head='1'][data-fold='effective']")[0]
+    for circuit in ("qk", "ov"):
+        for name in ("alpha", "beta", "diagonal_prominence", "verdict"):
+            (cell,) = row.find_elements("css selector", f"[data-name='{circuit}.{name}']")
+            assert cell.text
+            assert cell.rect["x"] + cell.rect["width"] <= right
+    detail = laptop.find_element("id", "detail")
+    assert laptop.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", detail)
+
+
+def test_decimal_points_of_a_column_stand_below_each_other(laptop):
+    script = """
+    const [name] = arguments, places = new Set();
+    for (const cell of document.querySelectorAll(`#table tbody tr:not([hidden]) [data-name='${name}']`)) {
+      const text = cell.firstChild, point = text?.textContent.indexOf(".");
+      if (!(point > 0)) continue;
+      const range = document.createRange();
+      range.setStart(text, point);
+      range.setEnd(text, point + 1);
+      places.add(Math.round(range.getBoundingClientRect().left));
+    }
+    return [...places];
+    """
+    for name in ("qk.alpha", "qk.beta", "qk.diagonal_prominence", "ov.beta"):
+        places = laptop.execute_script(script, name)
+        assert max(places) - min(places) <= 1, name
+
+
+def test_a_choice_that_no_row_has_says_so_and_is_taken_back(laptop):
+    empty = laptop.find_element("id", "empty")
+    assert not empty.is_displayed()
+    select(laptop, "layer", "3")
+    select(laptop, "verdict", "mixed diagonal")
+    assert visible_rows(laptop) == []
+    assert empty.is_displayed()
+    assert empty.text.startswith("No row has all that was chosen.")
+    empty.find_element("tag name", "button").click()
+    assert not empty.is_displayed()
+    assert {row["fold"] for row in visible_rows(laptop)} == {"effective"}
+    assert len(visible_rows(laptop)) == 24
+    select(laptop, "fold", "raw")
+    css(laptop, ".controls .reset")[0].click()
+    assert {row["fold"] for row in visible_rows(laptop)} == {"effective"}
+
+
+def test_maps_have_a_colour_key_with_the_ends_of_its_scale(laptop):
+    for key in ("map-key", "comparison-key"):
+        (legend,) = css(laptop, f"#{key} svg")
+        texts = [text.get_attribute("textContent") for text in legend.find_elements("tag name", "text")]
+        assert {"\N{MINUS SIGN}1.0", "0.0", "1.0", "identity cosine ÷ the largest its rank allows"} <= set(texts)
+
+
+def test_no_two_labels_of_a_chart_overlap_on_a_laptop_or_a_phone(laptop):
+    assert laptop.execute_script(_OVERLAPS) == []
+    sizes = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    laptop.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+    settle(laptop)
+    assert laptop.execute_script(_OVERLAPS) == []
+
+
+def test_overlapping_labels_would_be_found(laptop):
+    laptop.execute_script(
+        "const text = document.querySelector('#map-qk svg text');"
+        "text.parentNode.appendChild(text.cloneNode(true)).textContent = 'over it';"
+    )
+    assert len(laptop.execute_script(_OVERLAPS)) > 0
+
+
+def test_two_models_are_compared_side_by_side_in_one_scale(laptop):
+    for circuit in ("qk", "ov"):
+        figures = css(laptop, f"#comparison-{circuit} figure")
+        assert [figure.find_element("tag name", "figcaption").text for figure in figures] == [
+            f"{circuit.upper()}, embedded",
+            f"{circuit.upper()}, vit_tiny_patch16_224",
+        ]
+        first, second = (figure.rect for figure in figures)
+        assert first["y"] == second["y"]
+        assert first["x"] + first["width"] <= second["x"]
+        cells = [figure.find_elements("css selector", "[aria-label=cell] rect") for figure in figures]
+        assert [len(found) for found in cells] == [18, 9]
+    plots = [figure.rect for figure in css(laptop, "#comparison-plots figure")]
+    assert [plot["y"] for plot in plots[::2]] == [plot["y"] for plot in plots[1::2]]
+
+
+def test_filters_appear_with_their_table_beside_the_words_of_the_page(browser, tmp_path):
+    from tests.filter_models import convnext
+
+    path = tmp_path / "report.html"
+    path.write_text(reports.report(convnext()))
+    browser.get(path.as_uri())
+    rows = css(browser, "#filter-table tbody tr")
+    assert len(rows) > 1
+    assert all(row.is_displayed() for row in rows)
+    assert css(browser, "nav a[href='#filters']")[0].is_displayed()
+    assert len(css(browser, "#filters img")) == 3
+    assert browser.get_log("browser") == []

@@ -25,9 +25,9 @@ from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, Drawings, corner_size
 from attnlens.reports.scripts import asset, script_hash, scripts
 from attnlens.reports.training import read_training
-from attnlens.statistics.table import KEYS, StatsTable
+from attnlens.statistics.table import ALL_HEADS, KEYS, StatsTable
 from attnlens.statistics.verdicts import Verdict
-from attnlens.templates import environment
+from attnlens.templates import aligned, environment
 from attnlens.threads import Progress
 from attnlens.words import counted
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 _JUDGED = ("verdict", "reason", "p_value", "alpha_low", "alpha_high", "beta_low", "beta_high")
+SHOWN = ("alpha", "beta", "diagonal_prominence")
+"""Statistics in the table of heads."""
 _ABOUT = ("num_heads", "name", "leaves_out")
 
 
@@ -142,7 +144,7 @@ def report(
         "judged": {_key(vars(entry)): {name: getattr(entry, name) for name in _JUDGED} for entry in entries},
         "drawn": drawings.data(inspection, size),
         "codes": CODES,
-        "comparison": _comparison_data(comparison),
+        "comparison": _comparison_data(comparison, [inspection, *others]),
         "training": training and {"arms": training.arms, "points": [p.model_dump() for p in training.points]},
     }
     page = (
@@ -152,6 +154,7 @@ def report(
             data=data,
             inspection=inspection,
             rows=_rows(inspection, entries),
+            statistics=SHOWN,
             default_fold=_common_fold(inspection),
             verdicts=[verdict.value for verdict in Verdict],
             counts=_counts(entries),
@@ -208,13 +211,21 @@ def _stats(inspection: Inspection) -> dict[str, Any]:
 
 
 def _rows(inspection: Inspection, entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return a row a layer, head and fold, with its QK and OV statistics (None where it has none) and verdicts."""
+    """Return a row a layer, head and fold, with its QK and OV statistics (None where it has none) and verdicts.
+
+    ``text`` holds the statistics that are `SHOWN` as their column writes them.
+    """
     judged = {_key(vars(entry)): entry for entry in entries}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in inspection.stats.json_rows():
         key = tuple(record[name] for name in KEYS if name != "circuit")
         row = rows.setdefault(key, {"layer": key[0], "head": key[1], "fold": key[2], "qk": None, "ov": None})
         row[record["circuit"]] = record | {"entry": judged.get(_key(record))}
+    for circuit in ("qk", "ov"):
+        own = [row[circuit] for row in rows.values() if row[circuit]]
+        for name in SHOWN:
+            for found, text in zip(own, aligned(record[name] for record in own), strict=True):
+                found.setdefault("text", {})[name] = text
     order = {fold: i for i, fold in enumerate(inspection.folds)}
     return sorted(rows.values(), key=lambda row: (order[row["fold"]], row["layer"]))  # stable: heads keep their order
 
@@ -241,7 +252,8 @@ def _filter_comparison(comparison: Comparison | None) -> Picture | None:
     return picture("filter_comparison", draw_filter_comparison(comparison.models, comparison.filter_profiles), caption)
 
 
-def _comparison_data(comparison: Comparison | None) -> dict[str, Any] | None:
+def _comparison_data(comparison: Comparison | None, inspections: Sequence[Inspection]) -> dict[str, Any] | None:
+    """Return the profiles of all models and, where there are heads, each head's share of its largest cosine."""
     if comparison is None:
         return None
     profiles = [
@@ -249,7 +261,21 @@ def _comparison_data(comparison: Comparison | None) -> dict[str, Any] | None:
         for p in comparison.profiles
         for depth, value in zip(p.depth.tolist(), p.values.tolist(), strict=True)
     ]
-    return {"models": comparison.models, "profiles": profiles}
+    return {
+        "models": comparison.models,
+        "profiles": profiles,
+        "maps": [
+            {"model": name, "circuit": row["circuit"], "layer": row["layer"], "head": row["head"], "share": share}
+            for name, inspection in zip(comparison.models, inspections, strict=True)
+            for row in inspection.stats.select(fold=comparison.fold).json_rows()
+            if row["head"] != ALL_HEADS and (share := _share(row)) is not None
+        ],
+    }
+
+
+def _share(row: dict[str, Any]) -> float | None:
+    cosine, bound = row["identity_cosine"], row["identity_cosine_bound"]
+    return None if cosine is None or not bound else float(f"{cosine / bound:.4g}")
 
 
 def _flat(data: Any, name: str = "") -> list[tuple[str, str]]:

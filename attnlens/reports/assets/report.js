@@ -122,7 +122,7 @@
     const spread = record.alpha / Math.sqrt(d3.sum(counts));
     caption.textContent = "Entries of the diagonal. Line: their mean β; band: ± root mean square of the off-diagonal entries.";
     draw(box, (width) => box.replaceChildren(Plot.plot({
-      width: Math.min(width, 460), height: 170, marginLeft: 44, x: { label: "diagonal entry", ticks: 5, tickFormat: tick }, y: { label: "entries", grid: true },
+      width: Math.min(width, 460), height: 170, marginLeft: 44, x: { label: "diagonal entry", ticks: Math.max(2, Math.floor(Math.min(width, 460) / 90)), tickFormat: tick }, y: { label: "entries", grid: true },
       marks: [
         Plot.rectX([spread], { x1: -spread, x2: spread, fill: "var(--faint)", fillOpacity: 0.18 }),
         Plot.rectY(bins, { x1: "x1", x2: "x2", y: "count", fill: "var(--raw)", tip: true }),
@@ -142,7 +142,7 @@
     caption.textContent = "Singular values, largest first.";
     draw(box, (width) => box.replaceChildren(Plot.plot({
       width: Math.min(width, 460), height: 170, marginLeft: 44,
-      x: { label: "index" }, y: { type: "log", label: "singular value", grid: true, ticks: 4, tickFormat: tick },
+      x: { label: "index", ticks: Math.max(2, Math.floor(Math.min(width, 460) / 60)) }, y: { type: "log", label: "singular value", grid: true, ticks: 4, tickFormat: tick },
       marks: [Plot.lineY(points, { x: "index", y: "value", stroke: "var(--raw)", marker: points.length < 80 ? "dot" : "none", tip: true })],
     })));
   }
@@ -210,15 +210,26 @@
         || (kind && (kind === "all") !== (head === "all")) || (verdict && !words.includes(verdict));
       shown += !row.hidden;
     }
+    table.classList.toggle("one-fold", Boolean(fold));
+    find("empty").hidden = shown > 0;
     const every = table.tBodies[0].rows.length;
     find("shown").textContent = `${shown} of ${every} ${every === 1 ? "row" : "rows"}`;
   }
   for (const id of ["layer", "kind", "verdict"]) find(id)?.addEventListener("change", filter);
-  find("fold")?.addEventListener("change", () => {
+  function changeFold() {
     filter();
     maps();
     if (chosen && find("fold").value) choose(chosen.layer, chosen.head, find("fold").value);
-  });
+  }
+  find("fold")?.addEventListener("change", changeFold);
+  for (const button of document.querySelectorAll(".reset")) {
+    button.addEventListener("click", () => {
+      for (const id of ["layer", "kind", "verdict"]) find(id).value = "";
+      find("fold").value = [...find("fold").options].find((option) => option.defaultSelected).value;
+      changeFold();
+      find("fold").focus();
+    });
+  }
 
   // ---- overview, profiles ----
 
@@ -229,7 +240,23 @@
     });
     return plot;
   }
+  const SHARES = { type: "diverging", domain: [-1, 1], scheme: "RdBu", reverse: true };
+  function colourKey(id) {
+    find(id).replaceChildren(Plot.legend({ color: { ...SHARES, label: "identity cosine ÷ the largest its rank allows", ticks: [-1, -0.5, 0, 0.5, 1] }, width: 300, marginLeft: 20, marginRight: 20 }));
+  }
+  function mapOf(own, room, { label, rows, columns, ticks, marks = [] }) {
+    return Plot.plot({
+      width: Math.min(room, 60 + 70 * columns), height: 62 + Math.min(24, 420 / rows.length) * rows.length, marginLeft: 40, marginBottom: 36, padding: 0.06,
+      x: { label, labelOffset: 32, labelAnchor: "center", axis: "bottom", type: "band", domain: d3.range(columns), ticks: d3.range(0, columns, Math.ceil(columns / 16)) },
+      y: { label: "layer", type: "band", domain: rows, ticks }, color: SHARES,
+      marks: [
+        Plot.cell(own, { x: "head", y: "layer", fill: "share", tip: true, title: (r) => `layer ${r.layer}, head ${r.head}\n${short(r.share)} of the largest cosine` }),
+        ...marks,
+      ],
+    });
+  }
   function maps() {
+    colourKey("map-key");
     const fold = find("fold").value || DATA.folds.at(-1);
     for (const circuit of CIRCUITS) {
       const own = records.filter((r) => r.circuit === circuit && r.fold === fold && heads(r) && r.share !== null);
@@ -240,15 +267,8 @@
       }
       const mark = (r) => MARKS[DATA.judged[keyOf(r.layer, r.head, circuit, fold)]?.verdict] ?? "";
       const columns = d3.max(own, (r) => r.head) + 1;
-      draw(box, (room) => box.replaceChildren(chosenBy(Plot.plot({
-        width: Math.min(room, 60 + 70 * columns), height: 60 + Math.min(24, 420 / layers.length) * layers.length, marginLeft: 40, padding: 0.06,
-        x: { label: `head (${fold})`, axis: "bottom", type: "band" }, y: { label: "layer", type: "band", ticks: layerTicks },
-        color: { type: "diverging", domain: [-1, 1], scheme: "RdBu", reverse: true },
-        marks: [
-          Plot.cell(own, { x: "head", y: "layer", fill: "share", tip: true, title: (r) => `layer ${r.layer}, head ${r.head}\n${short(r.share)} of the largest cosine` }),
-          Plot.text(own, { x: "head", y: "layer", text: mark, fill: (r) => (Math.abs(r.share) > 0.55 ? "white" : "black"), fontWeight: "bold" }),
-        ],
-      }))));
+      const written = Plot.text(own, { x: "head", y: "layer", text: mark, fill: (r) => (Math.abs(r.share) > 0.55 ? "white" : "black"), fontWeight: "bold" });
+      draw(box, (room) => box.replaceChildren(chosenBy(mapOf(own, room, { label: `head (${fold})`, rows: layers, columns, ticks: layerTicks, marks: [written] }))));
     }
   }
 
@@ -287,6 +307,23 @@
             }))),
           ],
         }))));
+      }
+    }
+  }
+
+  function headByHead({ models, maps: shares }) {
+    colourKey("comparison-key");
+    for (const circuit of CIRCUITS) {
+      for (const model of models) {
+        const own = shares.filter((r) => r.circuit === circuit && r.model === model);
+        const box = add(find(`comparison-${circuit}`), `${circuit.toUpperCase()}, ${model}`);
+        if (!own.length) {
+          say(box, `No square ${circuit.toUpperCase()} product.`);
+          continue;
+        }
+        const rows = [...new Set(own.map((r) => r.layer))];
+        const ticks = rows.filter((_, i) => i % Math.ceil(rows.length / 12) === 0);
+        draw(box, (room) => box.replaceChildren(mapOf(own, room, { label: "head", rows, columns: d3.max(own, (r) => r.head) + 1, ticks })));
       }
     }
   }
@@ -335,6 +372,7 @@
     profiles();
   }
   if (DATA.comparison?.profiles.length) comparison(DATA.comparison);
+  if (DATA.comparison?.maps.length) headByHead(DATA.comparison);
   if (DATA.training) training(DATA.training);
   const linked = /^#head=(\d+)\.(\w+)\.(\w+)$/.exec(location.hash);
   if (linked) choose(linked[1], linked[2], linked[3], { scroll: true });
