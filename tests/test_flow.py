@@ -26,7 +26,19 @@ ROOMS = (
         "state",
         "templates",
     ),
-    *("heads", "balance", "krylov", "circuits", "layouts", "checkpoints", "statistics", "figures", "models", "filters"),
+    *(
+        "heads",
+        "balance",
+        "krylov",
+        "circuits",
+        "layouts",
+        "checkpoints",
+        "statistics",
+        "figures",
+        "drawn",
+        "models",
+        "filters",
+    ),
     *("inspection", "composition", "fit", "inits", "reports", "scans", "gpt", "signal", "training", "cli"),
 )
 """From the ground up; the root ``attnlens`` itself names the public functions and is imported for its version alone."""
