@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -73,8 +75,9 @@ class FileSet:
 
     Every file is whole and on disk before the first one takes its place, so whatever fails in between (a full disk, an
     error, Ctrl-C) leaves all the old ones. The names are given in the order of writing under a lock on the folders: of
-    two processes that write the same set, one gives all its names first. Only a kill between two of these renames can
-    leave a mixture, of whole files.
+    two processes that write the same set, one gives all its names first. Where a name cannot be given, those that were
+    are taken back: each old file keeps a second, temporary name until all the new ones are in place. Only a kill
+    between two of these renames can leave a mixture, of whole files.
     """
 
     def __init__(self, check: Callable[[Path], object] | None = None) -> None:
@@ -94,7 +97,8 @@ class FileSet:
             for staged in self._staged:
                 with suppress(OSError):  # told before: what a full disk had no room for is flushed once more
                     staged.file.close()
-                staged.temporary.unlink(missing_ok=True)
+                with suppress(OSError):  # it is swept later
+                    staged.temporary.unlink()
 
     def write(self, path: str | Path, write: Write) -> Path:
         """Prepare ``path``: call ``write(file)`` on a temporary file beside it and flush that to disk."""
@@ -128,17 +132,62 @@ class FileSet:
 
     def _commit(self) -> None:
         folders = sorted({staged.path.parent for staged in self._staged})
-        with _locked(folders if len(self._staged) > 1 else ()):
+        with _locked(folders if len(self._staged) > 1 else ()), _taken_back() as place:
             for _, path, temporary, file in self._staged:
                 if fcntl is None:
                     file.close()  # elsewhere an open file cannot be renamed
                 with _explained(path):
                     temporary.chmod(0o666 & ~_umask())
-                    temporary.replace(path)
-                _WRITTEN[path] = None
-        for folder in folders:
-            with _explained(folder):
-                _sync_folder(folder)
+                    place(temporary, path)
+            for folder in folders:
+                with _explained(folder):
+                    _sync_folder(folder)
+        _WRITTEN.update(dict.fromkeys(staged.path for staged in self._staged))
+
+
+@contextmanager
+def _taken_back() -> Iterator[Callable[[Path, Path], None]]:
+    """Yield what renames a file into a place; where the context fails, what was in these places is put back."""
+    placed: list[tuple[Path, Path | None]] = []
+    with ExitStack() as kept:
+
+        def place(temporary: Path, path: Path) -> None:
+            placed.append((path, kept.enter_context(_second_name(path))))
+            temporary.replace(path)
+
+        try:
+            yield place
+        except BaseException:
+            for path, second in reversed(placed):
+                with suppress(OSError):
+                    if second is None:
+                        path.unlink()
+                    else:
+                        second.replace(path)
+            raise
+
+
+@contextmanager
+def _second_name(path: Path) -> Iterator[Path | None]:
+    """Give the file that is at ``path`` a temporary name, too, which no process sweeps meanwhile; None without one."""
+    if not path.exists():
+        yield None
+        return
+    second = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}{TEMPORARY}")
+    with ExitStack() as held:
+        with suppress(OSError):  # not readable, or a file system without locks
+            file = held.enter_context(path.open("rb"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            try:
+                os.link(path, second)
+            except OSError:  # a file system without links, or somebody else's file where that is not permitted
+                shutil.copy2(path, second)
+            yield second
+        finally:
+            with suppress(OSError):
+                second.unlink()
 
 
 def sweep(folder: Path) -> None:

@@ -5,20 +5,15 @@ Row vectors: head 1 adds x W_OV1 to the stream, W_OV1 = W_V1 @ W_O1. A later hea
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from operator import methodcaller
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from attnlens.atomic import FileSet
 from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
 from attnlens.drawn import Drawn
 from attnlens.errors import UnsupportedAttentionError, UsageError
@@ -46,6 +41,9 @@ HELD = 1 << 28
 """Bytes of weights whose writers, and whose readers, are held at once: earlier layers are read again for each block."""
 
 _BLOCK = 64  # rows and columns of Gram matrices held at once, of every head
+
+SCORES_HELD = 1 << 27
+"""Bytes of scores and deviations that are held, beyond as many as the weights have in float64."""
 
 Pair = tuple[Composed, int, int]
 IndexedSpec = tuple[int, AttentionSpec]
@@ -180,9 +178,10 @@ class Composition(Drawn, Tabular):
     @property
     def stats(self) -> StatsTable:
         """The scores as a table, a row a pair of heads and kind."""
-        return StatsTable(tuple(self._rows()), COLUMNS)
+        return StatsTable(tuple(self.rows()), COLUMNS)
 
-    def _rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of `stats`, one at a time."""
         for (kind, first, second), scores in self.scores.items():
             deviations, baseline = self.deviations[kind, first, second], self.baseline(second)
             for i, row in enumerate(zip(scores.tolist(), deviations.tolist(), strict=True)):
@@ -191,18 +190,22 @@ class Composition(Drawn, Tabular):
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data: a matrix of scores for each pair of layers."""
-        pairs = [
-            {"kind": kind, "from_layer": first, "layer": second, "baseline": self.baseline(second)}
-            | {"scores": _plain(scores), "deviations": _plain(self.deviations[kind, first, second])}
-            for (kind, first, second), scores in self.scores.items()
-        ]
+        return {**self.about(), "pairs": [self.pair_json(pair) for pair in self.scores]}
+
+    def about(self) -> dict[str, Any]:
+        """Return what `to_json` says beside the scores."""
         about = {"model": self.model, "fold": self.fold, "provenance": self.provenance}
         layers = [
             {"layer": layer, "heads": self.heads[layer], "leaves_out": list(self.leaves_out[layer])}
             | {"label": self.labels.get(layer, "")}
             for layer in self.heads
         ]
-        return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers, "pairs": pairs}
+        return {"schema": "attnlens.composition", "schema_version": 1, **about, "layers": layers}
+
+    def pair_json(self, pair: Pair) -> dict[str, Any]:
+        """Return what `to_json` says of a pair of layers."""
+        about = {"kind": pair[0], "from_layer": pair[1], "layer": pair[2], "baseline": self.baseline(pair[2])}
+        return about | {"scores": _plain(self.scores[pair]), "deviations": _plain(self.deviations[pair])}
 
     def _drawings(self) -> dict[str, Drawing]:
         """Return what draws ``q_composition``, ``k_composition`` and ``v_composition``."""
@@ -270,6 +273,7 @@ def compose(
     opened = open_model(model, checkpoint, num_heads, access, model_args=model_args, input_size=input_size)
     provenance = opened.provenance_beside()
     specs = opened.choose(wanted, chosen[0])
+    _check_room(opened, specs)
     scores: dict[Pair, Array] = {}
     deviations: dict[Pair, Array] = {}
     work = _Work(opened, chosen[0])
@@ -303,20 +307,15 @@ def compose(
     )
 
 
-def save_composition(
-    found: Composition, folder: str | os.PathLike[str], command: str, files: FileSet | None = None
-) -> None:
-    """Write ``composition.csv``, a row a pair of heads, and ``composition.json`` into ``folder``.
-
-    They join ``files``, such as the figures of the same run, or make a set of their own.
-    """
-    data = found.to_json()
-    data["provenance"] = {**data["provenance"], "command": command}
-    texts = {"composition.csv": found.stats.to_csv(), "composition.json": json.dumps(data) + "\n"}
-    with ExitStack() as stack:
-        files = files or stack.enter_context(FileSet())
-        for name, text in texts.items():
-            files.write(Path(folder) / name, methodcaller("write", text.encode()))
+def _check_room(opened: OpenedModel, specs: Sequence[IndexedSpec]) -> None:
+    """Raise `UsageError` where scores would take more than `SCORES_HELD` bytes beyond those of the weights."""
+    heads = [spec.q.heads for _, spec in specs]
+    pairs = (sum(heads) ** 2 - sum(number**2 for number in heads)) // 2
+    if 16 * len(KINDS) * pairs > SCORES_HELD + sum(opened.bytes_of(spec) for _, spec in specs):
+        raise UsageError(
+            f"{pairs:,} pairs of heads in {len(specs)} layers of {opened.name} are too many for weights of this size: "
+            "choose fewer layers with --layers"
+        )
 
 
 class _Work:

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import IO, Any, TextIO
 
 from attnlens.printable import printable
 
@@ -22,10 +22,24 @@ def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     behind an apostrophe where it begins as a formula does, white space left out; numbers are as Python writes them.
     """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    _write(buffer, columns, rows)
+    return buffer.getvalue()
+
+
+def write_csv(file: IO[bytes], columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write what `csv_text` returns, row by row."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    try:
+        _write(text, columns, rows)
+        text.flush()
+    finally:
+        text.detach()
+
+
+def _write(file: TextIO, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([_cell(value) for value in row] for row in rows)
-    return buffer.getvalue()
 
 
 def _cell(value: Any) -> Any:

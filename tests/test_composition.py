@@ -9,7 +9,7 @@ import pytest
 
 import attnlens
 from attnlens.circuits import FactoredProduct, ov_circuit, qk_circuit
-from attnlens.composition import KINDS, composition_scores
+from attnlens.composition import COLUMNS, KINDS, composition_scores
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.figures.composition import mosaic
 from attnlens.layouts import read_heads
@@ -196,3 +196,43 @@ def test_the_command_prints_the_strongest_pairs_and_writes_every_file(run, group
     data = json.loads((tmp_path / "made" / "composition.json").read_text())
     assert data["schema"] == "attnlens.composition"
     assert (tmp_path / "made" / "composition.csv").read_text() == found.stats.to_csv()
+
+
+def test_the_files_hold_all_pairs_where_they_are_few_and_the_strongest_where_they_are_many(
+    run, grouped, tmp_path, monkeypatch
+):
+    found = attnlens.compose(grouped)
+    assert run("compose", grouped, "-o", "all")[0] == 0
+    whole = json.loads((tmp_path / "all" / "composition.json").read_text())
+    assert whole["pairs"] == found.to_json()["pairs"]
+    monkeypatch.setattr("attnlens.composition_files.MOST_PAIRS", 7)
+    code, out, err = run("compose", grouped, "-o", "some", "--json")
+    assert code == 0
+    assert f"hold the 21 strongest of {3 * 6 * 16} pairs of heads, by score over baseline: --all-pairs" in err
+    some = json.loads((tmp_path / "some" / "composition.json").read_text())
+    assert json.loads(out) == some
+    assert some["pairs_of_heads"] == {"found": 3 * 6 * 16, "written": 21}
+    table = (tmp_path / "some" / "composition.csv").read_text().splitlines()
+    every = (tmp_path / "all" / "composition.csv").read_text().splitlines()
+    place = COLUMNS.index("score")
+    for kind in KINDS:
+        mine = [line for line in every if line.startswith(f"{kind},")]
+        lines = sorted(mine, key=lambda line: float(line.split(",")[place]))
+        assert sorted(line for line in table if line.startswith(f"{kind},")) == sorted(lines[-7:])
+        kept = [(p["from_layer"], *row) for p in some["pairs"] if p["kind"] == kind for row in p["strongest"]]
+        assert sorted(row[3] for row in kept) == [float(line.split(",")[place]) for line in lines[-7:]]
+    assert run("compose", grouped, "-o", "some", "--all-pairs")[0] == 0
+    assert (tmp_path / "some" / "composition.csv").read_text().splitlines() == every
+
+
+def test_more_pairs_of_heads_than_memory_is_bounded_to_are_one_line(grouped, monkeypatch):
+    monkeypatch.setattr("attnlens.composition.SCORES_HELD", -(10**9))
+    with pytest.raises(UsageError, match=r"96 pairs of heads in 4 layers of .* choose fewer layers with layers"):
+        attnlens.compose(grouped)
+
+
+def test_more_heads_than_one_image_holds_are_told_in_its_place(grouped, monkeypatch):
+    monkeypatch.setattr("attnlens.figures.composition.MOST_HEADS", 15)
+    figure = attnlens.compose(grouped).figures()["k_composition"]
+    assert any("16 heads are too many to draw their K-composition" in text.get_text() for text in figure.texts)
+    assert not any(axes.images for axes in figure.axes)

@@ -182,6 +182,19 @@ def test_a_synopsis_names_options_that_are_there_and_every_word_of_a_choice():
     assert {("fit-params", "--fold"), ("fit-params", "--per"), ("init", "--gains"), ("signal", "--mlp")} <= checked
 
 
+def test_every_file_that_a_page_shows_is_shown():
+    shown = []
+    for page in (ROOT / "docs").glob("*.md"):
+        for line in re.findall(r"^-+ ?8.*$", page.read_text(), re.MULTILINE):
+            included = re.fullmatch(
+                r'--8<-- "(.+)"', line
+            )  # a formatter of Python parts the mark, and nothing is shown
+            assert included, (page.name, line)
+            assert any((folder / included[1]).is_file() for folder in (ROOT, ROOT / "docs")), (page.name, line)
+            shown.append(included[1])
+    assert {"example.py", "paper_figure.py", "gallery/example.txt"} <= set(shown)
+
+
 def test_every_file_of_the_repository_that_a_page_names_is_there():
     named = 0
     for page in pages():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from attnlens.atomic import TEMPORARY, FileSet, open_scratch, sweep, write_atomic, write_text_atomic
+from attnlens.atomic import TEMPORARY, FileSet, _taken_back, open_scratch, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints import open_checkpoint
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.training.store import Store
@@ -101,6 +101,50 @@ def test_a_set_that_fails_leaves_every_old_file(tmp_path):
     with pytest.raises(OutputError, match=r"cannot write .*b: No space left on device\. Choose"):
         write()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+
+
+@pytest.mark.parametrize("step", ["os.rename", "os.link", "os.chmod"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_name_that_cannot_be_given_takes_back_those_that_were(tmp_path, step, number):
+    """Each of three files is denied its name in turn, one of which replaces nothing."""
+    (tmp_path / "a").write_text("old a")
+    (tmp_path / "c").write_text("old c")
+    code = (
+        "import errno, os, sys",
+        "from attnlens.atomic import FileSet",
+        "seen = []",
+        "def hook(event, arguments):",
+        f"    if event == {step!r} and (seen.append(event) or len(seen) == {number}):",
+        "        raise OSError(errno.EIO, os.strerror(errno.EIO))",
+        "with FileSet() as files:",
+        "    for name in 'abc':",
+        f"        files.write({str(tmp_path)!r} + '/' + name, lambda file: file.write(b'new'))",
+        "    sys.addaudithook(hook)",
+    )
+    copied = step == "os.link"  # two files have an old one; a file system without links has it copied
+    assert run_python(*code) == (0 if copied else 1)
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert texts == (dict.fromkeys("abc", "new") if copied else {"a": "old a", "c": "old c"})
+
+
+def test_a_folder_that_cannot_be_flushed_leaves_every_old_file(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr("attnlens.atomic._sync_folder", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "EIO")))
+    with pytest.raises(OutputError, match=r"cannot write .*: EIO"), FileSet() as files:  # noqa: PT012  # at its end
+        for name in "ab":
+            files.write(tmp_path / name, lambda file: file.write(b"new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+
+
+def test_the_second_name_of_an_old_file_is_not_swept_while_the_new_ones_take_their_places(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), _taken_back() as place:  # noqa: PT012  # it is raised in the context
+        (tmp_path / "new").write_text("new")
+        place(tmp_path / "new", tmp_path / "a")
+        sweeping = ("from pathlib import Path", "from attnlens.atomic import sweep", f"sweep(Path({str(tmp_path)!r}))")
+        assert run_python(*sweeping) == 0
+        raise KeyboardInterrupt
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
 
 
 def test_a_file_that_cannot_be_flushed_is_told_once_and_removed(tmp_path):
@@ -247,7 +291,7 @@ def at_the_fourth_rename():
 
 work, rng = Path(sys.argv[1]), random.Random(0)
 warm()
-inspect, _, init = simple_commands(work)
+inspect, init = simple_commands(work, ["inspect", "init"])
 for command in (inspect, init):
     measure(command, work, real=False)
 put_old(inspect, work, folder := fresh(work / "renaming"))
@@ -266,13 +310,38 @@ def test_killed_commands_leave_the_old_or_the_new_and_killed_comparisons_end_as_
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     mixed, found = json.loads(done.stdout)
-    told = {"while writing": 1, "sets of files from two runs": 1, "of those told apart by stats.json": 1}
+    told = {"while writing": 1, "sets of files from two runs": 1, "of those told apart by the hashes they name": 1}
     assert mixed == {"code": -9, "wrong": [], **told}
     for one in found.values():
         assert one["wrong"] == []
         assert one["kills"] >= 3  # a comparison is killed up to three times before it is looked at
         assert one["temporary_files_after_the_next_run"] == 0
     assert found["train-compare"]["comparisons resumed to their end"] >= 1
+
+
+PLANTED = """
+import json, random, sys
+from pathlib import Path
+from benchmarks.trust.fault_planted import failing_comparison, failing_writes
+from benchmarks.trust.fault_runs import warm
+
+work, rng = Path(sys.argv[1]), random.Random(0)
+warm()
+found = failing_writes(4, rng, work, ["compare", "compose", "report"]), failing_comparison(4, rng, work)
+print(json.dumps([one.to_json() for one in found]))
+"""
+
+
+@pytest.mark.usefixtures("fonts")
+def test_a_write_that_fails_leaves_all_outputs_old_and_a_comparison_that_goes_on(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PLANTED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    commands, comparisons = json.loads(done.stdout)
+    assert commands["wrong"] == comparisons["wrong"] == []
+    assert commands["cases"] == 12
+    assert comparisons["by_case"]["train-compare that cannot take a step of writing"] == 4
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 import attnlens
 from attnlens.errors import OutputError, UsageError
 from attnlens.figures import heatmaps, profiles, save_figures, spectra, style
+from attnlens.inspection import Corners
 
 LAYERS, HEADS, EMBED_DIM, HEAD_DIM = 3, 3, 39, 13
 # Layers that are not neighbours, heads that differ in number, panels that differ in shape and are not square.
@@ -385,3 +387,36 @@ loaded = [name for name in ("matplotlib.pyplot", "torch", "timm") if name in sys
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("dpi", [150, 97])
+def test_a_large_image_drawn_in_strips_is_the_one_drawn_at_once(tmp_path, monkeypatch, dpi):
+    generator = np.random.default_rng(3)
+    panels = {layer: {head: generator.standard_normal((31, 29)) for head in range(5)} for layer in range(7)}
+    shapes = dict.fromkeys(panels, (31, 29))
+    for name, entries in (("whole", 10**9), ("strips", 977)):
+        monkeypatch.setattr("attnlens.figures.strips.ENTRIES", entries)
+        figure = heatmaps.draw_heatmap(panels, shapes, model="m", circuit="qk", fold="raw")
+        save_figures({name: figure}, tmp_path, dpi=dpi)
+    whole, strips = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("whole", "strips"))
+    assert whole.shape == strips.shape
+    different = np.abs(whole - strips).max(axis=-1) > 0
+    assert different.mean() < (1e-9 if dpi == 150 else 0.05)  # elsewhere an entry is no whole number of pixels
+
+
+def test_corners_shrink_with_the_number_of_heads_and_in_any_order(monkeypatch):
+    monkeypatch.setattr("attnlens.inspection.HEATMAP_ENTRIES", 11 * 13**2)
+    found = attnlens.inspect()
+    sizes = {layer: found.heads(layer) for layer in found.layers}
+    kept = []
+    for order in (list(sizes), list(sizes)[::-1]):
+        corners = Corners("raw", 64, bounded=True)
+        for layer in order:
+            corners.observe(sizes[layer], "qk", "raw", found.circuits(layer))
+        kept.append(corners)
+    expected = math.isqrt(11 * 13**2 // sum(found.circuits(layer).shape[0] for layer in sizes))
+    assert [corners.size for corners in kept] == [expected, expected]
+    for layer in sizes:
+        for head in range(3):
+            np.testing.assert_array_equal(kept[0].of("qk")[0][layer][head], kept[1].of("qk")[0][layer][head])
+            assert kept[0].of("qk")[0][layer][head].shape == (expected, expected)

@@ -39,7 +39,19 @@ ROOMS = (
         "models",
         "filters",
     ),
-    *("inspection", "composition", "fit", "inits", "reports", "scans", "gpt", "signal", "training", "cli"),
+    *(
+        "inspection",
+        "composition",
+        "composition_files",
+        "fit",
+        "inits",
+        "reports",
+        "scans",
+        "gpt",
+        "signal",
+        "training",
+        "cli",
+    ),
 )
 """From the ground up; the root ``attnlens`` itself names the public functions and is imported for its version alone."""
 HEAVY = {

@@ -55,18 +55,20 @@ def test_a_disk_that_is_full_stops_the_training_and_is_told_of():
 
 
 def test_result_files_hold_runs_that_are_under_way(source, tmp_path, monkeypatch):
-    states, original = [], comparison._write
+    states, original = [], comparison._Findings.write
+    output = tmp_path / "out"
 
-    def write(output, *args, figures):
-        original(output, *args, figures=figures)
+    def write(self, **how):
+        original(self, **how)
         lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
         summary = json.loads((output / "summary.json").read_text())
         states.append(({line["status"] for line in lines}, summary["complete"]))
 
-    monkeypatch.setattr(comparison, "_write", write)
-    compare(None, tmp_path / "out", options=small(source, seeds=1, arms=("default",)))
+    monkeypatch.setattr(comparison._Findings, "write", write)
+    compare(None, output, options=small(source, seeds=1, arms=("default",)))
     assert ({"running"}, False) in states
     assert states[-1] == ({"running", "finished"}, True)
+    assert not any(complete for _, complete in states[:-1]), "only the last set is complete, with its figures"
 
 
 def rows_of(folder):

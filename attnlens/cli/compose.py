@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +36,13 @@ def compose(
         ),
     ] = "effective",
     layers: options.Layers = None,
+    all_pairs: Annotated[
+        bool,
+        typer.Option(
+            "--all-pairs",
+            help="Write every pair of heads to both tables. Default: the strongest 100,000 of each kind.",
+        ),
+    ] = False,
     top: Annotated[int, typer.Option(min=0, help="Show so many pairs of each kind in the table.")] = 5,
     offline: options.Offline = False,
     remote: options.Remote = False,
@@ -48,7 +54,7 @@ def compose(
     json_: options.Json = False,
 ) -> None:
     """Score the Q-, K- and V-composition of every head with every head of an earlier layer."""
-    from attnlens.composition import save_composition
+    from attnlens.composition_files import save_composition
     from attnlens.inspection import UNSAID
     from attnlens.layouts.flags import FLAGS, layers_by_reason
     from attnlens.threads import import_beside
@@ -83,12 +89,18 @@ def compose(
 
     folder = options.figure_folder(output, [composition.model], model, checkpoint, weights, model_args)
     with FileSet(outputs.check) as files:
-        save_composition(composition, folder, command_line(), files)
         save_figures(composition.figures(), folder, into=files.write)
+        pairs = save_composition(composition, folder, command_line(), files, all_pairs=all_pairs)
+        text = files.read(folder / "composition.json").decode() if json_ else ""
     if json_:
-        write_stdout(json.dumps(composition.to_json()))
+        write_stdout(text.rstrip())
     else:
         print_sheet(strongest_table(composition, top))
+    if pairs.written < pairs.found:
+        note(
+            f"both tables hold the {pairs.written:,} strongest of {pairs.found:,} pairs of heads, by score over "
+            "baseline: --all-pairs writes all"
+        )
     note(f"wrote composition.csv, composition.json and figures ({composition.fold}, {format_}) to {folder}")
 
 
@@ -110,7 +122,7 @@ def strongest_table(composition: Composition, top: int) -> Sheet:
         ratios, pairs, deviations = _pairs(composition, kind)
         for rank in np.argsort(-ratios, kind="stable")[:top]:
             first, i, second, j = pairs[rank]
-            score = ratios[rank] * composition.baseline(second)
+            score = ratios[rank] * composition.baseline(int(second))
             cells = (
                 f"{first}.{i}",
                 f"{second}.{j}",
@@ -126,15 +138,15 @@ def strongest_table(composition: Composition, top: int) -> Sheet:
     return table
 
 
-def _pairs(composition: Composition, kind: Composed) -> tuple[np.ndarray, list[tuple[int, int, int, int]], np.ndarray]:
+def _pairs(composition: Composition, kind: Composed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return score over baseline, (earlier layer, head, later layer, head) and deviation of every defined pair."""
     import numpy as np
 
-    ratios, pairs, deviations = [np.empty(0)], [], [np.empty(0)]
+    ratios, pairs, deviations = [np.empty(0)], [np.empty((0, 4), np.int32)], [np.empty(0)]
     for (of, first, second), scores in composition.scores.items():
         if of == kind:
-            defined = np.isfinite(scores)
-            ratios.append(scores[defined] / composition.baseline(second))
-            pairs += [(first, i, second, j) for i, j in np.argwhere(defined).tolist()]
-            deviations.append(composition.deviations[of, first, second][defined])
-    return np.concatenate(ratios), pairs, np.concatenate(deviations)
+            i, j = np.nonzero(np.isfinite(scores))
+            ratios.append(scores[i, j] / composition.baseline(second))
+            pairs.append(np.stack((np.full_like(i, first), i, np.full_like(i, second), j), axis=1).astype(np.int32))
+            deviations.append(composition.deviations[of, first, second][i, j])
+    return np.concatenate(ratios), np.concatenate(pairs), np.concatenate(deviations)

@@ -41,7 +41,13 @@ def inspect(
     ] = False,
     offline: options.Offline = False,
     remote: options.Remote = False,
-    crop: Annotated[int, typer.Option(min=2, help="Show so many dimensions of each product in the heatmaps.")] = 64,
+    crop: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Show so many dimensions of each product in the heatmaps. Default: 64, fewer where heads are many.",
+        ),
+    ] = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = None,
     style: options.FigureStyle = "default",
@@ -64,7 +70,7 @@ def inspect(
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
     import_beside(*(f"attnlens.figures.{name}" for name in ("heatmaps", "profiles", "spectra")))
     folds = parse_folds(fold)
-    corners = Corners("effective" if "effective" in folds else folds[0], crop)
+    corners = Corners("effective" if "effective" in folds else folds[0], crop or _CROP, bounded=crop is None)
     inspection = attnlens.inspect(
         model,
         checkpoint,
@@ -85,12 +91,14 @@ def inspect(
         note(fetched(inspection.provenance))
     for message in caveats(inspection):
         note(message)
+    if corners.size < (crop or _CROP):
+        note(f"heatmaps show {corners.size} dimensions of each product, for so many heads: --crop {_CROP} shows more")
     folder = options.figure_folder(output, [inspection.model], model, checkpoint, weights, model_args)
     shown: Fold = "effective" if "effective" in inspection.folds else inspection.folds[0]
     from attnlens.figures import save_figures
 
     with FileSet(outputs.check) as files:
-        save_figures(inspection.figures(shown, crop, corners), folder, into=files.write)
+        save_figures(inspection.figures(shown, corners.size, corners), folder, into=files.write)
         written = save_inspection(inspection, folder, command_line(), files)
         text = files.read(written["stats.json"]).decode()
     if json_:
@@ -102,6 +110,9 @@ def inspect(
     drawn = f"{shown}, {format_}" if inspection.specs else format_
     note(f"wrote {', '.join(written)} and figures ({drawn}) to {folder}")
 
+
+_CROP = 64
+"""Dimensions that heatmaps show of each product, by default"""
 
 NEXT = """This is the small ViT that attnlens ships. To go on:
   attnlens fit-params                what of this is more than chance: intervals, p-values, a verdict each

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from operator import methodcaller
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import FileSet
 from attnlens.cli import options
 from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.outputs import Outputs
@@ -40,13 +41,13 @@ def report(
     """Write one self-contained HTML page about a model: every head's fit, verdict, heatmaps and spectra, by depth."""
     from attnlens.reports import report as write_report
 
+    outputs = Outputs.of(model, checkpoint, *(compare or ()), force=force)
+    outputs.file(output, ".html")
     if table is not None:
-        Outputs.of(model, checkpoint, force=force).file(table, ".csv")
+        outputs.file(table, ".csv")
     page = write_report(
         model,
         checkpoint,
-        output=output,
-        force=force,
         compare=compare or [],
         train=train,
         fold=fold,
@@ -59,8 +60,10 @@ def report(
         command=command_line(),
         progress=tracked("layers"),
     )
-    if table is not None:
-        write_text_atomic(table, page.to_csv())
+    with FileSet(outputs.check) as files:
+        files.write(output, methodcaller("write", page.encode()))
+        if table is not None:
+            files.write(table, methodcaller("write", page.to_csv().encode()))
     if json_:
         write_stdout(json.dumps(page.to_json(), indent=1))
     note(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB: one file, open it in a browser")

@@ -13,7 +13,6 @@ from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.errors import AttnlensError
-from attnlens.outputs import Outputs
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -87,6 +86,7 @@ def scan(
             offline=offline,
             remote=remote,
             force=force,
+            figure=format_,
             command=command_line(),
             progress=tracked("models"),
         )
@@ -102,11 +102,6 @@ def scan(
         write_stdout((output / "scan.json").read_text())
     else:
         print_sheet(model_table(scanned, shown))
-    from attnlens.atomic import FileSet
-    from attnlens.figures import save_figures
-
-    with FileSet(Outputs(force=force).check) as files:
-        save_figures({"landscape": scanned.figure(shown)}, output, into=files.write)
     for name, result in scanned.results.items():
         for label in result.get("labels", ()):
             note(f"{name}: {label}")

@@ -99,10 +99,10 @@ def signal(
         **propagation.to_json(),
         "provenance": {**run_provenance(), "command": command_line()},
     }
-    text = json.dumps(record, indent=1)
     with FileSet(outputs.check) as files:
         save_figures({"signal": propagation.figure()}, folder, into=files.write)
         files.write(folder / "signal.csv", methodcaller("write", propagation.table.to_csv().encode()))
+        text = json.dumps({**record, "files": files.hashes()}, indent=1)
         files.write(folder / "signal.json", methodcaller("write", f"{text}\n".encode()))
     if json_:
         write_stdout(text)

@@ -11,11 +11,9 @@ from typing import Annotated, Literal
 import typer
 
 import attnlens
-from attnlens.atomic import write_text_atomic
 from attnlens.cli import options
 from attnlens.cli.console import command_line, is_quiet, note, write_stdout
 from attnlens.errors import UsageError
-from attnlens.outputs import Outputs
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
@@ -234,9 +232,6 @@ def train_compare(
     if leads:
         note("loading")  # the first second: torch and others are imported behind it
     options.draw_in(style, figure_width, format_, dpi)
-    outputs = Outputs.of(params, checkpoint, force=force)
-    if table is not None:
-        outputs.file(table, ".csv")
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
@@ -286,14 +281,12 @@ def train_compare(
         log=None if log is None else _words("--log", log),
         command=command,
         output=output,
+        table=table,
         force=force,
         quiet=is_quiet(),
     )
     if leads:
         write_stdout(json.dumps(comparison.summary.to_json(), indent=1) if json_ else comparison.report)
-        if table is not None:
-            outputs.check(table)
-            write_text_atomic(table, comparison.summary.to_csv())
         note(f"wrote {comparison.folder}")
         if comparison.stopped:
             again = command if resume else f"{command} --resume"

@@ -21,6 +21,8 @@ TITLES: Mapping[str, str] = {
     "v": "V-composition, ‖W_OV W_OV‖ / (‖W_OV‖ ‖W_OV‖): what a head wrote is carried on",
 }
 CLIP_PERCENTILE = 99.5
+MOST_HEADS = 1600
+"""Heads of all layers in one image, whose memory grows with their square."""
 SIDE = 720
 """Device pixels a side that the image is about as large as, a whole number for each pair of heads."""
 
@@ -43,6 +45,14 @@ def draw_composition(
     Entries without composition are grey, in a paper white. One colour scale to the 99.5th percentile of the absolute
     values.
     """
+    number = sum(heads.values())
+    if number > MOST_HEADS:
+        return style.message_figure(
+            model,
+            f"{number:,} heads are too many to draw their {kind.upper()}-composition (at most {MOST_HEADS:,}): choose "
+            "fewer layers.",
+            ax,
+        )
     image, starts = mosaic(logs, heads)
     shown = np.abs(image[np.isfinite(image)])
     if not shown.size:

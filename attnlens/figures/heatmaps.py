@@ -30,6 +30,8 @@ Shape = tuple[int, int]
 CLIP_PERCENTILE = 99.5
 MAX_ENTRIES = 40_000_000
 """Largest image that is drawn; its colours alone take four bytes an entry, and rendering several times that."""
+MAX_SIDE = 60_000
+"""Largest side of it: the canvas, labels included, must be below 2^16 pixels"""
 
 
 class ArcsinhNorm(Normalize):
@@ -79,10 +81,10 @@ def compose(panels: Panels) -> Mosaic:
     heights = {layer: max(panel.shape[0] for panel in row.values()) for layer, row in panels.items()}
     tops = dict(zip(heights, np.cumsum([0, *(height + gap for height in heights.values())]).tolist(), strict=False))
     size = (sum(heights.values()) + gap * (len(heights) - 1), max(lefts.values()) + width)
-    if size[0] * size[1] > MAX_ENTRIES:
+    if size[0] * size[1] > MAX_ENTRIES or max(size) > MAX_SIDE:
         raise UsageError(
-            f"a heatmap of {size[1]} x {size[0]} entries is too large to draw (at most {MAX_ENTRIES:,} in all): "
-            "show a smaller corner of each product, or fewer layers"
+            f"a heatmap of {size[1]} x {size[0]} entries is too large to draw (at most {MAX_ENTRIES:,} in all, and "
+            f"{MAX_SIDE:,} a side): show a smaller corner of each product, or fewer layers"
         )
     image = np.full(size, np.nan, dtype=np.float32)
     corners = {(layer, head): (tops[layer], lefts[head]) for layer, row in panels.items() for head in row}

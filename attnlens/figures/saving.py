@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from attnlens.atomic import Write, Writer, write_atomic
 from attnlens.errors import UsageError
 from attnlens.figures import style
+from attnlens.figures.strips import in_strips
 from attnlens.threads import beside
+
+Item = TypeVar("Item")
 
 
 def save_figures(
@@ -39,8 +44,18 @@ def save_figures(
     if suffix not in WRITERS:
         raise UsageError(f"figures cannot be written as {suffix!r}: choose {', '.join(WRITERS)}")
     with style.look():
-        writers = {name: WRITERS[suffix](figure, dots) for name, figure in figures.items()}
-        return [into(Path(folder) / f"{name}.{suffix}", write) for name, write in writers.items()]
+        drawn = _one_ahead((name, WRITERS[suffix](figure, dots)) for name, figure in figures.items())
+        return [into(Path(folder) / f"{name}.{suffix}", write) for name, write in drawn]
+
+
+def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item when the next one has been made: pixels of two figures are in memory at most."""
+    held: list[Item] = []
+    for item in items:
+        held.append(item)
+        if len(held) == 2:
+            yield held.pop(0)
+    yield from held
 
 
 def _png(figure: Figure, dpi: float) -> Write:
@@ -53,14 +68,18 @@ def _png(figure: Figure, dpi: float) -> Write:
 
 
 def _pixels(figure: Figure, dpi: float) -> Image.Image:
-    canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
-    usual = figure.get_dpi()
+    before, usual = figure.canvas, figure.get_dpi()
+    canvas = before if isinstance(before, FigureCanvasAgg) else FigureCanvasAgg(figure)
     try:
         figure.set_dpi(dpi)
-        canvas.draw()
+        with in_strips(figure):
+            canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     finally:
         figure.set_dpi(usual)
+        figure.set_canvas(before)  # the pixels go with the other one, if no text holds on to it
+        for text in figure.findobj(Text):
+            text._renderer = None  # type: ignore[attr-defined]  # noqa: SLF001  # as matplotlib does before it pickles one
 
 
 def _encoded(pixels: Image.Image, dpi: float) -> bytes:

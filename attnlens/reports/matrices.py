@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ Key = tuple[int, int | str, Kind, Fold]
 CODES = "".join(chr(code) for code in range(32, 127) if chr(code) not in "\"'&<>\\")
 """A character a level, none of which JSON or HTML would write longer: an odd number, so that zero has one."""
 HALF = len(CODES) // 2
+_CODES = np.frombuffer(CODES.encode(), np.uint8)
 
 CORNER = 64
 """Rows and columns of each product that a heatmap shows, where there is room."""
@@ -32,6 +34,10 @@ def corner_size(inspection: Inspection) -> int:
     """Return the side of the corners shown: CORNER, or what keeps all of them within HEATMAP_BYTES."""
     keys = ("layer", "head", "circuit", "fold")
     products = len({tuple(record[key] for key in keys) for record in inspection.stats.records()})
+    return _side(products)
+
+
+def _side(products: int) -> int:
     return max(SMALLEST_CORNER, min(CORNER, math.isqrt(HEATMAP_BYTES // max(1, products))))
 
 
@@ -41,17 +47,24 @@ class Drawings:
 
     corners: dict[Key, Array] = field(default_factory=dict)
     diagonals: dict[Key, Array] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
         """Keep the largest corners that a page shows, and the diagonals of square products: an `Observe`."""
-        corners = product.dense(CORNER).copy()
+        summed = len(product.shape) == 2
+        side = _side(len(self.corners) + (1 if summed else product.shape[0]))
+        corners = product.dense(side).copy()
         diagonals = product.diagonal().copy() if product.is_square else None
-        summed = corners.ndim == 2
-        for index, corner in enumerate(corners[None] if summed else corners):
-            key = weights.layer, ALL_HEADS if summed else index, circuit, fold
-            self.corners[key] = corner
-            if diagonals is not None:
-                self.diagonals[key] = diagonals if summed else diagonals[index]
+        with self._lock:
+            for index, corner in enumerate(corners[None] if summed else corners):
+                key = weights.layer, ALL_HEADS if summed else index, circuit, fold
+                self.corners[key] = corner
+                if diagonals is not None:
+                    self.diagonals[key] = diagonals if summed else diagonals[index]
+            side = _side(len(self.corners))
+            for key, corner in self.corners.items():
+                if max(corner.shape) > side:
+                    self.corners[key] = corner[:side, :side].copy()
 
     def data(self, inspection: Inspection, size: int) -> dict[str, dict[str, Any]]:
         """Return by ``layer.head.circuit.fold`` what is drawn: ``corner``, ``histogram``, ``singular``."""
@@ -88,7 +101,7 @@ def encode(matrix: Array) -> dict[str, Any]:
     clip = float(np.abs(matrix).max(initial=0.0)) or 1.0
     width = float(np.sqrt(np.mean(matrix**2))) or 1.0
     levels = np.rint(HALF * np.arcsinh(matrix / width) / math.asinh(clip / width)).astype(int) + HALF
-    text = "".join(CODES[level] for level in levels.ravel())
+    text = _CODES[levels].tobytes().decode()
     return {"rows": matrix.shape[0], "columns": matrix.shape[1], "width": width, "clip": clip, "text": text}
 
 

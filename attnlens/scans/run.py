@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.arguments import told
+from attnlens.atomic import FileSet
 from attnlens.circuits import FOLDS, Fold
 from attnlens.errors import UsageError
 from attnlens.outputs import Outputs
@@ -123,6 +124,7 @@ def scan(
     offline: bool = False,
     remote: bool = False,
     force: bool = False,
+    figure: str | None = None,
     command: str | None = None,
     progress: Progress = iter,
 ) -> Scan:
@@ -135,11 +137,12 @@ def scan(
     time; this process alone writes. ``num_heads`` and ``row_order`` read files of unknown architectures by their
     tensors' names, as `inspect` does. Where a worker or node is lost its job is begun again, up to three times.
 
+    ``figure`` is png, pdf or svg and has ``landscape`` written with the tables, in the current `figure_style`;
     ``force`` writes over files that attnlens did not write.
 
-    Writes ``models/<key>.json`` and ``.csv``, and at the end ``scan.csv``, ``layers.csv`` and ``scan.json``. Stopped in
-    whatever way, the same call goes on where it was. Raises `UsageError` or `ModelNotFoundError` for patterns that
-    match nothing, before anything is measured.
+    Writes ``models/<key>.json`` and ``.csv``, and at the end, as one set, ``scan.csv``, ``layers.csv`` and
+    ``scan.json``, which names the sha256 of the others. Stopped in whatever way, the same call goes on where it was.
+    Raises `UsageError` or `ModelNotFoundError` for patterns that match nothing, before anything is measured.
     """
     fold = FOLD_CHOICE(fold)
     if offline and remote:
@@ -147,7 +150,9 @@ def scan(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is not a number of workers: give 1 or more")
     plan = plan_scan([patterns] if isinstance(patterns, str) else patterns)
-    Outputs(force=force).folder(output, ("scan.csv", "layers.csv", "scan.json"))
+    outputs = Outputs(force=force)
+    drawn = [] if figure is None else [f"landscape.{figure}"]
+    outputs.folder(output, ("scan.csv", "layers.csv", "scan.json", *drawn))
     settings = Settings(fold, offline, remote, num_heads, row_order)
     store = Store(Path(output), settings)
     results = {job.name: store.load(job) for job in plan.jobs}
@@ -162,8 +167,18 @@ def scan(
     whole = {name: result for name, result in results.items() if result is not None}
     assert len(whole) == len(plan.jobs)
     about = {**run_provenance(), "patterns": list(patterns), **({"command": command} if command else {})}
-    store.save_tables(whole, about)
-    return Scan(whole, plan.notes, len(missing), lost)
+    scanned = Scan(whole, plan.notes, len(missing), lost)
+    with FileSet(outputs.check) as files:
+        if figure is not None:
+            _save_figure(scanned, store.folder, figure, files)
+        store.save_tables(whole, about, files)
+    return scanned
+
+
+def _save_figure(scanned: Scan, folder: Path, format_: str, files: FileSet) -> None:
+    from attnlens.figures import save_figures
+
+    save_figures({"landscape": scanned.figure()}, folder, format_, into=files.write)
 
 
 def _wanted(result: Result | None, retry_failed: bool) -> bool:

@@ -73,17 +73,24 @@ class Store:
         asked = {name: getattr(self._settings, name) for name in ("num_heads", "row_order")}
         return {**SCHEMA, **same, "fold": self._settings.fold, **{k: v for k, v in asked.items() if v is not None}}
 
-    def save_tables(self, results: Mapping[str, Result], provenance: dict[str, Any]) -> None:
-        """Write ``scan.csv``, a row a model and fold, ``layers.csv``, a row a layer, and ``scan.json``, all of it."""
+    def save_tables(
+        self, results: Mapping[str, Result], provenance: dict[str, Any], files: FileSet | None = None
+    ) -> None:
+        """Write ``scan.csv``, a row a model and fold, ``layers.csv``, a row a layer, and ``scan.json``, all of it.
+
+        They join ``files`` or make a set of their own; ``scan.json`` names the other files with their sha256.
+        """
         models = [row for name, result in results.items() for row in model_rows(name, result)]
         cells = ([row.get(name) for name in MODEL_COLUMNS] for row in models)
         layers = ([name, *row] for name, result in results.items() for row in result.get("table", ()))
-        data = {**SCHEMA, "provenance": provenance, "layer_columns": LAYER_COLUMNS, "models": list(results.values())}
-        texts = {
+        tables = {
             "scan.csv": csv_text(MODEL_COLUMNS, cells),
             "layers.csv": csv_text(("model", *LAYER_COLUMNS), layers),
-            "scan.json": json.dumps(data, indent=1) + "\n",
         }
-        with FileSet() as files:
-            for name, text in texts.items():
+        with contextlib.ExitStack() as stack:
+            files = files or stack.enter_context(FileSet())
+            for name, text in tables.items():
                 files.write(self.folder / name, methodcaller("write", text.encode()))
+            data = {**SCHEMA, "provenance": provenance, "files": files.hashes(), "layer_columns": LAYER_COLUMNS}
+            text = json.dumps({**data, "models": list(results.values())}, indent=1) + "\n"
+            files.write(self.folder / "scan.json", methodcaller("write", text.encode()))

@@ -96,6 +96,7 @@ def train_compare(
     save_weights: bool = False,
     log: Sequence[str] | None = None,
     output: str | Path | None = None,
+    table: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
     command: str = "",
@@ -114,7 +115,8 @@ def train_compare(
     twentieth of the time. Stops cleanly after ``time_budget`` seconds, at Ctrl-C and at SIGTERM; the same call with
     ``resume`` goes on. Under torchrun the runs are spread over its processes; on a CPU ``workers`` threads train a run
     each. Neither changes a number. ``log`` names csv, tensorboard or wandb, or several; ``force`` writes over files
-    that attnlens did not write. ``command`` is noted in every record; ``cache`` holds decoded images.
+    that attnlens did not write. ``table`` is a file that takes ``summary.csv``, too. ``command`` is noted in every
+    record; ``cache`` holds decoded images.
 
     Raises `UsageError`, `DatasetError`, `ResumeError`, `OutOfMemoryError`, `OutputError`, `PairingError` and what
     opening the model raises.
@@ -126,7 +128,9 @@ def train_compare(
     told["tune_lr"] = [tune_lr] if isinstance(tune_lr, int | float) else tune_lr
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
-    Outputs.of(params, model, checkpoint, force=force).folder(output, _RESULTS)
+    outputs = Outputs.of(params, model, checkpoint, force=force)
+    outputs.folder(output, _RESULTS)
+    table = None if table is None else outputs.file(table, ".csv")
     control = Control(time_budget)
     loggers = log or ()
     check_loggers(loggers)
@@ -178,16 +182,13 @@ def train_compare(
         lrs = dict.fromkeys(config.arms, config.recipe.lr)
         tuning: LrTable = {}
 
-        def found(records: Mapping[str, Sequence[Record]], *, figures: bool = True) -> tuple[Summary, str]:
+        def found(records: Mapping[str, Sequence[Record]]) -> _Findings:
             summary = summarise(config, {run.name: records[run.name] for run in runs if run.name in records})
-            report = render_report(summary, tuning)
-            if process.leads:
-                _write(output, config, summary, report, records, source, figures=figures)
-            return summary, report
+            return _Findings(output, config, summary, render_report(summary, tuning), records, source)
 
         runs = [Run(arm, seed, config.recipe.lr) for seed in range(config.seeds) for arm in config.arms]
         listeners = claims.enter_context(logging_to(loggers if process.leads else (), output, config))
-        phase = _Phase(process, workers, quiet, listeners, lambda records, figures: found(records, figures=figures))
+        phase = _Phase(process, workers, quiet, listeners, lambda done, figures: found(done).write(figures=figures))
         if config.lr_grid:
             tried = [
                 Run(arm, seed, lr, tuning=True)
@@ -200,8 +201,10 @@ def train_compare(
             lrs |= best_lrs(tuning, config.metric)
         if not control.stopping():
             done = phase.train(session(data), [run._replace(lr=lrs[run.arm]) for run in runs], done, config.dataset)
-        summary, report = found(done)
-        return TrainComparison(output, summary, report, control.reason, source)
+        results = found(done)
+        if process.leads:
+            results.write(figures=True, ended=True, table=table and outputs.check(table))
+        return TrainComparison(output, results.summary, results.report, control.reason, source)
 
 
 def default_folder(dataset: str) -> Path:
@@ -303,37 +306,46 @@ def best_lrs(table: LrTable, metric: Metric = ACCURACY) -> dict[str, float]:
     return {arm: max(sorted(row), key=lambda lr: metric.worst_first(row[lr])) for arm, row in table.items() if row}
 
 
-def _write(
-    output: Path,
-    config: Config,
-    summary: Summary,
-    report: str,
-    done: Mapping[str, Sequence[Record]],
-    source: Source,
-    *,
-    figures: bool,
-) -> None:
-    """Write every result file as one set; ``summary.json`` names the others with their sha256."""
-    import json
+@dataclass(frozen=True)
+class _Findings:
+    """What is written of the runs so far."""
 
-    ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
-    drawn = comparison_drawings(summary, source) if figures else {}
-    texts = {
-        "results.jsonl": results_lines(config, done),
-        "structure.jsonl": structure_lines(done),
-        "summary.csv": summary.to_csv(),
-        "report.md": report,
-    }
-    with FileSet() as files:
-        for name, text in texts.items():
-            files.write(output / name, methodcaller("write", text.encode()))
-        if drawn:
-            from attnlens.figures import save_figures
-            from attnlens.figures.drawings import draw_all
+    output: Path
+    config: Config
+    summary: Summary
+    report: str
+    done: Mapping[str, Sequence[Record]]
+    source: Source
 
-            save_figures(draw_all(drawn), output, into=files.write)
-        found = {**summary.to_json(), "files": files.hashes()}
-        if ladder:
-            found["ladder"] = finite([asdict(step) for step in ladder])
-        data = json.dumps(found, indent=1) + "\n"
-        files.write(output / "summary.json", methodcaller("write", data.encode()))
+    def write(self, *, figures: bool, ended: bool = False, table: Path | None = None) -> None:
+        """Write every result file as one set; ``summary.json`` names the others with their sha256.
+
+        It says ``complete`` only where all has ``ended``: what is written before that is under way. The ``table`` is
+        ``summary.csv`` once more.
+        """
+        import json
+
+        config, summary = self.config, self.summary
+        ladder = ladder_of(config.network.ladder, summary.finished, summary.contrasts)
+        drawn = comparison_drawings(summary, self.source) if figures else {}
+        texts = {
+            "results.jsonl": results_lines(config, self.done),
+            "structure.jsonl": structure_lines(self.done),
+            "summary.csv": summary.to_csv(),
+            "report.md": self.report,
+        }
+        with FileSet() as files:
+            for name, text in texts.items():
+                files.write(self.output / name, methodcaller("write", text.encode()))
+            if drawn:
+                from attnlens.figures import save_figures
+                from attnlens.figures.drawings import draw_all
+
+                save_figures(draw_all(drawn), self.output, into=files.write)
+            found = {**summary.to_json(), "complete": ended and summary.complete, "files": files.hashes()}
+            if ladder:
+                found["ladder"] = finite([asdict(step) for step in ladder])
+            data = json.dumps(found, indent=1) + "\n"
+            files.write(self.output / "summary.json", methodcaller("write", data.encode()))
+            if table is not None:
+                files.write(table, methodcaller("write", summary.to_csv().encode()))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import FileSet
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.state import read_state
 from attnlens.statistics.table import StatsTable
@@ -135,13 +136,16 @@ class StructureTracker:
         from attnlens.training.figures import structure_figure
 
         lines = [structure_line(line["run"], line["epoch"], line["structure"]) for line in self.lines]
-        write_text_atomic(self.folder / "structure.jsonl", "".join(lines))
+        drawn = {}
         if self._figure:
             points = [(float(line["epoch"]), line["structure"]) for line in self.lines]
             last = max(1.0, points[-1][0])
             title = f"{self._opened.name}: structure through training"
-            drawn = structure_figure(title, f"{counted(int(points[-1][0]), 'epoch')}.", {self.run: [points]}, last)
-            save_figures({"structure": drawn}, self.folder)
+            told = f"{counted(int(points[-1][0]), 'epoch')}."
+            drawn["structure"] = structure_figure(title, told, {self.run: [points]}, last)
+        with FileSet() as files:
+            save_figures(drawn, self.folder, into=files.write)
+            files.write(self.folder / "structure.jsonl", methodcaller("write", "".join(lines).encode()))
 
 
 def _measured(opened: OpenedModel) -> Structure:

@@ -22,10 +22,11 @@ from attnlens.state import unsealed
 ABSENT = "absent"
 _PASSING = (
     (rb'("(?:time|command)": )"(?:[^"\\]|\\.)*"', rb'\1"-"'),
-    (rb'("train_seconds": )[-0-9.e+]+', rb"\g<1>0"),
+    (rb'("(?:train_)?seconds": )[-0-9.e+]+', rb"\g<1>0"),
     (rb'("commands": )\[[^\]]*\]', rb"\1[]"),
     (rb'("(?:results\.jsonl|report\.md)": )"[0-9a-f]{64}"', rb'\1"-"'),
     (rb"(\| (?:training time|command) \|)[^\n]*", rb"\1"),
+    (rb"(<dt>(?:time|command)</dt><dd>)[^\n]*", rb"\1"),
 )
 """What two runs of the same command do not share: the clock, and ``--resume`` on the command line."""
 
@@ -51,7 +52,7 @@ def _text(data: bytes) -> bytes:
 
 def _json(data: bytes) -> bytes:
     content = json.loads(data)
-    if isinstance(content, dict) and "records" in content:  # sealed, its clock included
+    if isinstance(content, dict) and ("records" in content or "csv_sha256" in content):  # sealed, its clock included
         data = json.dumps(unsealed(content)).encode()
     return _text(data)
 
@@ -149,12 +150,9 @@ def half_files(found: Mapping[str, str]) -> list[str]:
 _WHOLE = ("old", "new")
 
 
-def told_apart(folder: Path, stats: str = "stats.json") -> dict[str, bool] | None:
-    """Return which files are of the run ``stats.json`` is of, by the hashes it names; None where it is not there."""
-    path = folder / stats
-    if not path.is_file():
-        return None
-    named = json.loads(path.read_text())["files"]
+def told_apart(manifest: Path) -> dict[str, bool]:
+    """Return which files are of the run that a manifest is of, by the hashes it names."""
+    named, folder = json.loads(manifest.read_text())["files"], manifest.parent
     return {
         name: (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
         for name, sha256 in named.items()

@@ -7,14 +7,24 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from attnlens.training.networks.vit import ARCHITECTURE, ViT
 from benchmarks.trust.fault_checks import content_hash, contents, half_files, leftovers, states, told_apart
 from benchmarks.trust.fault_runs import Child, Ended, Process, at_step
+from benchmarks.trust.scale import CONFIG, write_model
 
 FIGURES = ["--dpi", "40"]
+TINY = {
+    "hidden_size": 14,
+    "intermediate_size": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 7,
+    "vocab_size": 3,
+}
 SHAPE = ViT(image_size=8, patch_size=4, channels=1, classes=10, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0)
 
 
@@ -33,24 +43,56 @@ class Command:
     real_seconds: float = 0.0
     """In a process of its own."""
     steps: int = 0
+    manifest: str = ""
+    """The file that names the sha256 of the others of its set."""
+
+    @property
+    def sets(self) -> list[set[str]]:
+        """What is written as one: the files a scan keeps of a model, and all else."""
+        names = {*self.outputs["old"], *self.outputs["new"]}
+        models = {name.rpartition(".")[0] for name in names if "/models/" in name}
+        kept = [{name for name in names if name.startswith(f"{model}.")} for model in sorted(models)]
+        return [*kept, names.difference(*kept)]
 
 
-def simple_commands(work: Path) -> list[Command]:
-    """Return the commands that write once, at their end, on a ViT of two layers."""
+NAMES = ("inspect", "fit-params", "init", "compare", "compose", "signal", "report", "scan")
+"""The commands that write files and train nothing."""
+
+
+def simple_commands(work: Path, names: Sequence[str] = NAMES) -> list[Command]:
+    """Return these commands, which write once, at their end (a scan once more after each model), on small networks."""
     source = small_source(work)
+    other = small_source(work, 2)
 
-    def both(name: str, fixed: list[str], old: list[str], new: list[str]) -> Command:
-        return Command(name, [name, *fixed, *old], [name, *fixed, *new])
+    def both(name: str, fixed: list[str], old: list[str], new: list[str], manifest: str = "") -> Command:
+        return Command(name, [name, *fixed, *old], [name, *fixed, *new], manifest=manifest)
 
     raw, effective = ["--fold", "raw"], ["--fold", "effective"]
     drawn = [
         item for pair in SHAPE.model_args().items() for item in ("--model-arg", f"{pair[0]}={json.dumps(pair[1])}")
     ]
-    return [
-        both("inspect", [str(source), "-o", "made", *FIGURES], raw, effective),
+    tiny = ["--depth", "2", "--tokens", "4", "--sequences", "1", "--arms", "default"]
+    known = [
+        both("inspect", [str(source), "-o", "made", *FIGURES], raw, effective, "made/stats.json"),
         both("fit-params", [str(source), "-o", "params.json", "--figures", "made", *FIGURES], raw, effective),
         both("init", [ARCHITECTURE, *drawn, "-o", "model.safetensors"], ["--seed", "0"], ["--seed", "1"]),
+        both("compare", [str(source), str(other), "--figures", "made", "--table", "a.csv", *FIGURES], raw, effective),
+        both("compose", [str(source), *FIGURES], raw, effective, "figures/source/composition.json"),
+        both("signal", [*tiny, "-o", "made", *FIGURES], ["--seeds", "1"], ["--seeds", "2"], "made/signal.json"),
+        both("report", [str(source), "-o", "page.html", "--table", "page.csv"], raw, effective),
+        both("scan", [*_models(work, names), "-o", "out", "--workers", "1", *FIGURES], raw, effective, "out/scan.json"),
     ]
+    return [command for command in known if command.name in names]
+
+
+def _models(work: Path, names: Sequence[str], models: int = 2) -> list[str]:
+    """Write small decoders for a scan, and return the pattern that names them."""
+    if "scan" in names:
+        for number in range(models):
+            folder = work / "models" / f"model{number}"
+            if not folder.exists():
+                write_model(folder, {**CONFIG, **TINY, "num_hidden_layers": 2}, seed=number)
+    return [f"{work}/models/*"]
 
 
 def measure(command: Command, work: Path, *, real: bool) -> None:
@@ -115,16 +157,17 @@ def judge(command: Command, folder: Path, tally: Counter[str], started: float) -
         tally["before writing"] += 1
     else:
         tally["while writing"] += 1
-    if {"old", "new"} <= kinds:
-        tally["sets of files from two runs"] += 1
-        if command.name == "inspect":
-            told = told_apart(folder / "made")
-            assert told is not None
-            owner = found["made/stats.json"]
-            right = {name: found[f"made/{name}"] == owner for name in told}
-            tally["of those told apart by stats.json"] += told == right
-            if told != right:
-                wrong.append(f"stats.json tells {json.dumps(told)}, right is {json.dumps(right)}")
+    for files in command.sets:
+        if {"old", "new"} <= {found[name] for name in files}:
+            tally["sets of files from two runs"] += 1
+            if command.manifest in files:
+                manifest = folder / command.manifest
+                told = told_apart(manifest)
+                owner, beside = found[command.manifest], Path(command.manifest).parent
+                right = {name: found[str(beside / name)] == owner for name in told}
+                tally["of those told apart by the hashes they name"] += told == right
+                if told != right:
+                    wrong.append(f"{manifest} tells {json.dumps(told)}, right is {json.dumps(right)}")
     return wrong
 
 
@@ -133,17 +176,17 @@ def unchanged(folder: Path, before: dict[str, str]) -> bool:
     return contents(folder) == before and not leftovers(folder)
 
 
-def small_source(folder: Path) -> Path:
+def small_source(folder: Path, seed: int = 1) -> Path:
     """Write a "pre-trained" ViT of two layers, for comparisons of some seconds."""
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     state = {
         name: (value + 0.1 * torch.randn(value.shape, generator=generator)).contiguous()
         for name, value in SHAPE.build(5).state_dict().items()
     }
-    path = folder / "source.safetensors"
+    path = folder / ("source.safetensors" if seed == 1 else f"source{seed}.safetensors")
     save_file(state, path, SHAPE.exported())
     return path
 
@@ -174,6 +217,11 @@ def check_comparison(folder: Path, whole: dict[str, str], tally: Counter[str]) -
     wrong = []
     found = contents_or_errors(folder)
     under_way = found.get("summary.json") != whole["summary.json"]
+    if "summary.json" in found:
+        says = json.loads((folder / "summary.json").read_text())["complete"]
+        ended = all(found.get(name) == value for name, value in whole.items())
+        tally["summaries that tell whether all has ended"] += says is ended
+        wrong += [] if says is ended else [f"{folder}: summary.json says complete: {says}"]
     for name, value in found.items():
         renewed = under_way and "/" not in name and name not in ("config.json", "params.json")
         if value != whole.get(name) and not (renewed and re.fullmatch("[0-9a-f]{64}", value)):

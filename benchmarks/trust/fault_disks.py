@@ -89,9 +89,7 @@ def try_simple(disk: Disk, draws: int, rng: random.Random, work: Path, names: li
     from benchmarks.trust.fault_commands import measure, put_old, simple_commands
     from benchmarks.trust.fault_runs import Child
 
-    for command in simple_commands(work):
-        if command.name not in names:
-            continue
+    for command in simple_commands(work, names):
         measure(command, work, real=False)
         needed = sum(path.stat().st_size for path in (work / f"{command.name}-counted").rglob("*") if path.is_file())
         for kind in (*["full disk"] * draws, "no inodes", "read-only disk"):

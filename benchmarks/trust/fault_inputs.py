@@ -119,7 +119,7 @@ def _at_tensor(number: int, act: Callable[[], Any]) -> Callable[[], None]:
 def vanishing_folders(draws: int, rng: random.Random, work: Path) -> Cases:
     """Remove the output folder at a step of the writing: an error of one line, or every output whole."""
     found = Cases()
-    inspect = simple_commands(work)[0]
+    (inspect,) = simple_commands(work, ["inspect"])
     measure(inspect, work, real=False)
     base = comparison(small_source(work))
     counted, told = fresh(work / "counted"), work / "counted.steps"

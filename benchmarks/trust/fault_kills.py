@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.trust.fault_checks import contents, leftovers
 from benchmarks.trust.fault_commands import (
+    NAMES,
     Command,
     check_comparison,
     comparison,
@@ -90,7 +91,7 @@ def kill_comparisons(wanted: int, real: int, rng: random.Random, work: Path) -> 
     """Kill comparisons, one to three times each, let the next resume end, and compare it with one never killed."""
     found = Kills()
     base = comparison(small_source(work))
-    whole, seconds, steps = _whole(base, work)
+    whole, seconds, steps = whole_comparison(base, work)
     start = finished(Process(base, fresh(work / "own")).wait()).seconds if real else 0.0
     while found.kills < wanted:
         folder, done = fresh(work / "killed"), set[str]()
@@ -118,7 +119,7 @@ def kill_comparisons(wanted: int, real: int, rng: random.Random, work: Path) -> 
     return found
 
 
-def _whole(base: list[str], work: Path) -> tuple[dict[str, str], float, int]:
+def whole_comparison(base: list[str], work: Path) -> tuple[dict[str, str], float, int]:
     """Run a comparison whole: what it writes, how long it takes, its steps of writing."""
     Child(base, fresh(work / "cold")).wait()
     folder, told = fresh(work / "whole"), work / "whole.steps"
@@ -150,8 +151,8 @@ def both(first: Callable[[], Any], second: Callable[[], Any] | None) -> Callable
 
 
 def shares(kills: int, own: int) -> list[tuple[str, int, int]]:
-    """Spread kills, and those of processes of their own, over the four commands, each in parts of some six."""
-    kinds = ("inspect", "fit-params", "init", "train-compare")
+    """Spread kills, and those of processes of their own, over the commands, each in parts of some six."""
+    kinds = (*NAMES, "train-compare")
     parts = max(len(kinds), kills // 6)
     cut = [
         (kinds[number % len(kinds)], *(whole // parts + (number < whole % parts) for whole in (kills, own)))
@@ -164,6 +165,6 @@ def kill(name: str, wanted: int, own: int, rng: random.Random, work: Path) -> Ki
     """Kill one command until it was killed ``wanted`` times, ``own`` of them in processes of their own."""
     if name == "train-compare":
         return kill_comparisons(wanted, own, rng, work)
-    (command,) = (one for one in simple_commands(work) if one.name == name)
+    (command,) = simple_commands(work, [name])
     measure(command, work, real=own > 0)
     return kill_simple(command, wanted, own, rng, work)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.trust.fault_checks import leftovers
 
-WATCHED = {"open": 1, "os.rename": 2, "os.chmod": 1, "os.remove": 1, "os.mkdir": 1, "tempfile.mkstemp": 1}
+WATCHED = {"open": 1, "os.rename": 2, "os.link": 2, "os.chmod": 1, "os.remove": 1, "os.mkdir": 1, "tempfile.mkstemp": 1}
 """Audit events that are a step of writing, and how many of their arguments are paths: before each a kill may come.
 
-Taking a lock is one more; its argument is no path.
+Taking a lock and flushing to disk are two more; their argument is no path.
 """
 
 
@@ -53,8 +53,8 @@ def warm() -> None:
 
     for name in COMMANDS:
         load_command(name)
-    used = ("fit.comparison", "fit.fit_params", "inits", "inspection", "training.comparison")
-    for name in (*used, "fit.figures", "training.figures"):
+    used = ("fit.comparison", "fit.fit_params", "inits", "inspection", "composition", "training.comparison", "reports")
+    for name in (*used, "fit.figures", "training.figures", "figures.composition", "signal.figure", "scans.landscape"):
         import_module(f"attnlens.{name}")
 
     torch.set_num_threads(1)
@@ -122,16 +122,18 @@ class Child:
         return _ended(os.waitstatus_to_exitcode(status), self.began, *self.words)
 
 
+PYTHON = (sys.executable, "-m", "attnlens")
+
+
 class Process:
     """A command in a process of its own, started as a user starts it."""
 
-    def __init__(self, arguments: list[str], cwd: Path) -> None:
+    def __init__(self, arguments: list[str], cwd: Path, start: Sequence[str] = PYTHON) -> None:
         self.words = _words(cwd)
         self.began, self.started = time.monotonic(), time.time()
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         with self.words[0].open("w") as out, self.words[1].open("w") as err:
-            command = [sys.executable, "-m", "attnlens", *arguments]
-            self.process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err, env=environment)
+            self.process = subprocess.Popen([*start, *arguments], cwd=cwd, stdout=out, stderr=err, env=environment)
 
     def kill(self) -> None:
         """Kill it with SIGKILL."""
@@ -166,6 +168,8 @@ def at_step(step: int, act: Callable[[], None], below: Path, told: Path | None =
 
     def before() -> Callable[[], Any]:
         sys.addaudithook(hook)
+        flush = os.fsync
+        os.fsync = lambda descriptor: (hook("fcntl.flock", ()), flush(descriptor))[1]
         return lambda: told.write_text(str(count[0])) if told else None
 
     return before

@@ -22,7 +22,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is imported: a forked child has no threads of its parent's
 
 
-ALL_DISKS = "inspect,fit-params,init,train-compare,caches"
+ALL_DISKS = "inspect,fit-params,init,compare,compose,signal,report,scan,train-compare,caches"
 
 
 def parts(given: argparse.Namespace, work: Path) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -36,11 +36,17 @@ def parts(given: argparse.Namespace, work: Path) -> dict[str, Callable[[], dict[
         vanishing_inputs,
     )
     from benchmarks.trust.fault_kills import kill, shares
+    from benchmarks.trust.fault_planted import failing_comparison, failing_writes
+    from benchmarks.trust.fault_workers import kill_ranks
 
     draws = given.draws
 
     def killed(title: str, name: str, wanted: int, own: int, rng: random.Random) -> dict[str, Any]:
         found = kill(name, wanted, own, rng, work / title)
+        return {**found.to_json(), "wrong": found.wrong}
+
+    def ranks(title: str, rng: random.Random) -> dict[str, Any]:
+        found = kill_ranks(draws, rng, work / title)
         return {**found.to_json(), "wrong": found.wrong}
 
     def disks(_title: str, _rng: random.Random) -> dict[str, Any]:
@@ -49,6 +55,9 @@ def parts(given: argparse.Namespace, work: Path) -> dict[str, Callable[[], dict[
 
     named: dict[str, Callable[[str, random.Random], dict[str, Any]]] = {
         "disks": disks,
+        "ranks_killed": ranks,
+        "failing_writes": lambda title, rng: failing_writes(4 * draws, rng, work / title).to_json(),
+        "failing_comparisons": lambda title, rng: failing_comparison(4 * draws, rng, work / title).to_json(),
         "inputs_that_vanish": lambda title, _: vanishing_inputs(work / title).to_json(),
         "folders_that_vanish": lambda title, rng: vanishing_folders(draws, rng, work / title).to_json(),
         "two_writers": lambda title, _: two_writers(draws, work / title).to_json(),
@@ -123,7 +132,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark and keep its counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=120, help="In all, spread over the four commands.")
+    parser.add_argument("--kills", type=int, default=120, help="In all, spread over the commands.")
     parser.add_argument("--own", type=int, default=20, help="Of these, in processes started as users do.")
     parser.add_argument("--draws", type=int, default=3, help="Disks, folders and pairs of writers of each kind.")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.trust.scan                # 232 models, 8 kills, a Ray cluster of which 2 nodes are killed
     python -m benchmarks.trust.scan --kinds decoders --each 26 --kills 3 --without-ray   # needs neither torch nor timm
+    python -m benchmarks.trust.scan --kinds decoders --each 375 --kills 12 --without-ray --entry scan_of_3000
 
 Builds small checkpoints with random weights: `--each` of every transformers model type that attnlens reads
 (tests/transformers_models.py), of tiny timm architectures, and of decoders in the manner of LLaMA in shards; every
@@ -15,9 +16,12 @@ trust.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,7 @@ from typing import Any
 
 import attnlens
 from attnlens.scans import Scan
+from benchmarks.trust.fault_workers import children
 from benchmarks.trust.record import record
 from benchmarks.trust.scale import CONFIG, write_model
 
@@ -121,12 +126,22 @@ def spoil(folder: Path, how: str) -> None:
     (folder / "spoilt").write_text(how)
 
 
-def scan_killed(root: Path, output: Path, kills: int, models: int) -> int:
-    """Scan by the command, killed ``kills`` times as results come in; return how often it was."""
+def scan_killed(root: Path, output: Path, kills: int, models: int) -> dict[str, int]:
+    """Scan by the command, which or one of whose workers is killed ``kills`` times as results come in.
+
+    Return how often the scan was, and how often a worker: every second time, which the scan is to outlive.
+    """
     command = [sys.executable, "-c", "from attnlens.cli import main; main()", "scan", f"{root}/*", "-o", str(output)]
-    rng, done = random.Random(0), 0
+    rng, done, workers = random.Random(0), 0, 0
     for number in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if number % 2:
+            goal = models * (2 * number + 1) // (2 * kills + 4)
+            while process.poll() is None and len(list(output.glob("models/[!.]*.json"))) < goal:
+                time.sleep(0.005)
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(rng.choice(children(process.pid)), signal.SIGKILL)
+                workers += 1
         goal = models * (number + 1) // (kills + 2)
         while process.poll() is None and len(list(output.glob("models/[!.]*.json"))) < goal:
             time.sleep(0.005)
@@ -135,7 +150,7 @@ def scan_killed(root: Path, output: Path, kills: int, models: int) -> int:
         process.kill()
         process.wait()
     subprocess.run(command, check=True, capture_output=True)
-    return done
+    return {"kills_of_the_scan": done, "kills_of_workers": workers}
 
 
 def scan_on_cluster(root: Path, output: Path, models: int) -> tuple[Scan, int]:
@@ -199,6 +214,7 @@ def main() -> None:
     parser.add_argument("--kinds", choices=("all", "decoders"), default="all")
     parser.add_argument("--kills", type=int, default=8, help="kills of the scan")
     parser.add_argument("--without-ray", action="store_true")
+    parser.add_argument("--entry", default="scan", help="of trust.json")
     parser.add_argument("--figure", type=Path, help="also write the landscape there")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -209,7 +225,7 @@ def main() -> None:
         start = time.perf_counter()
         kills = scan_killed(root, Path(name) / "local", arguments.kills, len(spoilt))
         seconds = {"local": round(time.perf_counter() - start, 1)}
-        counts: dict[str, Any] = {"kills_of_the_scan": kills, "local": judge(Path(name) / "local", spoilt)}
+        counts: dict[str, Any] = {**kills, "local": judge(Path(name) / "local", spoilt)}
         if not arguments.without_ray:
             start = time.perf_counter()
             found, nodes = scan_on_cluster(root, Path(name) / "ray", len(spoilt))
@@ -220,7 +236,8 @@ def main() -> None:
     counts["scan_seconds"] = seconds
     options = f"--kinds {arguments.kinds} --each {arguments.each} --kills {arguments.kills}"
     command = f"python -m benchmarks.trust.scan {options}{' --without-ray' if arguments.without_ray else ''}"
-    record("scan", command, time.perf_counter() - begin, counts)
+    command += "" if arguments.entry == "scan" else f" --entry {arguments.entry}"
+    record(arguments.entry, command, time.perf_counter() - begin, counts)
     print(json.dumps(counts, indent=1))
 
 
