@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from attnlens.circuits import FactoredProduct, Fold, ov_circuit, parse_folds, qk_circuit
+from attnlens.drawn import Drawn
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import Array
 from attnlens.layouts import AttentionSpec
@@ -29,11 +30,9 @@ from attnlens.vocabulary import COMPOSED, layer_choice, layer_index
 from attnlens.words import counted
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import nn
 
     from attnlens.figures.drawings import Drawing
-    from attnlens.figures.panels import Given
 
 Composed = Literal["q", "k", "v"]
 KINDS: tuple[Composed, ...] = ("q", "k", "v")
@@ -134,7 +133,7 @@ def _gram_block(factors: Array, rows: slice, cols: slice) -> Array:
 
 
 @dataclass(frozen=True, repr=False)
-class Composition(Tabular):
+class Composition(Drawn, Tabular):
     """What `compose` found, by kind ("q", "k" or "v"), earlier layer and later layer."""
 
     model: str
@@ -208,29 +207,8 @@ class Composition(Tabular):
         about = {"kind": pair[0], "from_layer": pair[1], "layer": pair[2], "baseline": self.baseline(pair[2])}
         return about | {"scores": _plain(self.scores[pair]), "deviations": _plain(self.deviations[pair])}
 
-    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
-        """Draw ``q_composition``, ``k_composition`` and ``v_composition``.
-
-        ``style`` and ``width`` are those of `attnlens.figure_style`.
-        """
-        from attnlens.figures.drawings import draw_all
-
-        return draw_all(self._drawings(), style, width)
-
-    def figure(
-        self,
-        name: str,
-        *,
-        ax: Given | None = None,
-        style: str | None = None,
-        width: str | float | None = None,
-    ) -> Figure:
-        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
-        from attnlens.figures.drawings import draw_one
-
-        return draw_one(self._drawings(), name, ax, style, width)
-
     def _drawings(self) -> dict[str, Drawing]:
+        """Return what draws ``q_composition``, ``k_composition`` and ``v_composition``."""
         from functools import partial
 
         from attnlens.figures.composition import draw_composition

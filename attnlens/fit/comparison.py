@@ -13,6 +13,7 @@ import numpy as np
 
 from attnlens.circuits import Fold, Kind, parse_folds
 from attnlens.csv_text import csv_text
+from attnlens.drawn import Drawn
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.filters.comparison import FilterProfile, filter_distances, filter_profiles
 from attnlens.inspection import Inspection, inspect
@@ -24,10 +25,7 @@ from attnlens.vocabulary import CIRCUIT, FOLD, Vocabulary, several
 from attnlens.words import counted, listed, told_apart
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from attnlens.figures.drawings import Drawing
-    from attnlens.figures.panels import Given
 
 STATISTICS = ("alpha", "beta", "identity_share")
 STATISTIC = Vocabulary("statistic", STATISTICS)
@@ -39,7 +37,7 @@ _COLUMNS = ("first", "second", "circuit", "identity_share", "log_alpha", "shares
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Tabular):
+class Comparison(Drawn, Tabular):
     """Profiles of several models and the distances between each pair, of attention and of depthwise filters.
 
     Its rows are the distances: one a pair and circuit; of depthwise filters the circuit is ``filters``.
@@ -97,29 +95,8 @@ class Comparison(Tabular):
             about=("left out", dict(self.left_out)),
         )
 
-    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
-        """Draw ``comparison`` of attention and ``filter_comparison`` of depthwise filters: models side by side.
-
-        ``style`` and ``width`` are those of `attnlens.figure_style`.
-        """
-        from attnlens.figures.drawings import draw_all
-
-        return draw_all(self._drawings(), style, width)
-
-    def figure(
-        self,
-        name: str,
-        *,
-        ax: Given | None = None,
-        style: str | None = None,
-        width: str | float | None = None,
-    ) -> Figure:
-        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
-        from attnlens.figures.drawings import draw_one
-
-        return draw_one(self._drawings(), name, ax, style, width)
-
     def _drawings(self) -> dict[str, Drawing]:
+        """Return what draws ``comparison`` of attention and ``filter_comparison`` of depthwise filters."""
         from functools import partial
 
         from attnlens.fit.comparison_figures import draw_comparison, draw_filter_comparison

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from attnlens.atomic import write_text_atomic
 from attnlens.circuits import Fold, Kind
+from attnlens.drawn import Drawn
 from attnlens.errors import ParamsError, first_problem
 from attnlens.filters.closed_form import closed_form
 from attnlens.filters.entries import FilterEntry, FilterEntryOfVersion2, FilterMedians, carried_over
@@ -35,11 +36,9 @@ from attnlens.vocabulary import CIRCUIT, FOLD, GAINS, HEADS, index
 from attnlens.words import counted, listed
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import nn
 
     from attnlens.figures.drawings import Drawing
-    from attnlens.figures.panels import Given
     from attnlens.models.architecture import Architecture
 
 SCHEMA = "attnlens.params"
@@ -67,7 +66,7 @@ class LayerRequest(_Part):
     """the same of single OV heads"""
 
 
-class InitParams(Tabular, _Part):
+class InitParams(Drawn, Tabular, _Part):
     """Fitted parameters of one or more models; see the module's text for what carries over and how.
 
     Its rows are the entries with the names of their models; where there are none, those of depthwise filters.
@@ -142,30 +141,11 @@ class InitParams(Tabular, _Part):
             parts.append(f"{counted(len(self.filters), 'layer')} of depthwise filters")
         return f"InitParams of {models}: {'; '.join(parts)}"
 
-    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
-        """Draw ``fit_profile``, ``realised_requested`` and ``tails``, a colour, dash and mark a model.
+    def _drawings(self) -> dict[str, Drawing]:
+        """Return what draws ``fit_profile``, ``realised_requested`` and ``tails``, a colour, dash and mark a model.
 
         Where there are depthwise filters, also ``filter_fit`` of each model (numbered where there are several).
-        ``style`` and ``width`` are those of `attnlens.figure_style`.
         """
-        from attnlens.figures.drawings import draw_all
-
-        return draw_all(self._drawings(), style, width)
-
-    def figure(
-        self,
-        name: str,
-        *,
-        ax: Given | None = None,
-        style: str | None = None,
-        width: str | float | None = None,
-    ) -> Figure:
-        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
-        from attnlens.figures.drawings import draw_one
-
-        return draw_one(self._drawings(), name, ax, style, width)
-
-    def _drawings(self) -> dict[str, Drawing]:
         from attnlens.fit.figures import filter_drawings, fit_drawings
 
         filters = filter_drawings(self.sources, self.filters)

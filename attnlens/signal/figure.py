@@ -18,7 +18,7 @@ from attnlens.heads import Array
 
 _THEORY: Any = {"color": style.INK, "linewidth": 0.9, "linestyle": (0, (1.2, 1.6))}
 """Of theory's lines, dotted over the measured ones."""
-TITLES = {"cosine": "mean cosine of two tokens", "error": "relative error of the kernel against theory (log scale)"}
+TITLES = {"cosine": "mean cosine of two tokens", "error": "kernel error relative to theory (log scale)"}
 PAPER_TITLES = {"cosine": "token cosine", "error": "kernel error (log)"}
 
 

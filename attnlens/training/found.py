@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnlens.drawn import Drawn
 from attnlens.statistics.preview import shown_rows
 from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.training.drawings import comparison_drawings
@@ -15,13 +16,11 @@ from attnlens.training.stop import Reason
 from attnlens.words import counted
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from attnlens.figures.panels import Given
+    from attnlens.figures.drawings import Drawing
 
 
 @dataclass(frozen=True, repr=False)
-class TrainComparison(Tabular):
+class TrainComparison(Drawn, Tabular):
     """What `train_compare` found in the runs that have ended, and why it stopped, if it did.
 
     Its rows are those of ``summary``: one an arm.
@@ -50,19 +49,9 @@ class TrainComparison(Tabular):
         """A row a declared contrast: the paired difference, its interval and p-values."""
         return self.findings.contrast_table()
 
-    def figures(self, *, style: str | None = None, width: str | float | None = None) -> dict[str, Figure]:
-        """Draw ``curves``, and where they were measured ``structure`` and ``waterfall``, in a `figure_style`."""
-        from attnlens.figures.drawings import draw_all
-
-        return draw_all(comparison_drawings(self.findings, self.source), style, width)
-
-    def figure(
-        self, name: str, *, ax: Given | None = None, style: str | None = None, width: str | float | None = None
-    ) -> Figure:
-        """Draw one of `figures` by its name, into ``ax`` where it is given: see `Inspection.figure`."""
-        from attnlens.figures.drawings import draw_one
-
-        return draw_one(comparison_drawings(self.findings, self.source), name, ax, style, width)
+    def _drawings(self) -> dict[str, Drawing]:
+        """Return what draws ``curves``, and where they were measured ``structure`` and ``waterfall``."""
+        return comparison_drawings(self.findings, self.source)
 
     def _table(self) -> StatsTable:
         return self.summary
