@@ -23,9 +23,9 @@ inspection
 # `stats` is the table behind it: select rows, take a column, or hand it to pandas.
 
 # %%
-sums = inspection.stats.select(circuit="ov", head="all", fold="effective")
-for layer, beta in zip(sums.column("layer"), sums.column("beta"), strict=True):
-    print(f"layer {layer:.0f}: beta of the summed OV {beta:+.4f}")
+sums = inspection.stats.select(head="all", fold="effective")
+for row in sums.records():
+    print(f"layer {row['layer']}: beta of the summed OV {row['beta']:+.4f}")
 
 # %% [markdown]
 # `figure` draws any of the figures by name: here the top left 32 x 32 entries of every OV product.
@@ -41,7 +41,8 @@ inspection.figure("ov_heatmap", size=32)
 # %%
 params = attnlens.fit_params()
 for entry in params.select("ov", "all"):
-    print(f"layer {entry.layer}: beta in [{entry.beta_low:.3f}, {entry.beta_high:.3f}], {entry.verdict}")
+    interval = f"[{entry.beta_low:.3f}, {entry.beta_high:.3f}]"
+    print(f"layer {entry.layer}: beta in {interval}, {entry.verdict}")
 
 # %%
 params.figure("fit_profile")
@@ -49,13 +50,14 @@ params.figure("fit_profile")
 # %% [markdown]
 # ## Into a paper
 #
-# Axes of your own, text of 8 points, one column wide: [figures for papers](papers.md).
+# Axes of your own, text of 8 points, one column wide. The page on figures for papers says more.
 
 # %%
 import matplotlib.pyplot as plt
 
 with figure_style("paper", "column"):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(3.25, 1.5), layout="constrained")
+    size = {"figsize": (3.25, 1.5), "layout": "constrained"}
+    figure, (left, right) = plt.subplots(1, 2, **size)
     inspection.figure("depth_profile", ax={"beta sum": right, "beta qk": left})
     left.set_title("QK")
     right.set_title("OV, sum")
@@ -66,8 +68,12 @@ with figure_style("paper", "column"):
 # Another width, another depth, other heads: drawn so that its products have the parameters that were fitted.
 
 # %%
-network = {"num_classes": 10, "img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
-model = attnlens.create_model("vit_tiny_patch16_224", init="fitted", init_options={"params": params}, seed=0, **network)
-drawn = attnlens.inspect(model).stats.select(circuit="ov", head="all", fold="effective")
-for layer, (request, beta) in enumerate(zip(params.for_model(model), drawn.column("beta"), strict=True)):
-    print(f"new layer {layer}: OV beta asked for {request.ov[1]:+.3f}, drawn {beta:+.3f}")
+network = {"embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": 32, "patch_size": 4}
+start = {"init": "fitted", "init_options": {"params": params}, "seed": 0}
+model = attnlens.create_model("vit_tiny_patch16_224", **start, **network)
+
+stats = attnlens.inspect(model).stats
+drawn = stats.select(circuit="ov", head="all", fold="effective").column("beta")
+asked = [request.ov[1] for request in params.for_model(model)]
+for layer, (request, beta) in enumerate(zip(asked, drawn, strict=True)):
+    print(f"new layer {layer}: OV beta asked for {request:+.3f}, drawn {beta:+.3f}")

@@ -219,6 +219,7 @@ def test_whole_products_are_taken_out_of_a_stack_and_keep_their_rank_bound():
         np.testing.assert_allclose(one.total(), expected.sum((-2, -1)))
         np.testing.assert_array_equal(one.dense(), expected)
         assert one.rank_bound == 5
+        np.testing.assert_allclose(one.squared_norm(), (expected**2).sum((-2, -1)))
         for size, factor in zip(one.squared_sizes(), (expected, np.eye(11)), strict=True):
             np.testing.assert_allclose(size, np.broadcast_to((factor**2).sum((-2, -1)), expected.shape[:-2]))
     one = stack.head((1, 2))
@@ -304,6 +305,12 @@ def test_overlaps_of_a_whole_product_are_those_of_its_singular_vectors():
     u, s, vt = np.linalg.svd(M)
     _, overlaps = WholeProduct.of(M, 13).spectral_form()
     np.testing.assert_allclose(overlaps((), vt.T), s**3 * np.einsum("ij,ji->i", vt, u), rtol=1e-9)
+
+
+def test_every_whole_product_of_a_stack_has_a_squared_trace_of_its_own():
+    M = np.random.default_rng(3).normal(size=(2, 3, 79, 79))
+    found = WholeProduct.of(M, 79).squared_trace()
+    np.testing.assert_allclose(found, np.trace(M @ M, axis1=-2, axis2=-1), rtol=1e-10)
 
 
 def test_every_whole_product_of_a_stack_is_centred_by_itself():

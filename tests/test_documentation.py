@@ -137,7 +137,7 @@ def test_a_default_in_a_synopsis_is_that_of_the_command():
             for option, value in re.findall(r"\[(--[\w-]+) ([\d.]*\d)\]", synopsis):
                 assert defaults[option] == float(value), (page.name, command, option)
                 checked.add((command, option))
-    assert {("fit-params", "--level"), ("fit-params", "--dpi"), ("signal", "--eta"), ("init", "--seed")} <= checked
+    assert {("fit-params", "--level"), ("fit-params", "--seed"), ("signal", "--eta"), ("init", "--seed")} <= checked
 
 
 def pages() -> list[Path]:
@@ -180,6 +180,19 @@ def test_a_synopsis_names_options_that_are_there_and_every_word_of_a_choice():
                 assert re.search(rf"{option} [<\[]{re.escape(words)}[>\]]", help_text), (page.name, command, option)
                 checked.add((command, option))
     assert {("fit-params", "--fold"), ("fit-params", "--per"), ("init", "--gains"), ("signal", "--mlp")} <= checked
+
+
+def test_every_file_that_a_page_shows_is_shown():
+    shown = []
+    for page in (ROOT / "docs").glob("*.md"):
+        for line in re.findall(r"^-+ ?8.*$", page.read_text(), re.MULTILINE):
+            included = re.fullmatch(
+                r'--8<-- "(.+)"', line
+            )  # a formatter of Python parts the mark, and nothing is shown
+            assert included, (page.name, line)
+            assert any((folder / included[1]).is_file() for folder in (ROOT, ROOT / "docs")), (page.name, line)
+            shown.append(included[1])
+    assert {"example.py", "paper_figure.py", "gallery/example.txt"} <= set(shown)
 
 
 def test_every_file_of_the_repository_that_a_page_names_is_there():

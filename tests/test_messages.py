@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "attnlens"
 LAYOUTS = PACKAGE / "layouts"
 COUNTED = (
     *("architectures", "arms", "blocks", "classes", "contrasts", "cores", "devices", "epochs", "files", "groups"),
-    *("layers", "models", "pairs", "requests", "runs", "seeds", "shards", "sources", "tensors", "tokens", "windows"),
+    *("heads", "layers", "models", "pairs", "requests", "runs", "seeds", "shards", "sources", "tensors", "tokens"),
+    "windows",
 )
 PLURAL = re.compile(rf"^ (?:[a-z-]+ )?({'|'.join(COUNTED)})\b")
 NEVER_ONE = {
@@ -23,6 +24,10 @@ NEVER_ONE = {
     "self.tokens",
     "len(self.log_P)",
     "len(kernel)",
+    "group",  # of heads that share a projection: said of two or more
+    "groups[0]",
+    "layer.query_groups",
+    "layer.value_groups",
     "format_",
     "shape.contrast",
     "family.name",

@@ -22,7 +22,6 @@ def build():
     return module
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_the_notebook_runs_and_shows_what_it_shows(build, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -181,6 +181,7 @@ def test_a_command_reads_each_layer_no_more_than_once_for_each_thing_it_measures
     roots = {name.partition(".")[0] for name in found["modules"]}
     assert roots & HEAVY == modules
     assert SLOW_PARTS.isdisjoint(found["modules"])
+    assert ("matplotlib" in roots) == (words != ("report",))  # its figures are drawn where it is read
 
 
 def test_a_command_of_two_models_reads_each_once(tmp_path):

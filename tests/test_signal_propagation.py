@@ -140,6 +140,8 @@ def test_the_figure_draws_means_bands_and_theory(found):
     assert widths == sorted(widths, reverse=True)  # a line that lies on another one leaves its edges to be seen
     told = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
     assert "2 blocks without skips and without norms, tailored MLPs; width 96, 16 random tokens, causal" in told
+    assert ("Band: from least to largest seed." in told) == (found.seeds > 1)
+    assert "band" not in found.described()  # the table that says it too has no band
 
 
 def test_errors_of_rounding_are_not_drawn_and_no_theory_is_said(attention_alone):

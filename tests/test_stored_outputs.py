@@ -1,35 +1,51 @@
-"""What the commands say of the shipped ViT is what they said before: every number to 1e-9 of itself.
+"""What the commands say of the shipped ViT and of DINOv2's ViT-S is what they said before: every number to 1e-9.
 
 The numbers were stored before the code was made faster. After a deliberate change of a definition:
-``python -m tests.test_stored_outputs``.
+``python -m tests.test_stored_outputs [VIT-S.safetensors]``.
 """
 
 import json
 import lzma
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
 import attnlens
 
-STORED = Path(__file__).parent / "golden" / "embedded_outputs.json.xz"
+GOLDEN = Path(__file__).parent / "golden"
+STORED, STORED_SMALL = GOLDEN / "embedded_outputs.json.xz", GOLDEN / "vit_small_outputs.json.xz"
 TOLERANCE = 1e-9
 ABOUT_THE_RUN = ("created", "schema_version", "sources")
+SMALL = "vit_small_patch14_dinov2.lvd142m"
 
 
-def outputs() -> dict:
-    """Return the numbers that inspect, fit-params, compose and compare give for the shipped ViT."""
-    params = attnlens.fit_params()
-    compared = attnlens.compare(None, None)
+def outputs(*model) -> dict:
+    """Return the numbers that inspect, fit-params and compose give for a model, the shipped ViT by itself."""
+    checkpoint = dict(zip(("checkpoint",), model[1:], strict=False))
+    params = attnlens.fit_params(*model[:1], **checkpoint)
     return json.loads(
         json.dumps({
-            "stats": attnlens.inspect(fold="all").stats.json_rows(),
+            "stats": attnlens.inspect(*model, fold="all").stats.json_rows(),
             "params": params.model_dump(mode="json", exclude=set(ABOUT_THE_RUN)),
-            "pairs": attnlens.compose().to_json()["pairs"],
-            "profiles": [[p.circuit, p.statistic, p.values.tolist()] for p in compared.profiles],
+            "pairs": attnlens.compose(*model).to_json()["pairs"],
         })
     )  # fmt: skip
+
+
+def embedded_outputs() -> dict:
+    """Return also what compare says of the shipped ViT."""
+    profiles = [[p.circuit, p.statistic, p.values.tolist()] for p in attnlens.compare(None, None).profiles]
+    return {**outputs(), "profiles": profiles}
+
+
+def small_outputs(file: Path) -> dict:
+    """Return the numbers of a trained ViT-S, without gains by channel and what follows from scores of compositions."""
+    found = outputs(SMALL, file)
+    params = {name: value for name, value in found["params"].items() if name != "gains"}
+    pairs = [{name: value for name, value in pair.items() if name != "deviations"} for pair in found["pairs"]]
+    return {**found, "params": params, "pairs": pairs}
 
 
 def apart(found, stored, place=""):
@@ -47,13 +63,22 @@ def apart(found, stored, place=""):
         yield f"{place}: {found!r}, stored {stored!r}"
 
 
+def read(path: Path) -> dict:
+    """Return what was stored."""
+    return json.loads(lzma.decompress(path.read_bytes()))
+
+
 @pytest.fixture(scope="module")
 def stored():
-    return json.loads(lzma.decompress(STORED.read_bytes()))
+    return read(STORED)
 
 
 def test_no_number_has_moved(stored):
-    assert list(apart(outputs(), stored)) == []
+    assert list(apart(embedded_outputs(), stored)) == []
+
+
+def test_no_number_of_a_trained_vit_small_has_moved(dinov2_file):
+    assert list(apart(small_outputs(dinov2_file), read(STORED_SMALL))) == []
 
 
 def test_a_number_that_moved_is_found(stored):
@@ -68,5 +93,12 @@ def test_a_number_that_moved_is_found(stored):
     ]
 
 
+def store(path: Path, found: dict) -> None:
+    """Write what is found in the place of what was stored."""
+    path.write_bytes(lzma.compress(json.dumps(found).encode(), preset=9))
+
+
 if __name__ == "__main__":
-    STORED.write_bytes(lzma.compress(json.dumps(outputs()).encode(), preset=9))
+    store(STORED, embedded_outputs())
+    for file in sys.argv[1:]:
+        store(STORED_SMALL, small_outputs(Path(file)))

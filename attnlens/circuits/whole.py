@@ -59,12 +59,15 @@ class WholeProduct(FactoredProduct):
 
     def squared_norm(self) -> Float[Array, "*stack"]:
         """Return ||M||_F^2."""
-        return np.asarray(np.vdot(self.A, self.A))
+        return squares_of(self.A)
 
     def squared_trace(self) -> Float[Array, "*stack"]:
         """Return tr(M @ M)."""
-        parts = [slice(start, start + _BLOCK) for start in range(0, len(self.A), _BLOCK)]  # of rows: columns in cache
-        return np.asarray(sum(np.einsum("ij,ji->", self.A[part], self.A[:, part]) for part in parts))
+        starts = range(0, self.A.shape[-2], _BLOCK)
+        parts = [slice(start, start + _BLOCK) for start in starts]  # of rows: columns in cache
+        return np.asarray(
+            sum(np.einsum("...ij,...ji->...", self.A[..., part, :], self.A[..., :, part]) for part in parts)
+        )
 
     def squared_margins(self) -> tuple[Float[Array, "*stack rows"], Float[Array, "*stack cols"]]:
         """Return the sum of squares of every row, and of every column."""

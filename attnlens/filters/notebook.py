@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnlens.figures.notebook import fragment
 from attnlens.filters.closed_form import PARTS
-from attnlens.filters.figures import draw_filter_profile
 from attnlens.statistics.table import StatsTable
 from attnlens.templates import shown
 from attnlens.words import counted
@@ -24,6 +22,9 @@ HEAD = {
 
 def filters_html(stats: StatsTable, depth: int, *, model: str, provenance: dict[str, Any]) -> str:
     """Return a fragment with a row of statistics a layer of filters, ``depth`` layers in all, and their profiles."""
+    from attnlens.figures.notebook import fragment
+    from attnlens.filters.figures import draw_filter_profile
+
     return fragment(
         lambda: draw_filter_profile(stats, model=model),
         title=f"{model}: covariance of depthwise filters, {len(stats)} of {counted(depth, 'layer')}",

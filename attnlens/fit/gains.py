@@ -22,6 +22,7 @@ from attnlens.heads import Array
 from attnlens.statistics.depth import _Part
 from attnlens.statistics.pairs import offdiagonal_kurtosis
 from attnlens.strict_json import finite_or_none
+from attnlens.words import counted
 
 GainsOption = Literal["none", "quantiles", "channels"]
 LOGITS = np.arange(-34, 35) / 4
@@ -92,7 +93,7 @@ class CircuitGains(_Part):
             if np.isnan(logs).any() or np.isposinf(logs).any():
                 raise ValueError(f"{name}.channels holds a gain that is no number")
         if len(self.kurtosis) != self.num_heads:
-            raise ValueError(f"kurtosis holds {len(self.kurtosis)} numbers for {self.num_heads} heads")
+            raise ValueError(f"kurtosis holds {len(self.kurtosis)} numbers for {counted(self.num_heads, 'head')}")
         return self
 
     @classmethod

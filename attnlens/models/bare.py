@@ -16,6 +16,7 @@ from attnlens.models.opened import Access, OpenedModel, Weights
 from attnlens.models.row_order import CONFIGURED
 from attnlens.models.weights import is_weight_name, parse_object, title_of, weights_in, weights_of
 from attnlens.strict_json import within
+from attnlens.words import counted
 
 
 def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Access) -> OpenedModel:
@@ -84,15 +85,15 @@ def _by_names(
     named = describe_named(weights, num_heads)
     told = f"of {named.name}, told by tensor names" if named else "guessed from tensor names"
     architecture = named or describe_names(weights, num_heads, where, *(order or ()))
-    return OpenedModel(title, architecture, weights, {**source, "layout": f"{told}, {num_heads} heads"})
+    return OpenedModel(title, architecture, weights, {**source, "layout": f"{told}, {counted(num_heads, 'head')}"})
 
 
 def check_heads(found: Architecture, num_heads: int | None, where: str) -> None:
     """Raise `UsageError` where layers say themselves that they have another number of heads."""
     heads = sorted({spec.q.heads for spec in found.specs})
     if num_heads is not None and heads != [num_heads]:
-        held = " and ".join(str(count) for count in heads)
-        raise UsageError(f"{where} stores {held} heads in each layer, not {num_heads}: leave out --num-heads")
+        held = " and ".join([*map(str, heads[:-1]), counted(heads[-1], "head")])
+        raise UsageError(f"{where} stores {held} in each layer, not {num_heads}: leave out --num-heads")
 
 
 def of_lens(

@@ -19,6 +19,7 @@ from attnlens.layouts.flags import ATTRIBUTE_FLAGS
 from attnlens.layouts.spec import AttentionSpec, NormSpec, Refusal, Slot
 from attnlens.models.architecture import Architecture
 from attnlens.models.row_order import STANDARD, Packed, ReorderedRows, check, judge, standard_rows
+from attnlens.words import counted
 
 LABEL = "layout guessed from tensor names: rotary positions and masks are not known"
 
@@ -322,8 +323,8 @@ def _slots(group: Group, stored: Checkpoint, heads: int) -> dict[str, Slot]:
     value_width = rows[2] // kv_heads if kv_heads > 0 else 0
     if odd or value_width < 1 or kv_heads * width != rows[1] or heads % kv_heads or heads * value_width != inner:
         raise UsageError(
-            f"{group.path or 'the attention'} cannot have {heads} heads: it has {rows[0]} rows for q, {rows[1]} for "
-            f"k, {rows[2]} for v, and an output projection of {inner} columns"
+            f"{group.path or 'the attention'} cannot have {counted(heads, 'head')}: it has {rows[0]} rows for q, "
+            f"{rows[1]} for k, {rows[2]} for v, and an output projection of {inner} columns"
         )
     found = {}
     sizes = zip("qkv", (heads, kv_heads, kv_heads), (width, width, value_width), strict=True)

@@ -93,7 +93,7 @@ def _describe(path: str, config: Config, class_name: str, stored: Checkpoint, wh
     rows, width = stored.shape(f"{path}.to_q.weight")[:2]
     heads = CLASSES[class_name](config, path, rows)
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or rows % heads:
-        raise ModelNotFoundError(f"{where} gives {path} {heads!r} heads, and it is {rows} wide: fix the file")
+        raise ModelNotFoundError(f"{where} gives {heads!r} as the heads of {path}, which is {rows} wide: fix the file")
     slots = {role: _slot(f"{path}.{name}", role, heads, rows // heads, stored) for role, name in _NAMES.items()}
     block, _, leaf = path.rpartition(".")
     second = leaf == "attn2" and bool(config.get("cross_attention_dim"))

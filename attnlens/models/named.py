@@ -16,6 +16,7 @@ from attnlens.layouts.spec import AttentionSpec, NormSpec, Slot
 from attnlens.models.architecture import Architecture
 from attnlens.models.transformers.describe import Placed, Sizes, find_prefix
 from attnlens.models.transformers.stack import Family, Stack
+from attnlens.words import counted
 
 _GPT = "h.{layer}."
 _NANOGPT = Stack(
@@ -74,7 +75,7 @@ def _described(family: Family, stack: Stack, prefix: str, stored: Checkpoint, nu
         depth += 1
     if num_heads < 1 or rows // 3 % num_heads:
         raise UsageError(
-            f"the {family.name} layers cannot have {num_heads} heads: q, k and v are {rows // 3} wide each"
+            f"the {family.name} layers cannot have {counted(num_heads, 'head')}: q, k and v are {rows // 3} wide each"
         )
     sizes = Sizes({}, depth, width, num_heads, num_heads, rows // 3 // num_heads, 0)
     placed = Placed(stack, prefix, sizes, stored)

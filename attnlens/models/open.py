@@ -204,7 +204,7 @@ def _open_live(
     architecture, named = open_live_by_names(module, num_heads, row_order=order, input_size=input_size)
     if given is not None:
         named = given if order is None else in_order(given, num_heads, order)
-    source = {"model": architecture.name, "layout": f"guessed from tensor names, {num_heads} heads"}
+    source = {"model": architecture.name, "layout": f"guessed from tensor names, {counted(num_heads, 'head')}"}
     return OpenedModel(architecture.name, architecture, named, source)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
-from attnlens.figures.notebook import png
 from attnlens.filters.inspection import FilterInspection
 from attnlens.filters.notebook import HEAD
 from attnlens.words import counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = {
     **{name: title for name, title in HEAD.items() if name != "verdict"},
@@ -69,4 +69,6 @@ def filter_section(filters: FilterInspection, model: str) -> FilterSection | Non
 
 def picture(name: str, figure: Figure, caption: str) -> Picture:
     """Return a figure as it stands in a page."""
+    from attnlens.figures.notebook import png
+
     return Picture(name, png(figure), caption)

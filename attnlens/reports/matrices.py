@@ -19,6 +19,7 @@ Key = tuple[int, int | str, Kind, Fold]
 CODES = "".join(chr(code) for code in range(32, 127) if chr(code) not in "\"'&<>\\")
 """A character a level, none of which JSON or HTML would write longer: an odd number, so that zero has one."""
 HALF = len(CODES) // 2
+_CODES = np.frombuffer(CODES.encode(), np.uint8)
 
 CORNER = 64
 """Rows and columns of each product that a heatmap shows, where there is room."""
@@ -100,7 +101,7 @@ def encode(matrix: Array) -> dict[str, Any]:
     clip = float(np.abs(matrix).max(initial=0.0)) or 1.0
     width = float(np.sqrt(np.mean(matrix**2))) or 1.0
     levels = np.rint(HALF * np.arcsinh(matrix / width) / math.asinh(clip / width)).astype(int) + HALF
-    text = "".join(CODES[level] for level in levels.ravel())
+    text = _CODES[levels].tobytes().decode()
     return {"rows": matrix.shape[0], "columns": matrix.shape[1], "width": width, "clip": clip, "text": text}
 
 

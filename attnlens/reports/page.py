@@ -16,7 +16,6 @@ from attnlens.circuits import Fold
 from attnlens.csv_text import csv_text
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.comparison import Comparison, compare_inspections, inspected
-from attnlens.fit.comparison_figures import draw_filter_comparison
 from attnlens.fit.entries import Entry
 from attnlens.fit.fit_params import fit_params
 from attnlens.inspection import Inspection, inspect
@@ -236,6 +235,8 @@ def _counts(entries: Sequence[Entry]) -> list[tuple[str, str, list[tuple[str, in
 def _filter_comparison(comparison: Comparison | None) -> Picture | None:
     if comparison is None or not comparison.filter_distances:
         return None
+    from attnlens.fit.comparison_figures import draw_filter_comparison
+
     caption = "Shares and effective rank of each model's filters, against relative depth."
     return picture("filter_comparison", draw_filter_comparison(comparison.models, comparison.filter_profiles), caption)
 

@@ -36,6 +36,11 @@ class Measured(Protocol):
         ...
 
     @property
+    def seeds(self) -> int:
+        """Number of networks an arm."""
+        ...
+
+    @property
     def arms(self) -> Mapping[str, Any]:
         """Arms by name."""
         ...
@@ -63,13 +68,18 @@ def draw_signal(propagation: Measured, *, ax: Given | None = None) -> Figure:
         }
         has_error = any(np.isfinite(values).any() for values in errors.values())
         has_theory = has_error or any(np.isfinite(propagation.curve(arm, "theory_cosine")).any() for arm in arms)
+        told = [propagation.described()]
+        if propagation.seeds > 1:
+            told.append("Band: from least to largest seed.")
+        if not has_error:
+            told.append("No arm has a theory of its kernel here.")
         legend = [(Line2D([], [], **looks[arm]), arm) for arm in arms]
         panels = open_panels(
             [["cosine", "error"] if has_error else ["cosine"]],
             Place(75, 430 if has_error else 720, 320, gap=85, above=38, right=35, shape=0.8 if has_error else 0.62),
             [
                 (f"{propagation.model}: signal propagation at the start", 10),
-                (f"{propagation.described()}{'' if has_error else ' No arm has a theory of its kernel here.'}", 8),
+                (" ".join(told), 8),
             ],
             legend=[*legend, *([(Line2D([], [], **_THEORY), "theory")] if has_theory else [])],
             ax=ax,

@@ -75,8 +75,7 @@ class Propagation(Tabular):
         return (
             f"{counted(self.depth, 'block')} {parts}, {mlp}; width {self.embed_dim}, "
             f"{self.tokens} random tokens, {which}. "
-            f"Mean over {counted(self.seeds, 'seed')} of {counted(self.sequences, 'sequence')}"
-            f"{', band from least to largest seed' if self.seeds > 1 else ''}."
+            f"Mean over {counted(self.seeds, 'seed')} of {counted(self.sequences, 'sequence')}."
         )
 
     def figure(self, *, ax: Given | None = None, style: str | None = None, width: str | float | None = None) -> Figure:

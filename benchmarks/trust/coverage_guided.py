@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +27,19 @@ MEMORY, SECONDS_EACH = 512, 10
 """MiB beyond what the process had before, and seconds, that one input may take."""
 
 
-def search(name: str, arguments: list[str]) -> None:
-    """Give a parser what libFuzzer makes; it never returns."""
+def search(name: str, folder: Path, arguments: list[str]) -> None:
+    """Give a parser what libFuzzer makes of its corpus, which is put into the folder; it never returns."""
     import atheris
 
     with atheris.instrument_imports(include=list(_INSTRUMENTED)):
         from benchmarks.trust.parsers import PARSERS, corpus
     parse = PARSERS[name]
-    for data in corpus(name):  # imports what it needs
-        parse(data)
+    for number, data in enumerate(corpus(name)):
+        (folder / str(number)).write_bytes(data)
+        parse(data)  # imports what it needs
     sys.addaudithook(_refuse)
-    atheris.Setup([sys.argv[0], *arguments], parse)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + MEMORY
+    atheris.Setup([sys.argv[0], str(folder), *arguments, f"-rss_limit_mb={most}"], parse)
     atheris.Fuzz()
 
 
@@ -45,34 +50,24 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 def measure(name: str, seconds: int, findings: Path, seed: int) -> dict[str, Any]:
     """Search for so long in a process of its own; return how many inputs were tried and what was reached."""
-    from benchmarks.trust.parsers import corpus
-
     with tempfile.TemporaryDirectory() as folder:
-        for number, data in enumerate(corpus(name)):
-            (Path(folder) / str(number)).write_bytes(data)
-        started = len(list(Path(folder).iterdir()))
         options = [
-            *(
-                folder,
-                f"-max_total_time={seconds}",
-                f"-seed={seed}",
-                "-print_final_stats=1",
-                f"-timeout={SECONDS_EACH}",
-            ),
-            *(f"-artifact_prefix={findings}/{name.replace(' ', '-')}-", "-max_len=65536", f"-rss_limit_mb={_rss()}"),
+            *(f"-max_total_time={seconds}", f"-seed={seed}", "-print_final_stats=1", f"-timeout={SECONDS_EACH}"),
+            *(f"-artifact_prefix={findings}/{name.replace(' ', '-')}-", "-max_len=65536"),
         ]
-        command = [sys.executable, "-m", "benchmarks.trust.coverage_guided", "--search", name, *options]
+        command = [sys.executable, "-m", "benchmarks.trust.coverage_guided", "--search", name, folder, *options]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    started = re.search(r"seed corpus: files: (\d+)", done.stderr)
     lines = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)/", done.stderr)
     tried = re.search(r"stat::number_of_executed_units:\s+(\d+)", done.stderr)
-    if not lines or tried is None:
+    if not lines or tried is None or started is None:
         raise RuntimeError(done.stderr[-2000:])
     if done.returncode:
         sys.stderr.write(done.stderr[-4000:])
     return {
         "inputs": int(tried[1]),
         "seconds": seconds,
-        "corpus_before": started,
+        "corpus_before": int(started[1]),
         "corpus_after": int(lines[-1][2]),
         "branches_before": int(lines[0][0]),
         "branches_after": int(lines[-1][0]),
@@ -80,25 +75,18 @@ def measure(name: str, seconds: int, findings: Path, seed: int) -> dict[str, Any
     }
 
 
-def _rss() -> int:
-    """Return what a process with the parsers imported takes, and `MEMORY`, in MiB."""
-    text = "import benchmarks.trust.parsers as p, resource; [p.PARSERS[n](d) for n in p.PARSERS for d in p.corpus(n)]; "
-    text += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) + MEMORY
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60, help="of each parser")
     parser.add_argument("--only", default="", help="one parser")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parsers at once")
     parser.add_argument(
         "--findings", type=Path, default=Path("findings"), help="folder for inputs that break a promise"
     )
     parser.add_argument("--no-record", action="store_true", help="leave trust.json as it is")
     if sys.argv[1:2] == ["--search"]:
-        search(sys.argv[2], sys.argv[3:])
+        search(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
         return 0
     options = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
@@ -107,11 +95,11 @@ def main() -> int:
     from benchmarks.trust.record import record
 
     options.findings.mkdir(parents=True, exist_ok=True)
-    began, found = time.monotonic(), {}
-    for name in PARSERS:
-        if options.only in ("", name):
-            found[name] = measure(name, options.seconds, options.findings.absolute(), options.seed)
-            sys.stderr.write(f"{name}: {found[name]}\n")
+    began, names = time.monotonic(), [name for name in PARSERS if options.only in ("", name)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        place = options.findings.absolute()
+        made = pool.map(lambda name: measure(name, options.seconds, place, options.seed), names)
+        found = dict(zip(names, made, strict=True))
     counts = {"inputs": sum(one["inputs"] for one in found.values()), "by_parser": found}
     counts["findings"] = sum(one["findings"] for one in found.values())
     print(json.dumps(counts, indent=1))

@@ -153,9 +153,13 @@ def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> Size
     depth = first(stack.depth) if stack.depth else 1
     source_depth = first(stack.source_depth) if stack.source_depth else 0
     if heads % kv_heads:
-        raise ModelNotFoundError(f"{heads} heads in {where} cannot share {kv_heads} key heads evenly: fix the file")
+        raise ModelNotFoundError(
+            f"{counted(heads, 'head')} in {where} cannot share {counted(kv_heads, 'key head')} evenly: fix the file"
+        )
     if heads % stack.parts or kv_heads % stack.parts:
-        raise ModelNotFoundError(f"{heads} heads in {where} do not make {stack.parts} equal parts: fix the file")
+        raise ModelNotFoundError(
+            f"{counted(heads, 'head')} in {where} cannot make {stack.parts} equal parts: fix the file"
+        )
     if depth > len(stored):
         tensors = counted(len(stored), "tensor is", "tensors are")
         raise CheckpointError(f"{where} speaks of {counted(depth, 'layer')}, and {tensors} stored")

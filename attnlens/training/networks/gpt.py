@@ -9,6 +9,7 @@ from pydantic import Field
 from attnlens.errors import ModelNotFoundError
 from attnlens.training.metrics import BITS_PER_BYTE, Metric
 from attnlens.training.networks.base import Moments, Network, Read, register
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,6 @@ class Gpt(Network):
     def describe(self) -> str:
         """Say what the network is."""
         return (
-            f"causal transformer over bytes, width {self.embed_dim}, depth {self.depth}, {self.num_heads} heads, "
-            f"windows of {self.context} bytes, learned positions"
+            f"causal transformer over bytes, width {self.embed_dim}, depth {self.depth}, "
+            f"{counted(self.num_heads, 'head')}, windows of {self.context} bytes, learned positions"
         )

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.training.networks.base import PLAIN, Forward, ImageNetwork, Moments, Weights, Wiring, register
+from attnlens.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,8 @@ class ViT(ImageNetwork):
         super().check(dataset)
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
             raise UsageError(
-                f"width {self.embed_dim} with {self.num_heads} heads: sin-cos positions need a multiple of 4, "
-                "and heads must divide it. Name another --model"
+                f"width {self.embed_dim} with {counted(self.num_heads, 'head')}: sin-cos positions need a "
+                "multiple of 4, and heads must divide it. Name another --model"
             )
 
     def drop_rates(self, last: float) -> list[float]:
@@ -132,7 +133,7 @@ class ViT(ImageNetwork):
     def describe(self) -> str:
         """Say what the network is."""
         return (
-            f"plain ViT, width {self.embed_dim}, depth {self.depth}, {self.num_heads} heads, patch "
+            f"plain ViT, width {self.embed_dim}, depth {self.depth}, {counted(self.num_heads, 'head')}, patch "
             f"{self.patch_size} of {self.image_size} px, {self.tokens} tokens, average pooling, fixed 2-D sin-cos "
             "positions"
         )
