@@ -344,6 +344,31 @@ def test_a_write_that_fails_leaves_all_outputs_old_and_a_comparison_that_goes_on
     assert comparisons["by_case"]["train-compare that cannot take a step of writing"] == 4
 
 
+RANKS = """
+import json, random, sys
+from pathlib import Path
+from benchmarks.trust.fault_runs import warm
+from benchmarks.trust.fault_workers import kill_ranks
+
+warm()
+found = kill_ranks(1, random.Random(0), Path(sys.argv[1]))
+print(json.dumps({**found.to_json(), "wrong": found.wrong}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the ranks are found in /proc")
+@pytest.mark.usefixtures("fonts")
+def test_a_comparison_that_lost_a_rank_of_torchrun_goes_on_and_ends_as_if_it_had_not(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANKS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wrong"] == []
+    assert found["kills"] == found["of those equal to the one never killed"] >= 1
+    assert found["temporary_files_after_the_next_run"] == 0
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return write_source(tmp_path_factory.mktemp("source"))

@@ -57,6 +57,24 @@ class Checkpoint(Mapping[str, Any]):
         """Take note of which tensors will be asked for, where reading several together saves something."""
 
 
+class View(Checkpoint):
+    """A checkpoint under names of its own: ``_names`` knows them; nothing is read to list them."""
+
+    _names: Mapping[str, Any]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._names)
+
+
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     """Return what is another where a file was replaced, cut or written over, its old time put back or not."""
     changed = 0 if os.name == "nt" else status.st_ctime_ns  # there, the time a file was made

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.base import Checkpoint, View
 from attnlens.errors import CheckpointError
 
 Values = NDArray[np.float64]
@@ -43,7 +43,7 @@ class Plan:
         return AppliedWeights(self, how) if self.made or self.refused else self.stored
 
 
-class AppliedWeights(Checkpoint):
+class AppliedWeights(View):
     """A checkpoint some of whose tensors are computed, in float64; its provenance says how."""
 
     def __init__(self, plan: Plan, how: str) -> None:
@@ -96,18 +96,6 @@ class AppliedWeights(Checkpoint):
         except (ValueError, IndexError) as error:
             shapes = ", ".join(f"{part} {self._stored.shape(part)}" for part in recipe.parts)
             raise CheckpointError(f"{name} cannot be computed ({self._how}): the shapes of {shapes} differ") from error
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of that name; nothing is read."""
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._names)
 
 
 def widened_codes(stored: Any) -> Values:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.base import Checkpoint, View
 from attnlens.errors import UsageError
 
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"))
@@ -37,7 +37,7 @@ class Network:
     tensors: Mapping[str, str]
 
 
-class ChosenNetwork(Checkpoint):
+class ChosenNetwork(View):
     """One network of a file under its own names; where the file holds several, the provenance says which it is."""
 
     def __init__(self, origin: Checkpoint, networks: tuple[Network, ...], chosen: Network, *, asked: bool) -> None:
@@ -88,18 +88,6 @@ class ChosenNetwork(Checkpoint):
     def __getitem__(self, name: str) -> Any:
         """Return a tensor."""
         return self.origin[self._names[name]]
-
-    def __contains__(self, name: object) -> bool:
-        """Whether the network has a tensor of that name; nothing is read."""
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the network's tensors."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Return the number of its tensors."""
-        return len(self._names)
 
 
 def rechosen(checkpoint: Checkpoint, wanted: str | None) -> Checkpoint:

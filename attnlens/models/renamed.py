@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from attnlens.checkpoints import Checkpoint
+from attnlens.checkpoints.base import View
 
 _VIT = (
     (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
@@ -31,7 +31,7 @@ _SWIN = (
 _SIGNS = ("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "features.1.0.attn.qkv.weight")
 
 
-class RenamedWeights(Checkpoint):
+class RenamedWeights(View):
     """The tensors of a checkpoint, or blocks of their rows, under other names; each is read when it is asked for."""
 
     def __init__(self, origin: Checkpoint, names: dict[str, tuple[str, slice]], how: str) -> None:
@@ -59,18 +59,6 @@ class RenamedWeights(Checkpoint):
         old, rows = self._names[name]
         stored = self._origin[old]
         return stored[rows] if stored.ndim else stored
-
-    def __contains__(self, name: object) -> bool:
-        """Whether a tensor of that name is there; nothing is read."""
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the new names."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._names)
 
 
 def as_timm_names(checkpoint: Checkpoint) -> RenamedWeights | None:

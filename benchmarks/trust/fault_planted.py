@@ -56,13 +56,13 @@ def failing_writes(draws: int, rng: random.Random, work: Path, names: Sequence[s
             put_old(command, work, folder := fresh(work / "failing"))
             plant = at_step(step, failing(rng.choice(REASONS)), folder)
             ended = Child(command.new, folder, plant).wait()
-            wrong = _half_done(command, folder, ended)
+            wrong = half_done(command, folder, ended)
             found.expect(f"{command.name} that cannot take a step of writing", not wrong, (step, wrong, ended))
     return found
 
 
-def _half_done(command: Command, folder: Path, ended: Ended) -> list[str]:
-    """Return what is neither all old, with an error of one line, nor all new."""
+def half_done(command: Command, folder: Path, ended: Ended) -> list[str]:
+    """Return what is neither all old, with an error of one line, nor all new; a scan keeps models that are done."""
     now = states(folder, command.outputs["old"], command.outputs["new"])
     wrong = [] if ended.code == 0 or (ended.code == 1 and ended.one_line) else [f"exit code {ended.code}"]
     for files in command.sets:
