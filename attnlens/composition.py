@@ -313,8 +313,8 @@ def _check_room(opened: OpenedModel, specs: Sequence[IndexedSpec]) -> None:
     pairs = (sum(heads) ** 2 - sum(number**2 for number in heads)) // 2
     if 16 * len(KINDS) * pairs > SCORES_HELD + sum(opened.bytes_of(spec) for _, spec in specs):
         raise UsageError(
-            f"{pairs:,} pairs of heads in {len(specs)} layers of {opened.name} are too many for weights of this size: "
-            "choose fewer layers with --layers"
+            f"{counted(pairs, 'pair')} of heads in {counted(len(specs), 'layer')} of {opened.name} are too many for "
+            "weights of this size: choose fewer layers with --layers"
         )
 
 

@@ -171,7 +171,7 @@ def _tests_fail(files: Sequence[str], tree: Path) -> bool:
 def _pytest(files: Sequence[str], tree: Path) -> None:
     import pytest
 
-    gc.freeze()  # what another thread had open at the fork is not this process's to report
+    gc.collect()  # of what imports left open in a circle, before pytest makes an error of it
     for name in [name for name in sys.modules if name.split(".")[0] in ("attnlens", "benchmarks", "tests")]:
         del sys.modules[name]
     os.chdir(tree)

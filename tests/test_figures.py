@@ -19,7 +19,7 @@ from PIL import Image
 import attnlens
 from attnlens.errors import OutputError, UsageError
 from attnlens.figures import heatmaps, profiles, save_figures, spectra, style
-from attnlens.inspection import Corners
+from attnlens.statistics.corners import Corners
 
 LAYERS, HEADS, EMBED_DIM, HEAD_DIM = 3, 3, 39, 13
 # Layers that are not neighbours, heads that differ in number, panels that differ in shape and are not square.
@@ -405,7 +405,7 @@ def test_a_large_image_drawn_in_strips_is_the_one_drawn_at_once(tmp_path, monkey
 
 
 def test_corners_shrink_with_the_number_of_heads_and_in_any_order(monkeypatch):
-    monkeypatch.setattr("attnlens.inspection.HEATMAP_ENTRIES", 11 * 13**2)
+    monkeypatch.setattr("attnlens.statistics.corners.HEATMAP_ENTRIES", 11 * 13**2)
     found = attnlens.inspect()
     sizes = {layer: found.heads(layer) for layer in found.layers}
     kept = []

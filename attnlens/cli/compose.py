@@ -12,7 +12,7 @@ from attnlens.cli.console import command_line, note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, print_sheet
 from attnlens.outputs import Outputs
-from attnlens.words import numbered
+from attnlens.words import counted, numbered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,7 @@ def compose(
         print_sheet(strongest_table(composition, top))
     if pairs.written < pairs.found:
         note(
-            f"both tables hold the {pairs.written:,} strongest of {pairs.found:,} pairs of heads, by score over "
+            f"both tables hold the {pairs.written} strongest of {counted(pairs.found, 'pair')} of heads, by score over "
             "baseline: --all-pairs writes all"
         )
     note(f"wrote composition.csv, composition.json and figures ({composition.fold}, {format_}) to {folder}")

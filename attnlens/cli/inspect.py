@@ -61,7 +61,8 @@ def inspect(
     """
     from attnlens.atomic import FileSet
     from attnlens.circuits import parse_folds
-    from attnlens.inspection import Corners, save_inspection
+    from attnlens.inspection import save_inspection
+    from attnlens.statistics.corners import Corners
     from attnlens.threads import import_beside
 
     options.draw_in(style, figure_width, format_, dpi)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -13,16 +13,9 @@ from attnlens.figures import gains, heatmaps, profiles, spectra
 from attnlens.figures.drawings import Drawing
 from attnlens.figures.panels import Given
 from attnlens.heads import Array
+from attnlens.statistics.corners import Corners
 from attnlens.statistics.gains import GainProfile
 from attnlens.statistics.table import StatsTable
-
-
-class Corners(Protocol):
-    """Corners of every product, as `heatmaps.draw_heatmap` takes them."""
-
-    def of(self, circuit: Kind) -> tuple[heatmaps.Panels, Mapping[int, heatmaps.Shape]]:
-        """Return the corners of a circuit, and the shape of each layer's whole product."""
-        ...
 
 
 def circuit_drawings(
