@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import compileall
-import gc
 import json
 import os
 import py_compile
@@ -171,7 +170,6 @@ def _tests_fail(files: Sequence[str], tree: Path) -> bool:
 def _pytest(files: Sequence[str], tree: Path) -> None:
     import pytest
 
-    gc.collect()  # of what imports left open in a circle, before pytest makes an error of it
     for name in [name for name in sys.modules if name.split(".")[0] in ("attnlens", "benchmarks", "tests")]:
         del sys.modules[name]
     os.chdir(tree)
@@ -181,7 +179,7 @@ def _pytest(files: Sequence[str], tree: Path) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     options = ("-q", "-x", "-p", "no:cacheprovider", "--assert=plain", *LEFT_OUT)
-    os._exit(any(pytest.main([*options, file]) for file in files))
+    os._exit(int(pytest.main([*options, *files])))
 
 
 def _compile(tree: Path) -> None:

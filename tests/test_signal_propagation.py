@@ -99,11 +99,11 @@ def test_options_reach_the_arms_that_have_them():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"arms": ["e-spam"]}, UsageError, "--arms names e-spam, which is no arm: choose from softmax"),
-        ({"arms": ["fitted"]}, UsageError, "--arms names fitted, which is no arm"),
+        ({"arms": ["e-spam"]}, UsageError, "arms names e-spam, which is no arm: choose from softmax"),
+        ({"arms": ["fitted"]}, UsageError, "arms names fitted, which is no arm"),
         ({"arms": []}, UsageError, "no arm is named"),
         ({"arms": ["shaped"], "options": {"gamma": 1}}, UsageError, "no arm has an option 'gamma': these arms accept"),
-        ({"tokens": 15}, UsageError, "--tokens 15 is no square"),
+        ({"tokens": 15}, UsageError, "tokens=15 is no square"),
         ({"seeds": 0}, UsageError, "nothing to measure"),
         ({"depth": 0}, UsageError, "nothing to measure"),
         ({"tokens": 1}, UsageError, "nothing to measure"),

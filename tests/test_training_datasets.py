@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from attnlens.arguments import as_options
 from attnlens.cli.app import app
 from attnlens.errors import UsageError
 from attnlens.training.data import image_files as images
@@ -338,7 +339,8 @@ def test_the_command_prints_its_report_and_stops_on_its_budget(small_command, tm
 def test_the_command_refuses_what_it_cannot_read(small_command, tmp_path, arguments, message):
     found = run_command(*small_command, "--output", tmp_path / "out", *arguments)
     assert isinstance(found.exception, UsageError)
-    assert message in str(found.exception)
+    with as_options():
+        assert message in str(found.exception)
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,15 @@ LEAST = 0.75 - 1 / 8  # of 64 channels that should all agree: three of four, les
 
 def word(p=1e-6, beta=0.3, **changed):
     """Judge one product whose findings are those of `CLEAR` but for what is changed."""
+    return judged(p, beta, **changed).verdict
+
+
+def judged(p=1e-6, beta=0.3, **changed):
     values = {field.name: np.array(math.nan) for field in fields(Inference)}
     values |= {name: np.array(value) for name, value in (CLEAR | changed).items()}
     fit = DiagonalFit(*(np.array(beta) for _ in fields(DiagonalFit)))
     (found,) = judge(fit, Inference(**values), np.array(p))
-    return found.verdict
+    return found
 
 
 SHORT = {"sign_agreement": LEAST - 1e-9}
@@ -91,6 +95,11 @@ FEW = {"bulk_trace_share": 0.5 - 1e-9}
 )
 def test_a_verdict_changes_where_its_rule_says(changed, expected):
     assert word(**changed) == expected
+
+
+@pytest.mark.parametrize(("p", "said"), [(0.0, "p < 1e-300"), (1e-300, "p = 1e-300"), (0.0123, "p = 0.012")])
+def test_a_chance_too_small_for_a_number_is_not_called_zero(p, said):
+    assert judged(p).reason.startswith(f"{said}, ")
 
 
 def test_what_is_said_of_the_signs_and_of_a_typical_channel_is_said_of_the_balanced_matrix():

@@ -26,6 +26,7 @@ SYMMETRIC_NOISE = 2.0
 """Largest variance of a noise diagonal over that of the entries around it: symmetric noise has twice."""
 TIED = 1e-9
 """Distance of the factors' cosine from 1 that is rounding."""
+_LEAST_P = 1e-300
 
 
 class Verdict(StrEnum):
@@ -90,6 +91,11 @@ class _Findings:
     channels: float
 
     @property
+    def chance(self) -> str:
+        """The p-value in words: what is too small for a number is not nothing."""
+        return f"p = {self.p:.2g}" if not self.p < _LEAST_P else f"p < {_LEAST_P:g}"
+
+    @property
     def agreed(self) -> str:
         return f"{self.sign_agreement * self.channels:.0f} of {self.channels:.0f} channels have its sign"
 
@@ -146,13 +152,13 @@ def _judge_one(found: _Findings) -> Judgement:
     typical = f"a typical diagonal entry is {found.typical_ratio**0.5:.1f} times as large as noise"
     if found.p >= LEVEL:
         if found.is_mixed and not found.agrees:
-            return Judgement(Verdict.MIXED, f"{typical}, but the mean is chance, p = {found.p:.2g}: {found.agreed}")
+            return Judgement(Verdict.MIXED, f"{typical}, but the mean is chance, {found.chance}: {found.agreed}")
         if found.spread_ratio > SYMMETRIC_NOISE:
             return Judgement(Verdict.NOT_DESCRIBED, _few_channels(found))
-        return Judgement(Verdict.NONE, f"a mean diagonal like this is chance, p = {found.p:.2g}")
+        return Judgement(Verdict.NONE, f"a mean diagonal like this is chance, {found.chance}")
     if not found.agrees:
         if found.is_mixed:
-            return Judgement(Verdict.MIXED, f"{typical}, and {found.agreed} (p = {found.p:.2g})")
+            return Judgement(Verdict.MIXED, f"{typical}, and {found.agreed} ({found.chance})")
         return Judgement(Verdict.NOT_DESCRIBED, f"{_few_channels(found)}; {found.agreed}")
     if not found.is_clear:
         return Judgement(
@@ -163,7 +169,7 @@ def _judge_one(found: _Findings) -> Judgement:
     if found.bulk_trace_share < MAJORITY or found.share_low_rank > MAJORITY:
         return _with_low_rank(found)
     word = Verdict.IDENTITY if found.beta > 0 else Verdict.NEGATIVE_IDENTITY
-    return Judgement(word, f"p = {found.p:.2g}, {found.agreed}")
+    return Judgement(word, f"{found.chance}, {found.agreed}")
 
 
 def _sign(found: _Findings) -> str:
@@ -186,4 +192,4 @@ def _with_low_rank(found: _Findings) -> Judgement:
     if found.bulk_trace_share * abs(found.identity_z) < -ndtri(LEVEL / 2):
         return Judgement(Verdict.NOT_DESCRIBED, f"{few}: what is left of it is chance")
     word = Verdict.IDENTITY_LOW_RANK if found.beta > 0 else Verdict.NEGATIVE_LOW_RANK
-    return Judgement(word, f"p = {found.p:.2g}, {found.agreed}; {few}")
+    return Judgement(word, f"{found.chance}, {found.agreed}; {few}")
