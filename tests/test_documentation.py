@@ -61,7 +61,7 @@ def test_the_table_in_the_readme_is_what_inspect_prints(tmp_path):
     assert "\n".join(line.rstrip() for line in done.stdout.strip().splitlines()) in README.read_text()
     figures = len(list(tmp_path.glob("*.png")))
     assert f"writes {WORDS[figures]} figures" in flat("README.md")
-    assert f"`inspect` writes {WORDS[figures]} figures" in flat("docs/trust-faults.md")
+    assert f"`inspect` {WORDS[figures]} figures" in flat("docs/trust-faults.md")
 
 
 def test_what_the_readme_shows_of_fit_params_and_init_is_what_they_print(tmp_path):

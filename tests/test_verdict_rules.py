@@ -97,7 +97,7 @@ def test_a_verdict_changes_where_its_rule_says(changed, expected):
     assert word(**changed) == expected
 
 
-@pytest.mark.parametrize(("p", "said"), [(0.0, "p < 1e-300"), (1e-300, "p = 1e-300"), (0.0123, "p = 0.012")])
+@pytest.mark.parametrize(("p", "said"), [(0.0, "p < 1e-307"), (1e-306, "p = 1e-306"), (0.0123, "p = 0.012")])
 def test_a_chance_too_small_for_a_number_is_not_called_zero(p, said):
     assert judged(p).reason.startswith(f"{said}, ")
 

@@ -26,7 +26,7 @@ SYMMETRIC_NOISE = 2.0
 """Largest variance of a noise diagonal over that of the entries around it: symmetric noise has twice."""
 TIED = 1e-9
 """Distance of the factors' cosine from 1 that is rounding."""
-_LEAST_P = 1e-300
+_LEAST_P = 1e-307
 
 
 class Verdict(StrEnum):
