@@ -321,8 +321,8 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
     A file that says nothing and holds depthwise filters, and no attention, is read by its tensors' shapes.
     """
     checkpoint = open_checkpoint(path, access.network)
-    named = checkpoint.metadata.get("architecture")
-    if named:
+    named, config = checkpoint.metadata.get("architecture"), path.parent / "config.json"
+    if named and ("model_args" in checkpoint.metadata or not config.is_file()):  # else a card's words, not a name
         model_args = {**parse_object(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
         return OpenedModel(title_of(path), architecture, checkpoint, {"model": path.name}, timm_args=model_args)
@@ -332,7 +332,6 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
         return _described_by(
             parse_object(packed_with.encode(), where), where, title_of(path), checkpoint, {"model": path.name}, given
         )
-    config = path.parent / "config.json"
     if config.is_file():
         config = within(path.parent, config, CheckpointError)
         return _configured(config, title_of(path), checkpoint, {"model": path.name}, given)
