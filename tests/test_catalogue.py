@@ -107,7 +107,7 @@ def test_a_pattern_is_a_part_of_a_name_or_a_shell_pattern_for_all_of_it(pattern,
 def test_a_family_is_chosen_by_its_name_in_any_case():
     assert names(SMALL.select(family="c5")) == ["xcit_tiny"]
     assert SMALL.select("vit_small", family="C5") == []
-    with pytest.raises(UsageError, match="--family 'Z' is no layout family: choose from A, B2, C5"):
+    with pytest.raises(UsageError, match="family='Z' is no layout family: choose from A, B2, C5"):
         SMALL.select(family="Z")
 
 
@@ -247,7 +247,7 @@ def test_nothing_cached_is_an_empty_list_and_a_word_on_stderr(listing, monkeypat
 
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
-    [(("vit_tny",), 1, "did you mean vit_tiny"), (("--family", "Z"), 2, "--family 'Z' is no layout family")],
+    [(("vit_tny",), 1, "did you mean vit_tiny"), (("--family", "Z"), 2, "family='Z' is no layout family")],
 )
 def test_errors_are_one_line_with_their_exit_code(listing, arguments, code, told):
     found, out, err = listing(*arguments)

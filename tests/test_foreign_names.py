@@ -257,7 +257,7 @@ def test_a_file_without_known_names_is_refused_by_what_it_holds(tmp_path):
 def test_the_guess_shows_in_table_and_provenance(tmp_path):
     found = attnlens.inspect(write(tmp_path, named(**BLOCK, **NORM)), num_heads=1)
     assert any(text.startswith("layout guessed") for text in found.left_out())
-    assert found.provenance["layout"] == "guessed from tensor names, 1 heads"
+    assert found.provenance["layout"] == "guessed from tensor names, 1 head"
     assert {row["layer"] for row in found.stats.records()} == {0}
 
 

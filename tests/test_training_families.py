@@ -341,16 +341,16 @@ def test_default_contrasts_of_drawn_networks_hold_each_arm_against_its_control()
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"arms": ("default", "fitted")}, UsageError, "--arms names fitted, and convmixer-test has no weights"),
+        ({"arms": ("default", "fitted")}, UsageError, "arms names fitted, and convmixer-test has no weights"),
         ({"arms": ("pretrained",)}, UsageError, "convmixer-test has no pre-trained weights: leave it out"),
         ({"arms": ("mimetic",)}, UnsupportedAttentionError, "attention"),
         ({"arms": ("value-skipinit",)}, UnsupportedAttentionError, "ConvMixer cannot be rewired"),
-        ({"model": "gpt-tiny"}, UsageError, "--model gpt-tiny reads bytes: name a text, as in --dataset text:FILE"),
+        ({"model": "gpt-tiny"}, UsageError, "model gpt-tiny reads bytes: name a text, as in dataset='text:FILE'"),
         ({"model": "gpt-tiy"}, ModelNotFoundError, "no language model is named 'gpt-tiy': choose from gpt-tiny"),
-        ({"context": 8}, UsageError, "--context is about text, and digits holds images"),
-        ({"arms": ("spectrum",)}, UsageError, "--arms names spectrum, which is no arm: choose from default, "),
-        ({"arms": ("fitted-gains",)}, UsageError, "--arms names fitted-gains, which is no arm"),
-        ({"arms": ("permuted",)}, UsageError, "--arms names permuted, and convmixer-test has no pre-trained weights"),
+        ({"context": 8}, UsageError, "context is about text, and digits holds images"),
+        ({"arms": ("spectrum",)}, UsageError, "arms names spectrum, which is no arm: choose from default, "),
+        ({"arms": ("fitted-gains",)}, UsageError, "arms names fitted-gains, which is no arm"),
+        ({"arms": ("permuted",)}, UsageError, "arms names permuted, and convmixer-test has no pre-trained weights"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, changes, error, message):
