@@ -366,12 +366,12 @@ def test_contrasts_are_declared_from_the_arms():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 3}, "--patch-size 3 does not divide the images of digits, 8 pixels wide"),
-        ({"batch_size": 121}, "--batch-size 121 is more than the 120 training images"),
-        ({"contrasts": [("mimetic", "fitted")]}, "--contrasts names fitted, which is not trained"),
+        ({"patch_size": 3}, "patch_size=3 does not divide the images of digits, 8 pixels wide"),
+        ({"batch_size": 121}, "batch_size=121 is more than the 120 training images"),
+        ({"contrasts": [("mimetic", "fitted")]}, "contrasts names fitted, which is not trained"),
         ({"contrasts": [("mimetic", "mimetic")]}, "compares an arm with itself"),
-        ({"train_images": 1001}, "--train-images 1001: the data set has 1000 such images"),
-        ({"dataset": "imagenot"}, "--dataset imagenot is no folder, no tar and no known name"),
+        ({"train_images": 1001}, "train_images=1001: the data set has 1000 such images"),
+        ({"dataset": "imagenot"}, "dataset imagenot is no folder, no tar and no known name"),
         ({"device": "cuda"}, "torch finds no CUDA device"),
     ],
 )
