@@ -227,7 +227,7 @@ def test_results_compared_by_balanced_accuracy_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("results.jsonl", None, "does not exist: give --train the output folder"),
+        ("results.jsonl", None, "does not exist: give train the output folder"),
         ("results.jsonl", "", "holds no evaluation"),
         ("results.jsonl", '{"arm": "a", "seed"', "line 1 of .* is no JSON"),
         ("results.jsonl", '{"arm": "a", "seed": "x", "epoch": 1}', "line 1 of .*: seed: "),
