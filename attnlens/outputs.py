@@ -53,11 +53,11 @@ class Outputs:
         """Take for inputs what of the values given is there: files, and the files in folders."""
         return cls(tuple(path for value in given for path in _files(value)), force)
 
-    def file(self, path: str | os.PathLike[str], suffix: str) -> Path:
+    def file(self, given: str | os.PathLike[str], suffix: str) -> Path:
         """Return where a file of one kind goes. Raises `UsageError` and `OutputError` where it may not go there."""
-        path = Path(path)
-        if path.is_dir() or str(path).endswith(os.sep):
-            raise UsageError(f"{path} is a folder: give a file to write, as {path / f'NAME{suffix}'}")
+        path = Path(given)
+        if os.fspath(given).endswith(("/", os.sep)) or path.is_dir():
+            raise UsageError(f"{given} is a folder: give a file to write, as {path / f'NAME{suffix}'}")
         if path.suffix != suffix and path.suffix in _FILE_SUFFIXES:
             raise UsageError(f"{path} is named as another kind of file: give a name that ends in {suffix}")
         return self.check(path)

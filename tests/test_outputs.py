@@ -132,6 +132,10 @@ def test_weights_are_not_replaced_by_what_is_measured_in_them(run, weights, tmp_
     [
         (("fit-params", "-o", "."), "is a folder: give a file to write"),
         (("init", "-o", "."), "is a folder: give a file to write"),
+        (("fit-params", "-o", "made/"), "made/ is a folder: give a file to write"),
+        (("init", "-o", "made/"), "made/ is a folder: give a file to write"),
+        (("report", "-o", "made/"), "made/ is a folder: give a file to write"),
+        (("report", "--table", "made/"), "made/ is a folder: give a file to write"),
         (("report", "-o", "notes.md"), "give a name that ends in .html"),
         (("init", "-o", "model.pth"), "give a name that ends in .safetensors"),
         (("inspect", "-o", "stats.csv"), "give a folder, which several files are written into"),

@@ -64,7 +64,10 @@ def fit_params(
     ] = "ledoit-wolf",
     offline: options.Offline = False,
     remote: options.Remote = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write this parameter file.")] = Path("params.json"),
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", parser=options.as_typed, help="Write this parameter file."),
+    ] = Path("params.json"),
     figures: options.Figures = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = None,

@@ -25,7 +25,9 @@ def init(
     pairs: options.InitOptions = None,
     model_args: options.ModelArgs = None,
     seed: Annotated[int, typer.Option(min=0, help="Use this seed for every draw, timm's own included.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write this file.")] = Path("model.safetensors"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", parser=options.as_typed, help="Write this file.")
+    ] = Path("model.safetensors"),
     force: options.Force = False,
     list_: Annotated[
         bool, typer.Option("--list", help="Print the initialisers with their options, and write nothing.")

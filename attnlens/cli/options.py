@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,11 @@ from attnlens.vocabulary import FIGURE_STYLE, FOLD, FOLD_CHOICE, Vocabulary, lay
 def in_brackets(vocabulary: Vocabulary) -> str:
     """Write the words an option takes as typer writes choices; what is typed is checked where the option is used."""
     return f"[{'|'.join(vocabulary.words)}]"
+
+
+def as_typed(given: str | Path) -> Any:
+    """Return a path; one with a slash at its end as text, since a `Path` forgets that a folder was meant."""
+    return given if str(given).endswith(("/", os.sep)) else Path(given)
 
 
 Folds = Annotated[
@@ -90,7 +96,10 @@ Remote = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
 TableFile = Annotated[
-    Path | None, typer.Option("--table", metavar="FILE", help="Write the table to this CSV file, too. Default: none.")
+    Path | None,
+    typer.Option(
+        "--table", metavar="FILE", parser=as_typed, help="Write the table to this CSV file, too. Default: none."
+    ),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace files that attnlens did not write. Inputs are never replaced.")

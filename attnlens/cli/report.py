@@ -33,7 +33,9 @@ def report(
     row_order: options.RowOrder = None,
     offline: options.Offline = False,
     remote: options.Remote = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write this HTML file.")] = Path("report.html"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", parser=options.as_typed, help="Write this HTML file.")
+    ] = Path("report.html"),
     table: options.TableFile = None,
     force: options.Force = False,
     json_: options.Json = False,
