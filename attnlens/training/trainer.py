@@ -183,16 +183,18 @@ def train_unit(session: Session, unit: Unit) -> bool:
     models, batch = len(unit), session.config.recipe.batch_size
     fewer = f"--stack {max(1, models // 2)} (same conditions) or " if models > 1 else ""
     advice = f"try {fewer}--batch-size {max(1, batch // 2)}, for every arm, with another --output"
+    size = f"with {counted(models, 'model')} of batch {batch}"
     try:
-        with room_for(f"with {counted(models, 'model')} of batch {batch}", advice, session.device):
+        with room_for(size, advice, session.device):
             return _Training(session, unit).run()
-    except OutOfMemoryError as error:
+    except OutOfMemoryError:
         if not session.automatic or models == 1:
             raise
-        told = str(error).removesuffix(f": {advice}")
     session.store.drop_checkpoint(unit_name(unit))
     session.halve(models)
-    sys.stderr.write(f"note: {told}: going on with stacks of {session.stack_limit}\n")
+    sys.stderr.write(
+        f"note: {session.device} ran out of memory {size}: going on with stacks of {session.stack_limit}\n"
+    )
     return train_unit(session, unit)
 
 
