@@ -267,15 +267,15 @@ def test_a_run_whose_bits_are_no_number_counts_as_diverged(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 4}, "--patch-size is about images, and text:descr is text: leave it out"),
-        ({"augment": "none"}, "--augment is about images"),
-        ({"model": "vit_tiny_patch16_224"}, "is text: name a language model, as in --model gpt-tiny"),
+        ({"patch_size": 4}, "patch_size is about images, and text:descr is text: leave it out"),
+        ({"augment": "none"}, "augment is about images"),
+        ({"model": "vit_tiny_patch16_224"}, "is text: name a language model, as in model='gpt-tiny'"),
         ({"context": 100_000}, "too few for a window of 100000 and the byte behind it"),
-        ({"test_images": 100_000}, r"--test-images 100000: the test split of text:descr has \d+ windows"),
-        ({"batch_size": 81}, "--batch-size 81 is more than the 80 training windows"),
+        ({"test_images": 100_000}, r"test_images=100000: the test split of text:descr has \d+ windows"),
+        ({"batch_size": 81}, "batch_size=81 is more than the 80 training windows"),
         ({"dataset": "text:nothing/here.txt"}, "there is no such file or folder, and no file matches it as a pattern"),
-        ({"arms": ("fitted",)}, "gpt-test has no weights it could be fitted in: give --params a file"),
-        ({"freeze_filters": True}, "--freeze-filters: the network has no depthwise filters"),
+        ({"arms": ("fitted",)}, "gpt-test has no weights it could be fitted in: give params a file"),
+        ({"freeze_filters": True}, "freeze_filters=True: the network has no depthwise filters"),
     ],
 )
 def test_usage_errors_say_what_to_change(tmp_path, changes, message):
