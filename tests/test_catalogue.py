@@ -247,7 +247,7 @@ def test_nothing_cached_is_an_empty_list_and_a_word_on_stderr(listing, monkeypat
 
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
-    [(("vit_tny",), 1, "did you mean vit_tiny"), (("--family", "Z"), 2, "family='Z' is no layout family")],
+    [(("vit_tny",), 1, "did you mean vit_tiny"), (("--family", "Z"), 2, "--family 'Z' is no layout family")],
 )
 def test_errors_are_one_line_with_their_exit_code(listing, arguments, code, told):
     found, out, err = listing(*arguments)

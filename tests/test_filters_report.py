@@ -13,7 +13,7 @@ from attnlens.filters.comparison import SHARES
 from attnlens.inits import init_
 from attnlens.reports import report
 from attnlens.reports.filters import COLUMNS
-from attnlens.templates import shown
+from attnlens.templates import aligned, shown
 from tests.filter_models import both, convmixer, vit
 
 PICTURES = ("filter_covariance", "filter_spectra", "filter_profile")
@@ -39,7 +39,9 @@ def test_every_layer_stands_in_the_page_with_its_numbers_and_verdict():
     assert len(found) == len(rows) == 4
     for cell, row in zip(found, rows, strict=True):
         assert cell["verdict"] == row["verdict"] == "closed form"
-        assert {name: cell[name] for name in COLUMNS} == {name: shown(row[name]) for name in COLUMNS}
+        assert {name: float(cell[name]) for name in COLUMNS} == {name: float(shown(row[name])) for name in COLUMNS}
+    for name in COLUMNS:
+        assert [cell[name].strip() for cell in found] == [text.strip() for text in aligned(row[name] for row in rows)]
 
 
 def test_a_width_that_was_not_found_is_told_in_the_page():
