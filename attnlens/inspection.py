@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from attnlens.atomic import FileSet
 from attnlens.balance import Gains
@@ -22,12 +20,8 @@ from attnlens.circuits import (
     FactoredProduct,
     Fold,
     Kind,
-    fold_ov,
-    fold_qk,
     layer_ov,
-    ov_circuit,
     parse_folds,
-    qk_circuit,
     sum_of,
 )
 from attnlens.errors import UnsupportedAttentionError, UsageError
@@ -40,8 +34,8 @@ from attnlens.models.open import named_and_weights, open_model
 from attnlens.models.opened import Access, IndexedSpecs, OpenedModel, unknown_norms
 from attnlens.provenance import run_provenance
 from attnlens.statistics.corners import Corners
-from attnlens.statistics.diagonal import fit_diagonal
-from attnlens.statistics.gains import describe_gains, gain_profiles
+from attnlens.statistics.gains import gain_profiles
+from attnlens.statistics.layer import GainsKey, Observe, SpectrumKey, measure_layer
 from attnlens.statistics.table import ALL_HEADS, Row, StatsTable, Tabular
 from attnlens.threads import Progress, over_threads
 from attnlens.vocabulary import CIRCUIT, FOLD, HEADS, ON_REQUEST, head_index, layer_choice, layer_index
@@ -57,11 +51,6 @@ if TYPE_CHECKING:
 
 UNSAID = frozenset({"qk_bias"})
 """Flags too common to be said of every model; the table holds them all the same."""
-
-SpectrumKey = tuple[int, Kind, Fold]
-GainsKey = tuple[int, Kind, str]
-Observe = Callable[[HeadWeights, Kind, Fold, FactoredProduct], None]
-"""Called with a layer's products under a fold while they are in memory: a stack by head, or the sum, one matrix."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -350,44 +339,6 @@ def save_inspection(
         inspection.opened.checkpoint.check()  # figures are drawn from the weights after these were measured
         files.write(paths["stats.json"], lambda file: file.write(text.encode()))
     return paths
-
-
-def measure_layer(
-    weights: HeadWeights, folds: Sequence[Fold], *, layer_spectra: bool = False, observe: Observe | None = None
-) -> tuple[list[Row], dict[SpectrumKey, Array], dict[GainsKey, Gains]]:
-    """Fit every circuit of one layer: table rows, singular values ``[head, rank]`` and balanced products' gains."""
-    rows: list[Row] = []
-    spectra: dict[SpectrumKey, Array] = {}
-    gains: dict[GainsKey, Gains] = {}
-    raw = {"qk": qk_circuit(weights)}
-    if weights.W_O is not None:
-        raw |= {"ov": ov_circuit(weights), "sum": replace(layer_ov(weights), parts=None)}
-    for fold in folds:
-        if fold != "raw" and "norm_unknown" in weights.leaves_out:
-            continue
-        for name, product in raw.items():
-            circuit: Kind = "qk" if name == "qk" else "ov"
-            folded = (fold_qk if name == "qk" else fold_ov)(product, weights, fold)
-            if observe is not None:
-                observe(weights, circuit, fold, folded)
-            heads: Iterable[int | str] = (ALL_HEADS,) if name == "sum" else range(folded.shape[0])
-            singular = folded.singular_values() if name != "sum" or layer_spectra else None
-            if name != "sum" and singular is not None:
-                spectra[weights.layer, circuit, fold] = singular
-            if folded.gains is not None:
-                gains[weights.layer, circuit, ALL_HEADS if name == "sum" else "each"] = folded.gains
-            rows += _rows(weights, heads, circuit, fold, (fit_diagonal(folded, singular), describe_gains(folded)))
-    return rows, spectra, gains
-
-
-def _rows(
-    weights: HeadWeights, heads: Iterable[int | str], circuit: Kind, fold: Fold, found: Sequence[Any]
-) -> list[Row]:
-    statistics = [np.atleast_1d(getattr(each, name)).tolist() for each in found for name in each.names()]
-    about = (weights.num_heads, weights.name, " ".join(weights.leaves_out))
-    return [
-        (weights.layer, head, circuit, fold, *values, *about) for head, *values in zip(heads, *statistics, strict=True)
-    ]
 
 
 def _check_size(size: int) -> None:

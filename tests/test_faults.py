@@ -272,6 +272,15 @@ def fonts():
     return matplotlib.font_manager.fontManager
 
 
+def in_a_process(script, folder):
+    """Run a script of the benchmark in a process and a folder of its own; return what it prints last."""
+    command = [sys.executable, "-c", script, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 KILLS = """
 import json, os, random, sys
 from collections import Counter
@@ -305,11 +314,7 @@ print(json.dumps([mixed, {name: {**one.to_json(), "wrong": one.wrong} for name, 
 
 @pytest.mark.usefixtures("fonts")
 def test_killed_commands_leave_the_old_or_the_new_and_killed_comparisons_end_as_if_they_had_not_been(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLS, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    mixed, found = json.loads(done.stdout)
+    mixed, found = in_a_process(KILLS, tmp_path)
     told = {"while writing": 1, "sets of files from two runs": 1, "of those told apart by the hashes they name": 1}
     assert mixed == {"code": -9, "wrong": [], **told}
     for one in found.values():
@@ -334,11 +339,7 @@ print(json.dumps([one.to_json() for one in found]))
 
 @pytest.mark.usefixtures("fonts")
 def test_a_write_that_fails_leaves_all_outputs_old_and_a_comparison_that_goes_on(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PLANTED, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    commands, comparisons = json.loads(done.stdout)
+    commands, comparisons = in_a_process(PLANTED, tmp_path)
     assert commands["wrong"] == comparisons["wrong"] == []
     assert commands["cases"] == 12
     assert comparisons["by_case"]["train-compare that cannot take a step of writing"] == 4
@@ -359,11 +360,7 @@ print(json.dumps({**found.to_json(), "wrong": found.wrong}))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the ranks are found in /proc")
 @pytest.mark.usefixtures("fonts")
 def test_a_comparison_that_lost_a_rank_of_torchrun_goes_on_and_ends_as_if_it_had_not(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RANKS, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = in_a_process(RANKS, tmp_path)
     assert found["wrong"] == []
     assert found["kills"] == found["of those equal to the one never killed"] >= 1
     assert found["temporary_files_after_the_next_run"] == 0

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 
 import attnlens
 from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.models.open import EMBEDDED
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 39, "depth": 3, "num_heads": 3, "num_classes": 5}
 
@@ -156,6 +158,20 @@ def test_nan_and_inf_weights_name_their_tensor(folder, value):
     save_model(model, path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.proj\.weight holds 1 NaN or Inf"):
         attnlens.inspect(path)
+
+
+def test_a_file_whose_card_describes_its_architecture_is_read_by_the_configuration_beside_it(tmp_path):
+    shipped = EMBEDDED / "model.safetensors"
+    with safe_open(shipped, "np") as file:
+        assert " with " in file.metadata()["architecture"]  # a sentence, and no name of timm's
+    for given in ((shipped,), (None, shipped)):
+        seen = attnlens.inspect(*given)
+        assert seen.opened.architecture.name == "vit_tiny_patch16_224"
+        assert len(seen.layers) == 6
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(shipped.read_bytes())
+    with pytest.raises(ModelNotFoundError, match="no architecture named 'vit_tiny_patch16_224 with"):
+        attnlens.inspect(alone)
 
 
 def test_a_file_that_names_no_architecture_says_how_to_name_it(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnlens.circuits import ov_circuit
-from attnlens.inspection import measure_layer
+from attnlens.statistics.layer import measure_layer
 from attnlens.statistics.table import StatsTable
 from tests.conftest import random_heads
 

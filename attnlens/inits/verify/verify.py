@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from attnlens.circuits import Fold, ov_circuit, qk_circuit
+from attnlens.circuits import Fold
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import HeadWeights
 from attnlens.inits.apply import make_layer, planned_heads, planned_layers, run_each
@@ -27,11 +27,11 @@ from attnlens.inits.verify.check import MATRIX_TOLERANCE, Check, stored_eps
 from attnlens.inits.verify.factors import bias_deviations, empty_directions, skipped_directions, split_problem
 from attnlens.inits.verify.filters import verify_filter_layer
 from attnlens.inits.verify.gains import gain_problem, has_dead_channels
+from attnlens.inits.verify.marks import with_clones, with_reuse
 from attnlens.inits.verify.mistakes import (
     MISTAKES,
     Tolerance,
     balanced_spread_error,
-    clones,
     diagonal_spread,
     one_product,
     recognise,
@@ -40,7 +40,7 @@ from attnlens.inits.verify.mistakes import (
     spread_limits,
     tolerance_at,
 )
-from attnlens.inits.verify.reuse import Reuse, Signs, reused, signs_of
+from attnlens.inits.verify.reuse import Signs, reused, signs_of
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.depthwise import FilterSpec
 from attnlens.layouts.read_write import Tensors
@@ -149,7 +149,7 @@ def verify_init(
     jobs: list[Callable[[], _Found]] = [partial(_verify_layer, rule, network, *p, whole) for p in layers.attention]
     jobs += [partial(_verify_filters, rule, network, *layer, whole) for layer in layers.filters]
     results = run_each(jobs, tensors, layers.specs())
-    checks = _with_reuse(
+    checks = with_reuse(
         [check for result in results for check in result.checks],
         list(reused([signs for result in results for signs in result.signs])),
     )
@@ -240,7 +240,7 @@ def _verify_layer(rule: Rule, network: Network, index: int, spec: AttentionSpec,
     drawn = any(request.alpha > 0 for request in plan.requests)
     if not drawn or (whole and all(check.passed for check in checks)):
         return _Found(index, [*checks, *biases], skipped)
-    checks = _with_clones(checks, layer, rule.fold)
+    checks = with_clones(checks, layer, rule.fold)
     signs = tuple(signs for circuit, head in _drawn(rows) for signs in _signs(layer, circuit, head, rule.fold))
     return _Found(index, [*checks, *biases], skipped, signs)
 
@@ -379,36 +379,3 @@ def _bias_checks(layer: Layer, plan: Plan, planned: HeadWeights, eps: float, who
         problem = f"{name} is up to {worst:.2g} away from what it is set to"
         mistake = "" if np.any(getattr(planned, name)) else "bias not zero"
     return [Check(*key, matrix_error=worst, matrix_tolerance=limit, problem=problem, mistake=mistake)]
-
-
-def _with_clones(checks: list[Check], layer: Layer, fold: Fold) -> list[Check]:
-    """Mark the checks of heads that repeat an earlier one of their layer and circuit."""
-    repeated: dict[tuple[str, int | str], str] = {}
-    for circuit, stack in (("qk", qk_circuit), ("ov", ov_circuit)):
-        if any(check.circuit == circuit and check.head != ALL_HEADS for check in checks):
-            for first, head, cosine in clones(stack(layer.weights, fold)):
-                repeated[circuit, head] = f"its off-diagonal is that of head {first}: cosine {cosine:.2f}"
-    places = [(check.circuit, check.head) for check in checks]
-    return [
-        _named(check, repeated[place], "cloned heads") if place in repeated else check
-        for check, place in zip(checks, places, strict=True)
-    ]
-
-
-def _with_reuse(checks: list[Check], reuses: list[Reuse]) -> list[Check]:
-    """Mark the checks of products whose noise is that of another layer or circuit."""
-    by_place = {(each.product.layer, each.product.circuit, each.product.head): each for each in reuses}
-    marked = []
-    for check in checks:
-        each = by_place.get((check.layer, check.circuit, check.head))
-        if each is not None:
-            of = f"layer {each.of.layer}, {each.of.circuit} {each.of.head}"
-            problem = f"its noise is that of {of}: its signs correlate by {each.correlation:.2f}"
-            marked.append(_named(check, problem, "reused noise"))
-        else:
-            marked.append(check)
-    return marked
-
-
-def _named(check: Check, problem: str, mistake: str) -> Check:
-    return replace(check, problem="; ".join(filter(None, (check.problem, problem))), mistake=check.mistake or mistake)
