@@ -20,7 +20,9 @@ import json
 import os
 import py_compile
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,7 +89,8 @@ OPERATORS = tuple(
         *("AddNot", "ZeroIterationForLoop"),
     )
 )
-TIMEOUT_S = 600
+CPU_LIMIT_S, TIMEOUT_S = 600, 1800
+"""Tests that took so many seconds of CPU time, or waited so long, are taken to have no end."""
 EQUIVALENT = Path(__file__).parent / "equivalent_mutants.json"
 """Survivors that compute the same as the code they change: file, change and the reason."""
 
@@ -164,6 +167,8 @@ def _tests_fail(files: Sequence[str], tree: Path) -> bool:
         process.kill()
         process.join()
         raise TimeoutError
+    if process.exitcode == -signal.SIGXCPU:
+        raise TimeoutError
     return process.exitcode != 0
 
 
@@ -177,6 +182,7 @@ class _Ended:
 def _pytest(files: Sequence[str], tree: Path) -> None:
     import pytest
 
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, resource.RLIM_INFINITY))  # SIGXCPU ends the process
     for name in [name for name in sys.modules if name.split(".")[0] in ("attnlens", "benchmarks", "tests")]:
         del sys.modules[name]
     os.chdir(tree)

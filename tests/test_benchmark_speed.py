@@ -10,7 +10,7 @@ import pytest
 
 from attnlens.checkpoints import open_checkpoint
 from attnlens.models.open import open_model
-from benchmarks.speed.__main__ import RESULTS, Bench
+from benchmarks.speed.__main__ import RESULTS, Bench, command
 from benchmarks.speed.process import Run, busy_process, run, summary
 from benchmarks.speed.rows import ROWS, Row
 from benchmarks.speed.table import PAGE, fill, goals
@@ -63,6 +63,11 @@ def test_a_goal_is_met_or_the_table_says_by_how_much_it_is_not():
     assert goals(row, entry(3.0), base) == (
         "2 s: missed by 1, 1.50 times (3); 30 MiB private above imports: met (20). Why: it waits"
     )
+
+
+def test_the_line_that_ran_holds_no_folder_of_the_machine():
+    ran = command(["--bench-python", "/some/where/bin/python", "--rows", "help"])
+    assert ran == "python -m benchmarks.speed --bench-python python --rows help"
 
 
 def test_every_row_with_a_goal_says_why_it_may_be_missed_and_can_be_run(tmp_path):

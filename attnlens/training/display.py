@@ -122,7 +122,8 @@ class Display:
             caption_justify="left",
         )
         for title in ("arm", "runs", "epoch", name, ""):
-            table.add_column(title, justify="left" if title in ("arm", "") else "right", no_wrap=True)
+            told = title in ("arm", "")  # words go on below where a terminal is narrow; numbers stay whole
+            table.add_column(title, justify="left" if told else "right", no_wrap=not told, overflow="fold")
         for arm in self.config.arms:
             now = sorted({epoch for (one, _), epoch in self.epoch.items() if one == arm})
             scores = self.scores[arm].values()

@@ -18,10 +18,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -100,7 +102,7 @@ def machine() -> dict[str, Any]:
     """Return what a time depends on."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.speed " + " ".join(sys.argv[1:]),
+        "command": command(sys.argv[1:]),
         "cpus": os.cpu_count(),
         "cores": {"available": available_cores(), "free": free_cores()},
         "processor": cpu_name(),
@@ -109,6 +111,12 @@ def machine() -> dict[str, Any]:
         "threads": {name: os.environ.get(name, "not set") for name in THREADS},
         "load": os.getloadavg(),
     }
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Return the line that ran, of whole paths their last names alone."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
+    return shlex.join(["python", "-m", "benchmarks.speed", *words])
 
 
 def cpu_name() -> str:

@@ -27,7 +27,7 @@ def goals(row: Row, entry: dict[str, Any], result: dict[str, Any]) -> str:
         if value is None:
             continue
         missed |= value > goal
-        over = f"missed by {value - goal:.2g}, {value / goal:.2f} times" if value > goal else "met"
+        over = f"missed by {value - goal:.3g}, {value / goal:.2f} times" if value > goal else "met"
         said.append(f"{goal:.3g} {UNITS[quantity]}: {over} ({value:.3g})")
     return "; ".join(said) + (f". Why: {row.why}" if missed else "")
 
