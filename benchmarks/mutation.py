@@ -188,11 +188,15 @@ def _pytest(files: Sequence[str], tree: Path) -> None:
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     os.environ["PYTHONPATH"] = str(tree)  # of commands the tests start
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    log = os.open(_log(tree), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     options = ("-q", "-x", "-p", "no:cacheprovider", "--assert=plain", *LEFT_OUT)
     os._exit(int(pytest.main([*options, *files], plugins=[_Ended()])))
+
+
+def _log(tree: Path) -> Path:
+    return tree.with_suffix(".log")
 
 
 def _compile(tree: Path) -> None:
@@ -239,7 +243,8 @@ def main() -> None:
             # A survivor shows that the tests pass as they are; where there is none they are run once without a mutant.
             survivors = [each for each in planted if each and each.outcome == "survived"]
             if not survivors and _tests_fail(PARTS[part][1], tree):
-                raise SystemExit(f"the tests of {part} fail without any mutant: {' '.join(PARTS[part][1])}")
+                told = _log(tree).read_text().splitlines()[-20:]
+                raise SystemExit("\n".join([*told, f"the tests of {part} fail without any mutant"]))
             trees.put(tree)
             results["parts"][part] = _part([each for each in planted if each], len(possible), given.seed, at)
             write_text_atomic(given.output, json.dumps(_scored(results["parts"]), indent=1) + "\n")
