@@ -133,7 +133,7 @@ class InitReport(Tabular):
         """Say in a few lines what was done."""
         lines = [f"{self.init}, seed {self.seed}" + (f", {self.fold} products" if self.products else "")]
         for circuit, unit in (("qk", "head"), ("ov", "layer")):
-            rows = [p for p in self.products if p.circuit == circuit]
+            rows = [p for p in self.products if p.circuit == circuit and (unit == "head") == (p.head != ALL_HEADS)]
             if rows:
                 alpha, beta = (sum(getattr(p, name) for p in rows) / len(rows) for name in ("alpha", "beta"))
                 over = counted(len(rows), unit)
@@ -291,18 +291,18 @@ def _no_kurtoses(product: FactoredProduct) -> list[float]:
 def factored_errors(have: tuple[Array, Array], wanted: tuple[Array, Array]) -> Array:
     """Return ||A B^T - C D^T|| / ||C D^T|| of each product in a stack, in Frobenius norm, without forming any.
 
-    With E = A - C and F = B - D the difference is E B^T + C F^T: two small terms and no cancellation, so that float32
-    gives the error itself to six digits.
+    With E = A - C and F = B - D the difference is E B^T + C F^T. Where only the split between the factors is another
+    its terms cancel: float64 leaves 1e-8 of them.
     """
     A, B = (_tensor(factor) for factor in have)
     C, D = (_tensor(factor) for factor in wanted)
-    E, F, B, C, D = (A - C).float(), (B - D).float(), B.float(), C.float(), D.float()
+    E, F = A - C, B - D
 
     def inner(X: Tensor, Y: Tensor, Z: Tensor, W: Tensor) -> Tensor:  # <X Z^T, Y W^T>
         return ((X.mT @ Y) * (Z.mT @ W)).sum((-2, -1))
 
     difference = inner(E, E, B, B) + inner(C, C, F, F) + 2 * inner(E, C, B, F)
-    return (difference.clamp_min(0).sqrt() / inner(C, C, D, D).sqrt()).double().numpy()
+    return (difference.clamp_min(0).sqrt() / inner(C, C, D, D).sqrt()).numpy()
 
 
 def product_matrix(A: Array, B: Array) -> Tensor:
