@@ -30,7 +30,7 @@ _MODULES = (
 )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Initialiser:
     """A named initialiser: ``make(network, **options)`` resolves its options and returns its rule."""
 
