@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from attnlens.circuits import FactoredProduct
 from attnlens.fit.fit_params import fit_params
 from attnlens.inits import init_, products, verify_init
 from attnlens.inits.apply import make_layer
@@ -14,7 +16,14 @@ from attnlens.inits.products import draw_matrix, plan_ov_heads, plan_qk
 from attnlens.inits.random import Streams
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.truncation import _krylov, unwanted_band
-from attnlens.inits.verify.mistakes import balanced_spread_error, settled_alpha, spread_limits, tolerance_at
+from attnlens.inits.verify.mistakes import (
+    balanced_spread_error,
+    diagonal_spread,
+    off_diagonal_cosine,
+    settled_alpha,
+    spread_limits,
+    tolerance_at,
+)
 from attnlens.models.live import open_live
 from attnlens.statistics.inverse import Parameters
 from tests.drawn_cases import NETWORKS, PLAIN, params, vit
@@ -30,6 +39,15 @@ def layers_of(model):
 def test_limits_of_a_diagonals_spread():
     assert spread_limits(72) == pytest.approx((0.5, math.sqrt(2) * 1.5))
     assert balanced_spread_error(50, 8) == pytest.approx(6 * math.sqrt(0.01 + 1 / 64))
+
+
+def test_a_product_without_an_off_diagonal_has_neither_spread_nor_cosine():
+    exact = FactoredProduct(np.diag([1.0, 2.0, 4.0]), np.eye(3))
+    noisy = FactoredProduct(np.array([[1.0, 2.0, 0.0], [0.0, 2.0, 2.0], [2.0, 0.0, 3.0]]), np.eye(3))
+    assert np.isnan(diagonal_spread(exact))
+    assert float(diagonal_spread(noisy)) == pytest.approx(1 / math.sqrt(2))  # sd 1, six entries of mean square 2
+    assert off_diagonal_cosine(exact, noisy) == 0
+    assert off_diagonal_cosine(noisy, noisy) == pytest.approx(1)
 
 
 def test_tolerances_of_alpha_and_beta():
