@@ -1,5 +1,8 @@
 """The stacked engine against timm's modules, arms against what they promise, and structure against `inspect`."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +147,7 @@ def test_loading_again_in_place_forgets_the_run_before():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler here")
 def test_a_compiled_bf16_stack_trains_like_an_eager_one():
     """On a CPU; the compiler and the casts are those of the GPU, the kernels are not."""
     shape = SHAPE.model_copy(update={"depth": 1})

@@ -171,7 +171,10 @@ def test_ctrl_c_in_set_up_ends_in_one_line_with_130(tmp_path, after):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "attnlens", "train-compare", "--output", "out", "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a test run in the background, and inherited
+    started = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    signal.signal(signal.SIGINT, ignored)
+    with started as process:
         for line in process.stderr:
             if line.startswith(after):
                 process.send_signal(signal.SIGINT)
