@@ -17,7 +17,7 @@ from attnlens.checkpoints.pickles import load_pickle
 from attnlens.errors import CheckpointError, UsageError
 from attnlens.printable import LONGEST, one_line, printable
 from attnlens.strict_json import parse_json, within
-from benchmarks.trust import payloads, seeds
+from benchmarks.trust import built, payloads, seeds
 from benchmarks.trust.guard import Case, Outcome
 from benchmarks.trust.mutations import members_of, zip_of
 from benchmarks.trust.parsers import PARSERS, corpus
@@ -54,6 +54,14 @@ def test_no_hostile_file_breaks_a_promise():
     assert built["past_parser_share"] > 0.6, "what is built is whole: what is odd about it lies behind the parser"
     assert built["accepted"]
     assert built["refused"]
+
+
+@pytest.mark.parametrize("name", ["safetensors", "npz", "tensors"])
+def test_a_shape_that_claims_more_than_a_disk_holds_makes_a_short_file(name):
+    shapes = {"huge": (3, 2**40), "small": (2, 3)}
+    made = getattr(built, name)(random.Random(0), shapes)
+    assert "small" in made if name == "tensors" else 2 * 3 <= len(made) < built.LONGEST + 4096
+
 
 
 def outcomes(*verdicts):

@@ -173,8 +173,13 @@ def _companions(rng: random.Random, name: str, shape: tuple[int, ...]) -> Shapes
     return rng.choice(kinds)
 
 
+LONGEST = 1 << 20
+"""Bytes that are written of a tensor: a shape may claim more than a disk holds, and its file is cut there."""
+
+
 def content(rng: random.Random, size: int) -> bytes:
-    """Return so many bytes of numbers: ordinary, or, once in forty times, odd ones."""
+    """Return so many bytes of numbers, `LONGEST` at most: ordinary, or, once in forty times, odd ones."""
+    size = min(size, LONGEST)
     if rng.random() < 0.975:
         return bytes(rng.choices(_ORDINARY, k=size))
     if rng.random() < 0.2:
