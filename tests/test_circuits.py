@@ -17,6 +17,7 @@ from attnlens.circuits import (
     side_by_side,
     sum_of,
 )
+from attnlens.circuits.factored import RIDGE
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.heads import InputNorm
 from attnlens.statistics.diagonal import fit_diagonal
@@ -363,3 +364,22 @@ def test_a_products_memory_is_free_with_the_last_of_it(whole, scale):
         assert held() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "width", "rank"), [(3, 11, 5, 3), (11, 3, 5, 3), (11, 13, 5, 5), (7, 7, 7, 7)]
+)
+def test_no_rank_is_beyond_rows_columns_and_inner_width(rows, cols, width, rank):
+    rng = np.random.default_rng(0)
+    product = FactoredProduct(rng.normal(size=(rows, width)), rng.normal(size=(cols, width)))
+    assert product.rank_bound == np.linalg.matrix_rank(product.dense()) == rank
+    assert len(product.singular_values()) == rank
+
+
+def test_a_whole_matrix_without_full_rank_has_a_gram_matrix_above_zero():
+    rng = np.random.default_rng(1)
+    whole = WholeProduct.of(rng.normal(size=(17, 3)) @ rng.normal(size=(3, 17)), 3)
+    gram, _ = whole.spectral_form()
+    exact = whole.dense().T @ whole.dense()
+    ridge = np.linalg.eigvalsh(gram - exact)
+    np.testing.assert_allclose(ridge, RIDGE * np.trace(exact), rtol=0.02)

@@ -63,7 +63,6 @@ def test_a_shape_that_claims_more_than_a_disk_holds_makes_a_short_file(name):
     assert "small" in made if name == "tensors" else 2 * 3 <= len(made) < built.LONGEST + 4096
 
 
-
 def outcomes(*verdicts):
     case = Case("npz", "x", {}, made="built")
     return [Outcome(case, verdict, "why", growth=7, seconds=0.5, size=3, passed=True) for verdict in verdicts]

@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import math
 
 import numpy as np
 import pytest
 
 from attnlens.circuits import ov_circuit
 from attnlens.statistics.layer import measure_layer
+from attnlens.statistics.preview import text_preview
 from attnlens.statistics.table import StatsTable
 from tests.conftest import random_heads
 
@@ -51,3 +53,22 @@ def test_pandas_gets_the_same_rows(table):
     frame = table.to_pandas()
     assert list(frame.columns) == list(table.columns)
     assert len(frame) == len(table)
+
+
+def test_a_table_of_records_has_the_names_asked_for_or_those_of_the_first():
+    records = [{"a": 1, "b": "x"}, {"b": "y", "c": 3.0}]
+    assert StatsTable.of(records) == StatsTable(((1, "x"), (pytest.approx(math.nan, nan_ok=True), "y")), ("a", "b"))
+    assert StatsTable.of(records, ["b", "c"]).select(b="y").rows == (("y", 3.0),)
+    assert StatsTable.of([]) == StatsTable((), ())
+
+
+def test_a_row_that_is_longer_than_its_columns_is_no_row():
+    with pytest.raises(ValueError, match="zip"):
+        StatsTable(((1, 2),), ("a",)).json_rows()
+
+
+def test_a_long_cell_is_cut_where_its_column_ends():
+    lines = text_preview(("name",), [("x" * 28,), ("y" * 29,)]).splitlines()
+    assert max(map(len, lines)) <= 28
+    assert any("x" * 28 in line for line in lines)
+    assert any(line.strip() == "y" * 25 + "..." for line in lines)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from statistics import fmean
 
 import pytest
 
@@ -90,6 +91,10 @@ COMMANDS = {
     "doctor": ("doctor",),
     "scan": ("scan", "runs/**", "-o", "scanned"),
 }
+TRAINING = (
+    *("--arms", "default,norm-matched-mimetic", "--seeds", "2", "--epochs", "2", "--train-images", "100"),
+    *("--embed-dim", "24", "--depth", "2", "--num-heads", "3", "--batch-size", "50", "--device", "cpu"),
+)
 
 
 @pytest.mark.slow
@@ -105,6 +110,34 @@ def test_no_command_cuts_a_number_at_any_width(made, name):
         if name in ("inspect", "fit-params"):
             flat = re.sub(r"\s+", " ", shown)
             assert [number for number in numbers_of(name, made) if number not in flat] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_live_table_of_a_training_and_its_report_cut_no_number(made, width):
+    code, shown = on_terminal(made, width, "train-compare", *TRAINING, "-o", f"trained{width}", "--force")
+    assert code == 0, shown
+    assert ELLIPSIS not in shown
+    live = [line.rstrip() for line in re.split(r"[\r\n]+", shown.split("# ")[0]) if re.search(r"\d/2", line)]
+    assert live
+    assert max(map(len, live)) <= width
+    records = [json.loads(line) for line in (made / f"trained{width}" / "results.jsonl").read_text().splitlines()]
+    last = {record["run"]: record for record in records if record.get("accuracy") is not None}
+    means = {
+        f"{100 * fmean(one['accuracy'] for run, one in last.items() if run.startswith(arm)):.1f}%"
+        for arm in ("default-", "norm-matched-mimetic-")
+    }
+    assert all(any(mean in line for line in live) for mean in means), live[-4:]
+
+
+@pytest.mark.slow
+def test_the_report_says_where_it_is_at_any_width(made):
+    for width in WIDTHS:
+        code, shown = on_terminal(made, width, "report", "-o", f"report{width}.html")
+        assert code == 0, shown
+        assert f"report{width}.html" in shown
+        assert ELLIPSIS not in shown
+        assert (made / f"report{width}.html").stat().st_size > 100_000
 
 
 def rows_of(sheet, width, encoding="utf-8"):

@@ -120,6 +120,20 @@ IN_UNITS = {"alpha", "beta", "frobenius_norm", "spectral_norm", "null_sd", "diag
 IN_UNITS |= {f"{name}_{end}" for name in ("alpha", "beta") for end in ("stderr", "low", "high")}
 
 
+def test_what_centring_takes_away_leaves_no_diagonal_behind():
+    """Rows in common plus columns in common: centred, rounding alone is left, and its trace means nothing."""
+    rng = np.random.default_rng(5)
+    rows, columns = rng.normal(size=(2, 8, 61, 1))
+    ones = np.ones_like(rows)
+    turned = np.linalg.qr(rng.normal(size=(2, 2))).Q
+    product = FactoredProduct(np.concatenate([rows, ones], -1) @ turned, np.concatenate([ones, columns], -1) @ turned)
+    left = np.abs(product.centred(True, True).diagonal().sum(-1))
+    assert (left > 0).any(), "there is no rounding to be taken for a diagonal"
+    z, p = trace_p_value(product)
+    np.testing.assert_array_equal(z, 0.0)
+    np.testing.assert_array_equal(p, 1.0)
+
+
 @pytest.mark.parametrize("planted", [0.0, 0.3])
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 2.0**-70, 1e12, 2.0**70, 1e30, 1e150])
 def test_nothing_that_is_said_of_a_product_depends_on_its_scale(scale, planted):

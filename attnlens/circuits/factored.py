@@ -85,8 +85,8 @@ class FactoredProduct:
         return np.asarray(np.einsum("...r,...r->...", self.A.sum(-2), self.B.sum(-2)))
 
     def squared_norm(self) -> Float[Array, "*stack"]:
-        """Return ||M||_F^2 = <A^T A, B^T B>."""
-        return np.asarray((self.grams[0] * self.grams[1]).sum((-2, -1)))
+        """Return ||M||_F^2 = <A^T A, B^T B>, 0 where rounding alone would leave less."""
+        return np.asarray(np.maximum((self.grams[0] * self.grams[1]).sum((-2, -1)), 0.0))
 
     def squared_trace(self) -> Float[Array, "*stack"]:
         """Return tr(M @ M) = tr((B^T A)^2)."""
