@@ -1,5 +1,6 @@
 """Circuits against dense float64 products and against attention itself."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -383,3 +384,12 @@ def test_a_whole_matrix_without_full_rank_has_a_gram_matrix_above_zero():
     exact = whole.dense().T @ whole.dense()
     ridge = np.linalg.eigvalsh(gram - exact)
     np.testing.assert_allclose(ridge, RIDGE * np.trace(exact), rtol=0.02)
+
+
+@pytest.mark.parametrize("circuit", [qk_circuit, ov_circuit])
+def test_gains_of_another_width_are_refused_where_they_would_be_folded(circuit):
+    heads = dataclasses.replace(random_heads(), norm_gain=np.ones(5))
+    assert np.isfinite(circuit(heads, "raw").dense()).all()
+    for fold in ("effective", "centred", "balanced"):
+        with pytest.raises(UnsupportedAttentionError, match="has 5 gains, the projection 13 channels"):
+            circuit(heads, fold)

@@ -298,3 +298,14 @@ def test_the_conversion_shows_in_the_provenance_of_an_inspection(tmp_path):
     found = attnlens.inspect(tmp_path, tmp_path / "a.safetensors")
     assert found.provenance["converted"] == "timm checkpoint_filter_fn"
     assert len(found.layers) == 3
+
+
+@pytest.mark.parametrize("kind", ["float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "int64", "bool"])
+def test_numbers_of_every_type_reach_the_conversion(kind):
+    import ml_dtypes
+
+    from attnlens.checkpoints.converted import _torch_state
+
+    values = np.array([[0.0, 1.0, -2.0, 0.5]]).astype(getattr(ml_dtypes, kind, kind))
+    found = _torch_state({"weight": values})["weight"]
+    assert found.double().tolist() == values.astype(np.float64).tolist()

@@ -186,7 +186,7 @@ def _torch_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     found = {}
     for name, value in checkpoint.items():
         if isinstance(value, np.ndarray):
-            plain = value if value.dtype.kind in "fiub" else value.astype(np.float32)  # ml_dtypes are of kind V
+            plain = value.astype(np.float32) if value.dtype.isbuiltin == 2 else value  # 2: of ml_dtypes
             found[name] = torch.from_numpy(np.array(plain))
         else:
             found[name] = value

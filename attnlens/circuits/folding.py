@@ -11,7 +11,7 @@ import numpy as np
 from attnlens.circuits.factored import FactoredProduct
 from attnlens.circuits.whole import WholeProduct
 from attnlens.errors import UnsupportedAttentionError
-from attnlens.heads import Array, HeadWeights, expand_groups
+from attnlens.heads import Array, HeadWeights, Role, expand_groups
 from attnlens.vocabulary import FOLD, FOLD_CHOICE
 
 Kind = Literal["qk", "ov"]
@@ -24,7 +24,7 @@ def fold_qk(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> Facto
     fold = FOLD(fold)
     if fold == "raw":
         return product
-    product = product.scaled(weights.gain("q"), weights.gain("k"))
+    product = product.scaled(_gain(weights, "q", product.shape[-2]), _gain(weights, "k", product.shape[-1]))
     if fold == "balanced":
         return product.balanced()
     return product.centred(*(weights.input_norm(role).centres for role in ("q", "k"))) if fold == "centred" else product
@@ -35,10 +35,21 @@ def fold_ov(product: FactoredProduct, weights: HeadWeights, fold: Fold) -> Facto
     fold = FOLD(fold)
     if fold == "raw":
         return product
-    product = product.scaled(weights.gain("v"), weights.gain("o"))
+    product = product.scaled(_gain(weights, "v", product.shape[-2]), _gain(weights, "o", product.shape[-1]))
     if fold == "balanced":
         return product.balanced()
     return product.centred(weights.input_norm("v").centres, False) if fold == "centred" else product
+
+
+def _gain(weights: HeadWeights, role: Role, size: int) -> Array | None:
+    gain = weights.gain(role)
+    if gain is not None and gain.ndim and gain.shape[-1] not in (1, size):
+        place = "LayerScale behind o" if role == "o" else f"norm in front of {role}"
+        raise UnsupportedAttentionError(
+            f"{weights.name}: the {place} has {gain.shape[-1]} gains, the projection {size} channels: they do not "
+            "belong together, and only the raw products can be formed (fold raw)"
+        )
+    return gain
 
 
 def qk_circuit(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
