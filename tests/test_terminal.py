@@ -131,6 +131,19 @@ def test_the_live_table_of_a_training_and_its_report_cut_no_number(made, width):
 
 
 @pytest.mark.slow
+def test_what_init_drew_is_said_whole_at_any_width(made):
+    for width in WIDTHS:
+        name = f"drawn{width}.safetensors"
+        code, shown = on_terminal(made, width, "init", "vit_tiny_patch16_224", "--init", "mimetic", "-o", name)
+        assert code == 0, shown
+        assert ELLIPSIS not in shown
+        flat = re.sub(r"\s+", " ", shown)
+        assert re.search(r"QK: mean alpha 0\.\d{4}, beta \+0\.\d{4} over 36 heads", flat)
+        assert f"attnlens verify-init --checkpoint {name}" in flat
+        assert (made / name).stat().st_size > 20_000_000
+
+
+@pytest.mark.slow
 def test_the_report_says_where_it_is_at_any_width(made):
     for width in WIDTHS:
         code, shown = on_terminal(made, width, "report", "-o", f"report{width}.html")
