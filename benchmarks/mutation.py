@@ -60,7 +60,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("tests/test_layouts_rules.py", "tests/test_layouts_roundtrip.py", "tests/test_filters_inspect.py"),
             *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py", "tests/test_shipped_layouts.py"),
-            *("tests/test_layouts_census.py", "tests/test_live_networks.py"),
+            *("tests/test_layouts_census.py", "tests/test_live_networks.py", "tests/test_layouts_pieces.py"),
         ),
     ),
     "inits": (
