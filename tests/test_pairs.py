@@ -56,6 +56,15 @@ def test_of_a_large_product_all_pairs_of_the_largest_channels_are_looked_at_and_
     np.testing.assert_allclose(often[others], often[others].mean(), atol=LARGEST)
 
 
+def test_rounding_does_not_decide_which_channels_of_one_size_are_looked_at():
+    sizes = np.ones(401)
+    rounded = sizes + np.random.default_rng(7).uniform(-1e-9, 1e-9, 401)  # as far as balanced margins are from 1
+    for one, other in zip(places(401, sizes), places(401, 3e-9 * rounded), strict=True):
+        np.testing.assert_array_equal(other, one)
+    larger = np.where(np.arange(401) == 200, 1 + 1e-7, sizes)
+    assert (places(401, larger)[0] == 200).sum() + (places(401, larger)[1] == 200).sum() == 400  # all its pairs
+
+
 def test_the_sample_of_the_others_is_a_function_of_the_seed():
     one, again, other = (places(401, np.arange(401.0), seed)[0] for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)

@@ -146,8 +146,13 @@ class FactoredProduct:
         return np.matmul(np.swapaxes(self.B, -1, -2), self.A)
 
     def eigenvalues(self) -> Complex[NDArray[np.complex128], "*stack inner"]:
-        """Return the rank eigenvalues of M that can be non-zero, those of B^T A."""
-        return np.asarray(np.linalg.eigvals(self.core), dtype=np.complex128)
+        """Return the rank eigenvalues of M that can be non-zero, those of B^T A.
+
+        They are found at one size, between powers of 2: LAPACK rounds otherwise at another.
+        """
+        exponent = exponent_of(self.core)[..., None]
+        unit = np.linalg.eigvals(np.ldexp(self.core, -exponent[..., None])).astype(np.complex128)
+        return np.asarray(np.ldexp(unit.real, exponent) + 1j * np.ldexp(unit.imag, exponent))
 
     def singular_values(self) -> Float[Array, "*stack rank"]:
         """Return the singular values of M that can be non-zero, largest first: those of R_A @ R_B^T.

@@ -99,7 +99,9 @@ class WholeProduct(FactoredProduct):
 
     def singular_values(self) -> Float[Array, "*stack rank"]:
         """Return the singular values of M, largest first."""
-        return np.asarray(np.linalg.svd(self.A, compute_uv=False)[..., : self.rank_bound])
+        unit, exponent = self.unit
+        values = np.linalg.svd(unit.A, compute_uv=False)[..., : self.rank_bound]
+        return np.asarray(np.ldexp(values, exponent[..., None]))
 
     def spectral_norm(self) -> Float[Array, "*stack"]:
         """Return the largest singular value, by `largest_singular_value`."""

@@ -11,6 +11,7 @@ from attnlens.circuits import FactoredProduct
 from attnlens.heads import Array
 
 _PAIRS = 1 << 15  # pairs of entries M_ij, M_ji looked at one by one: all of them where there are no more
+_DECIMALS = 8  # of a size over the mean size: sizes that differ by less, as balanced ones do, are the same size
 _BLOCK = 32  # also the number of largest channels of which every pair is looked at
 
 
@@ -69,7 +70,7 @@ def _pairs(product: FactoredProduct, sizes: Array, seed: int) -> _Pairs:
     if d * (d - 1) <= 2 * _PAIRS or width == 0:
         dense, upper = product.dense(), np.triu_indices(d, 1)
         return _Pairs(np.stack([dense[upper], dense.T[upper]]), len(upper[0]), 0.0)
-    order = np.argsort(-sizes)
+    order = np.argsort(-np.round(sizes * (d / sizes.sum()), _DECIMALS), kind="stable")
     rest = np.random.default_rng(seed).permutation(order[_BLOCK:])
     order = np.concatenate([order[:_BLOCK], rest, rest[: width + _BLOCK]])
     starts = np.arange(_BLOCK, d, _BLOCK)
