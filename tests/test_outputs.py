@@ -191,6 +191,14 @@ def test_a_model_is_known_by_where_it_lies_from_any_folder(tmp_path, monkeypatch
         ("runs/a/vit_small.safetensors", "vit_small"),
         ("runs/a/mimetic-1.safetensors", "mimetic-1"),
         ("runs/a/modelzoo.pth", "modelzoo"),
+        ("runs/a/last.pth.tar", "a-last"),
+        ("runs/a/model_best.pth.tar", "a-model_best"),
+        ("runs/a/epoch=3-step=100.ckpt", "a-epoch=3-step=100"),
+        ("runs/a/model.safetensors.xz", "a"),
+        ("runs/a/model.safetensors.index.json", "a"),
+        ("runs/a/vit.b16.tar.gz", "vit.b16"),
+        ("runs/a/vit.b16.weights_file", "vit.b16"),
+        ("runs/a/adapter_model.safetensors", "a"),
     ],
 )
 def test_a_model_is_named_after_what_tells_it_apart(tmp_path, path, title):

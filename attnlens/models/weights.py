@@ -19,11 +19,21 @@ from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
 from attnlens.models.opened import Access, Weights
 from attnlens.strict_json import parse_json, within
 
-_WHOLE = {Path(name).stem for name in (*TRANSFORMERS_FILES, *DIFFUSERS_FILES)} | {"model", "weights"}
-_COMMON = re.compile(
-    rf"{'|'.join(map(re.escape, sorted(_WHOLE)))}|(open_clip_|flax_)?(pytorch_)?model([._-](best|final|last|ema))?"
-    r"|(checkpoint|ckpt|epoch|step|iter|best|last|latest|final|state_dict|ema)([._=-]?(best|last|final|\d+))*"
+_SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS, *PACKED_SUFFIXES)
+
+
+def _stem(name: str) -> str:
+    """Return a file's name without its endings: ``last`` of ``last.pth.tar``."""
+    cut = next((len(suffix) for suffix in _SUFFIXES if name.lower().endswith(suffix) and name.lower() != suffix), 0)
+    return _stem(name[:-cut]) if cut else name
+
+
+_WHOLE = {_stem(name) for name in (*TRANSFORMERS_FILES, *DIFFUSERS_FILES)} | {"adapter_model", "model", "weights"}
+_WORD = (
+    r"(open_clip_|flax_|pytorch_|adapter_)?model|checkpoint|ckpt|epoch|global_step|step|iter|of"
+    r"|best|last|latest|final|state_dict|ema"
 )
+_COMMON = re.compile(rf"{'|'.join(map(re.escape, sorted(_WHOLE)))}|({_WORD})([._=-]?({_WORD}|\d+))*")
 """Stems that say nothing of which model a file is of"""
 
 
@@ -44,8 +54,7 @@ def weights_of(given: Weights, access: Access) -> Checkpoint:
 
 def is_weight_name(path: Path) -> bool:
     """Return whether a file's name ends as one that holds weights, in a format that is read or told from those."""
-    suffixes = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS, *PACKED_SUFFIXES)
-    return path.name.lower().endswith(suffixes)
+    return path.name.lower().endswith(_SUFFIXES)
 
 
 def weights_in(folder: Path) -> Path:
@@ -68,7 +77,7 @@ def alone_in(folder: Path) -> Path | None:
 
 def title_of(path: Path) -> str:
     """Return what a weight file's model is called: its folder's name where every model's file is called the same."""
-    stem, folder = path.stem, path.absolute().parent.name
+    stem, folder = _stem(path.name if is_weight_name(path) else path.stem), path.absolute().parent.name
     if not folder or not _COMMON.fullmatch(stem.lower()):
         return stem
     return folder if stem.lower() in _WHOLE else f"{folder}-{stem}"
