@@ -1,4 +1,4 @@
-"""Small attention modules of every class that is read, with options away from their defaults, and what is stored of them.
+"""Small attention modules of every class that is read, options away from their defaults, and what is stored of them.
 
 Sizes are as unlike as each class allows. Where a module's input is given, what is read of it is held against the
 module's own forward pass before it is stored: see `tests.test_layouts_stored`.
@@ -27,7 +27,7 @@ PATH = "stages.1.attn"
 
 @dataclass(frozen=True)
 class Case:
-    """A module by its class and arguments; ``inputs`` are the shapes that its forward pass takes, pairs are grid sizes."""
+    """A module by its class and arguments; ``inputs`` are the shapes its forward pass takes, pairs are grid sizes."""
 
     module_class: str
     args: tuple[Any, ...]
@@ -157,7 +157,13 @@ def _fused() -> Iterator[Case]:
     yield Case(beit, (21, 3), {"qkv_bias": True, "window_size": (3, 5), "attn_head_dim": 5})
     yield Case(beit, (21, 3), {"qkv_bias": True, "window_size": (3, 5)}, _tokens(21, 16))
     yield Case(beit, (21, 3), {}, _tokens(21))
-    for owner in ("cait.TalkingHeadAttn", "convit.MHSA", "volo.Attention", "nest.Attention", "twins.LocallyGroupedAttn"):
+    for owner in (
+        "cait.TalkingHeadAttn",
+        "convit.MHSA",
+        "volo.Attention",
+        "nest.Attention",
+        "twins.LocallyGroupedAttn",
+    ):
         name = f"timm.models.{owner}"
         if "twins" in owner:
             yield Case(name, (21, 3), {"ws": 2}, ((1, 16, 21), (4, 4)))
@@ -181,7 +187,9 @@ def _fused() -> Iterator[Case]:
         yield Case(sam, (21, 3), options, ((1, 3, 4, 21),), _QK * biased)
         options = {"use_global": False, "qkv_bias": biased}
         yield Case("timm.models.gcvit.WindowAttentionGlobal", (21, 3, (2, 2)), options, ((1, 4, 21),))
-    yield Case("timm.models.swin_transformer.WindowAttention", (21, 3), {"head_dim": 5, "window_size": 3}, ((2, 9, 21),))
+    yield Case(
+        "timm.models.swin_transformer.WindowAttention", (21, 3), {"head_dim": 5, "window_size": 3}, ((2, 9, 21),)
+    )
     yield Case(sam, (21, 3), {"rope": nn.Identity()})
     options = {"meta_hidden_dim": 7}
     name = "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention"
@@ -239,10 +247,14 @@ def _convolved() -> Iterator[Case]:
     for biased in (False, True):
         options = {"num_heads": 2, "qkv_bias": biased, "dim_head": 7, "qk_ratio": 0.6, "scale_pos_embed": biased}
         options["feat_size"] = (4, 4)
-        yield Case("timm.layers.bottleneck_attn.BottleneckAttn", (12, 14), {**options, "stride": 1 + biased}, _image(12, 4))
+        yield Case(
+            "timm.layers.bottleneck_attn.BottleneckAttn", (12, 14), {**options, "stride": 1 + biased}, _image(12, 4)
+        )
         options = {**options, "block_size": 2, "halo_size": 1, "avg_down": biased}
         yield Case("timm.layers.halo_attn.HaloAttn", (12, 14), {**options, "stride": 2 - biased}, _image(12, 4))
-        yield Case("timm.layers.halo_attn.HaloAttn", (12, 14), {**options, "stride": 2, "avg_down": not biased}, _image(12, 4))
+        yield Case(
+            "timm.layers.halo_attn.HaloAttn", (12, 14), {**options, "stride": 2, "avg_down": not biased}, _image(12, 4)
+        )
         options = {"feat_size": (4, 4), "num_heads": 2, "dim_head": 5, "qkv_bias": biased, "stride": 2 - biased}
         yield Case("timm.layers.lambda_layer.LambdaLayer", (14, 14), options, _image(14, 4))
     for options in (
@@ -264,13 +276,23 @@ def _convolved() -> Iterator[Case]:
     options = {"key_dim": 5, "num_heads": 3, "attn_ratio": 2, "resolution": 4, "out_dim": 23}
     yield Case("timm.models.efficientformer_v2.Attention2dDownsample", (19,), options, _image(19, 4), ("act",))
     yield Case("timm.models.iformer.SHMA", (22,), {"head_dim_reduction_ratio": 2}, _image(22, 3), ("gate_act",))
-    options = {"num_heads": 3, "attn_ratio": 2, "resolution": 3, "kernels": (3, 3, 5)}
-    yield Case("timm.models.efficientvit_msra.CascadedGroupAttention", (30, 7), {**options, "attn_ratio": 10 / 7}, _image(30, 3), ("proj.0", "dws"))
+    name = "timm.models.efficientvit_msra.CascadedGroupAttention"
+    options = {"num_heads": 3, "attn_ratio": 10 / 7, "resolution": 3, "kernels": (3, 3, 5)}
+    yield Case(name, (30, 7), options, _image(30, 3), ("proj.0", "dws"))
+    options = {"num_heads": 1, "attn_ratio": 13 / 7, "resolution": 3, "kernels": (3,)}
+    yield Case(name, (13, 7), options, _image(13, 3), ("proj.0", "dws"))
 
 
 def _others() -> Iterator[Case]:
     name = "timm.layers.attention_pool.AttentionPoolLatent"
-    options = {"num_heads": 3, "latent_dim": 13, "latent_len": 2, "qkv_bias": False, "pos_embed": "abs", "feat_size": 11}
+    options = {
+        "num_heads": 3,
+        "latent_dim": 13,
+        "latent_len": 2,
+        "qkv_bias": False,
+        "pos_embed": "abs",
+        "feat_size": 11,
+    }
     yield Case(name, (24, 29), options, _tokens(24))
     options = {"num_heads": 2, "embed_dim": 22, "qk_norm": True, "norm_layer": nn.LayerNorm}
     yield Case(name, (22, 0), options, _tokens(22), _QK)
@@ -307,7 +329,9 @@ def _on_request() -> Iterator[Case]:
     yield Case("timm.models.coat.FactorAttnConvRelPosEnc", (21, 3), {"shared_crpe": nn.Identity()})
     name = "timm.models.efficientvit_mit.LiteMLA"
     for options in ({"scales": ()}, {"heads": 3, "scales": (3, 5), "use_bias": True}):
-        yield Case(name, (19, 23), {"dim": 5, **options}, _image(19, 3) if "heads" not in options else (), ("kernel_func",))
+        yield Case(
+            name, (19, 23), {"dim": 5, **options}, _image(19, 3) if "heads" not in options else (), ("kernel_func",)
+        )
 
 
 def _refused() -> Iterator[Case]:
