@@ -13,7 +13,7 @@ from tests.test_layouts_tracing import FOLDED, WIDTH, Attention, Network, follow
 
 
 def test_a_pass_leaves_no_hook_and_the_mode_as_it_was():
-    network = Network(lambda n, x: n.attn(n.norm(x)))
+    network = Network(lambda n, x: n.attn(n.before(x)))
     for mode in (True, False):
         network.train(mode)
         assert followed(network) == FOLDED
@@ -25,12 +25,12 @@ def test_a_pass_leaves_no_hook_and_the_mode_as_it_was():
 
 def test_a_pass_is_made_as_in_use_and_not_as_in_training():
     seen = []
-    followed(Network(lambda n, x: (seen.append((n.training, torch.is_grad_enabled())), n.attn(n.norm(x)))[1]))
+    followed(Network(lambda n, x: (seen.append((n.training, torch.is_grad_enabled())), n.attn(n.before(x)))[1]))
     assert seen == [(False, False)]
 
 
 def test_the_first_input_that_is_taken_is_used_and_the_first_failure_told():
-    network = Network(lambda n, x: n.attn(n.norm(x))).to("meta")
+    network = Network(lambda n, x: n.attn(n.before(x))).to("meta")
     specs = list(attention_modules(network))
     good, small, flat = ((torch.zeros(1, 5, width, device="meta"),) for width in (WIDTH, 7, 3))
     assert trace_surroundings(network, specs, [small, flat, good]) == {"attn": FOLDED}
@@ -64,12 +64,12 @@ def test_what_was_not_followed_is_flagged_as_unknown_behind_what_is_known(attent
 
 
 def test_norms_and_scale_come_into_the_layout_whole():
-    model = Network(lambda _n, x: x, norm=nn.BatchNorm1d(WIDTH, eps=0.25), other=nn.RMSNorm(WIDTH))
+    model = Network(lambda _n, x: x, before=nn.BatchNorm1d(WIDTH, eps=0.25), other=nn.RMSNorm(WIDTH))
     (spec,) = attention_modules(model)
-    found = with_surroundings(spec, Surroundings((("q", "norm"), ("kv", "other")), "gamma", ("rope",)), model)
+    found = with_surroundings(spec, Surroundings((("q", "before"), ("kv", "other")), "gamma", ("rope",)), model)
     assert found == spec.replace(
         norms=(
-            NormSpec(kind="batch", roles="q", weight="norm.weight", variance="norm.running_var", eps=0.25),
+            NormSpec(kind="batch", roles="q", weight="before.weight", variance="before.running_var", eps=0.25),
             NormSpec(kind="rms", roles="kv", weight="other.weight", eps=0.0),
         ),
         layer_scale="gamma",

@@ -11,7 +11,7 @@ from attnlens.layouts.norms import trace_surroundings
 from attnlens.layouts.tracing import Surroundings
 
 WIDTH, TOKENS = 12, 5
-NORMED = (("qkv", "norm"),)
+NORMED = (("qkv", "before"),)
 FOLDED, UNREAD = Surroundings(NORMED), Surroundings()
 MIXED = Surroundings(NORMED, flags=("tokens_mixed",))
 LOST, PART = Surroundings(flags=("norm_not_folded",)), Surroundings(flags=("norm_mixed",))
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
     def __init__(self, step, **parts):
         super().__init__()
-        self.norm, self.attn = nn.LayerNorm(WIDTH), Attention()
+        self.before, self.attn = nn.LayerNorm(WIDTH), Attention()
         self.other = nn.LayerNorm(WIDTH)
         self.gamma = nn.Parameter(torch.ones(WIDTH))
         self.token = nn.Parameter(torch.ones(1, 1, WIDTH))
@@ -68,58 +68,61 @@ def pooled(x, by=functional.avg_pool1d):
 
 
 READ = {
-    "the norm": (lambda n, x: n.norm(x), FOLDED),
+    "the norm": (lambda n, x: n.before(x), FOLDED),
     "no norm": (lambda _n, x: x, UNREAD),
-    "a norm that is not the last": (lambda n, x: n.other(n.norm(x)), Surroundings((("qkv", "other"),))),
-    "moved tokens": (lambda n, x: n.norm(x).roll(1, 1).flip(1)[:, :3].reshape(3, 1, WIDTH), UNREAD),  # flip is unknown
-    "rolled tokens": (lambda n, x: n.norm(x).roll(1, 1)[:, :3].reshape(3, 1, WIDTH).double().float(), FOLDED),
-    "padded tokens": (lambda n, x: functional.pad(n.norm(x), (0, 0, 0, 2)), FOLDED),
-    "clamped tokens": (lambda n, x: n.norm(x).clamp(-1, 1), FOLDED),
-    "split tokens": (lambda n, x: n.norm(x).split([2, 3], 1)[1], FOLDED),
-    "chunks": (lambda n, x: n.norm(x).chunk(2, 1)[1], FOLDED),
-    "a pool": (lambda n, x: pooled(n.norm(x)), MIXED),
-    "two pools": (lambda n, x: pooled(pooled(n.norm(x))), MIXED),
+    "a norm that is not the last": (lambda n, x: n.other(n.before(x)), Surroundings((("qkv", "other"),))),
+    "moved tokens": (
+        lambda n, x: n.before(x).roll(1, 1).flip(1)[:, :3].reshape(3, 1, WIDTH),
+        UNREAD,
+    ),  # flip is unknown
+    "rolled tokens": (lambda n, x: n.before(x).roll(1, 1)[:, :3].reshape(3, 1, WIDTH).double().float(), FOLDED),
+    "padded tokens": (lambda n, x: functional.pad(n.before(x), (0, 0, 0, 2)), FOLDED),
+    "clamped tokens": (lambda n, x: n.before(x).clamp(-1, 1), FOLDED),
+    "split tokens": (lambda n, x: n.before(x).split([2, 3], 1)[1], FOLDED),
+    "chunks": (lambda n, x: n.before(x).chunk(2, 1)[1], FOLDED),
+    "a pool": (lambda n, x: pooled(n.before(x)), MIXED),
+    "two pools": (lambda n, x: pooled(pooled(n.before(x))), MIXED),
     "an adaptive pool": (
-        lambda n, x: functional.adaptive_avg_pool2d(n.norm(x).mT[..., None], (3, 1))[..., 0].mT,
+        lambda n, x: functional.adaptive_avg_pool2d(n.before(x).mT[..., None], (3, 1))[..., 0].mT,
         MIXED,
     ),
     "a pool of other things": (lambda _n, x: pooled(x), UNREAD),
-    "an activation": (lambda n, x: n.norm(x).relu(), LOST),
-    "an activation behind a pool": (lambda n, x: functional.gelu(pooled(n.norm(x))), LOST),
-    "a pool behind an activation": (lambda n, x: pooled(n.norm(x).tanh()), LOST),
-    "an activation in place": (lambda n, x: n.norm(x).relu_(), LOST),
-    "two activations": (lambda n, x: n.norm(x).relu().sigmoid(), LOST),
+    "an activation": (lambda n, x: n.before(x).relu(), LOST),
+    "an activation behind a pool": (lambda n, x: functional.gelu(pooled(n.before(x))), LOST),
+    "a pool behind an activation": (lambda n, x: pooled(n.before(x).tanh()), LOST),
+    "an activation in place": (lambda n, x: n.before(x).relu_(), LOST),
+    "two activations": (lambda n, x: n.before(x).relu().sigmoid(), LOST),
     "an activation of other things": (lambda _n, x: x.relu(), UNREAD),
-    "an unknown operation": (lambda n, x: n.norm(x).cumsum(1), UNREAD),
-    "a depthwise convolution": (lambda n, x: over_tokens(n.depthwise, n.norm(x)), MIXED),
-    "two depthwise convolutions": (lambda n, x: over_tokens(n.depthwise, over_tokens(n.depthwise, n.norm(x))), MIXED),
-    "a depthwise convolution behind an activation": (lambda n, x: over_tokens(n.depthwise, n.norm(x).relu()), LOST),
+    "an unknown operation": (lambda n, x: n.before(x).cumsum(1), UNREAD),
+    "a depthwise convolution": (lambda n, x: over_tokens(n.depthwise, n.before(x)), MIXED),
+    "two depthwise convolutions": (lambda n, x: over_tokens(n.depthwise, over_tokens(n.depthwise, n.before(x))), MIXED),
+    "a depthwise convolution behind an activation": (lambda n, x: over_tokens(n.depthwise, n.before(x).relu()), LOST),
     "a depthwise convolution of other things": (lambda n, x: over_tokens(n.depthwise, x), UNREAD),
-    "a convolution of two channels each": (lambda n, x: over_tokens(n.grouped, n.norm(x)), UNREAD),
-    "another token in front": (lambda n, x: torch.cat([n.token, n.norm(x)], 1), PART),
-    "another token behind": (lambda n, x: torch.cat([n.norm(x), n.token], 1), PART),
-    "another token and an activation": (lambda n, x: torch.cat([n.norm(x), n.token], 1).relu(), LOST),
-    "another token and a pool": (lambda n, x: pooled(torch.cat([n.norm(x), n.token], 1)), PART),
+    "a convolution of two channels each": (lambda n, x: over_tokens(n.grouped, n.before(x)), UNREAD),
+    "another token in front": (lambda n, x: torch.cat([n.token, n.before(x)], 1), PART),
+    "another token behind": (lambda n, x: torch.cat([n.before(x), n.token], 1), PART),
+    "another token and an activation": (lambda n, x: torch.cat([n.before(x), n.token], 1).relu(), LOST),
+    "another token and a pool": (lambda n, x: pooled(torch.cat([n.before(x), n.token], 1)), PART),
     "another token and a depthwise convolution": (
-        lambda n, x: over_tokens(n.depthwise, torch.cat([n.norm(x), n.token], 1)),
+        lambda n, x: over_tokens(n.depthwise, torch.cat([n.before(x), n.token], 1)),
         PART,
     ),
-    "tokens of two norms": (lambda n, x: torch.cat([n.norm(x), n.other(x)], 1), PART),
-    "one norm twice": (lambda n, x: torch.cat([n.norm(x), n.norm(x)], 1), FOLDED),
-    "one norm stacked": (lambda n, x: torch.stack([n.norm(x), n.norm(x)]).flatten(0, 1), FOLDED),
-    "one norm and its pool": (lambda n, x: torch.cat([n.norm(x), pooled(n.norm(x))], 1), PART),
-    "one pooled norm twice": (lambda n, x: torch.cat([pooled(n.norm(x)), pooled(n.norm(x))], 1), MIXED),
+    "tokens of two norms": (lambda n, x: torch.cat([n.before(x), n.other(x)], 1), PART),
+    "one norm twice": (lambda n, x: torch.cat([n.before(x), n.before(x)], 1), FOLDED),
+    "one norm stacked": (lambda n, x: torch.stack([n.before(x), n.before(x)]).flatten(0, 1), FOLDED),
+    "one norm and its pool": (lambda n, x: torch.cat([n.before(x), pooled(n.before(x))], 1), PART),
+    "one pooled norm twice": (lambda n, x: torch.cat([pooled(n.before(x)), pooled(n.before(x))], 1), MIXED),
     "tokens of none": (lambda n, x: torch.cat([n.token, x], 1), UNREAD),
-    "a sum of a norm": (lambda n, x: n.norm(x) + n.norm(x), FOLDED),
-    "a sum with a pool": (lambda n, x: n.norm(x) + pooled(n.norm(x)), MIXED),
-    "a pool summed with it": (lambda n, x: pooled(n.norm(x)) + n.norm(x), MIXED),
-    "a sum of two norms": (lambda n, x: n.norm(x) + n.other(x), UNREAD),
-    "a sum of two activations": (lambda n, x: n.norm(x).relu() + n.norm(x).relu(), UNREAD),
-    "a sum of a norm and its activation": (lambda n, x: n.norm(x) + n.norm(x).relu(), UNREAD),
-    "a sum with something else": (lambda n, x: n.norm(x) + x, UNREAD),
-    "something else summed with it": (lambda n, x: x + n.norm(x), UNREAD),
-    "a number more": (lambda n, x: n.norm(x) + 1.0, UNREAD),
-    "a product": (lambda n, x: n.norm(x) * n.gamma, UNREAD),
+    "a sum of a norm": (lambda n, x: n.before(x) + n.before(x), FOLDED),
+    "a sum with a pool": (lambda n, x: n.before(x) + pooled(n.before(x)), MIXED),
+    "a pool summed with it": (lambda n, x: pooled(n.before(x)) + n.before(x), MIXED),
+    "a sum of two norms": (lambda n, x: n.before(x) + n.other(x), UNREAD),
+    "a sum of two activations": (lambda n, x: n.before(x).relu() + n.before(x).relu(), UNREAD),
+    "a sum of a norm and its activation": (lambda n, x: n.before(x) + n.before(x).relu(), UNREAD),
+    "a sum with something else": (lambda n, x: n.before(x) + x, UNREAD),
+    "something else summed with it": (lambda n, x: x + n.before(x), UNREAD),
+    "a number more": (lambda n, x: n.before(x) + 1.0, UNREAD),
+    "a product": (lambda n, x: n.before(x) * n.gamma, UNREAD),
 }
 
 
@@ -138,7 +141,7 @@ BEHIND = {
     "a scale of a pool": (lambda n, y: pooled(y) * n.gamma, SCALED),
     "a scale of another shape": (lambda n, y: y * n.token, Surroundings(NORMED, "token")),
     "a scale beside other tokens": (lambda n, y: torch.cat([n.token, y], 1) * n.gamma, SCALED),
-    "a scale beside a norm": (lambda n, y: torch.cat([n.norm(n.token), y], 1) * n.gamma, SCALED),
+    "a scale beside a norm": (lambda n, y: torch.cat([n.before(n.token), y], 1) * n.gamma, SCALED),
     "a scale for every token of its own": (lambda n, y: y * n.table, FOLDED),
     "a number": (lambda _n, y: y * 2.0, FOLDED),
     "what is no parameter": (lambda _n, y: y * torch.ones(WIDTH, device="meta"), FOLDED),
@@ -155,7 +158,7 @@ BEHIND = {
 @pytest.mark.parametrize("case", BEHIND)
 def test_what_stands_behind_a_layer_is_followed(case):
     step, expected = BEHIND[case]
-    found = followed(Network(lambda n, x: step(n, n.attn(n.norm(x))), table=nn.Parameter(torch.ones(TOKENS, WIDTH))))
+    found = followed(Network(lambda n, x: step(n, n.attn(n.before(x))), table=nn.Parameter(torch.ones(TOKENS, WIDTH))))
     assert found == expected
 
 
@@ -173,22 +176,22 @@ INSIDE = {
 @pytest.mark.parametrize("case", INSIDE)
 def test_a_scale_inside_a_layer_is_its_own(case):
     finish, scale = INSIDE[case]
-    assert followed(Network(lambda n, x: n.attn(n.norm(x)), attn=Attention(finish=finish))) == Surroundings(
+    assert followed(Network(lambda n, x: n.attn(n.before(x)), attn=Attention(finish=finish))) == Surroundings(
         NORMED, scale
     )
 
 
 @pytest.mark.parametrize("finish", [lambda _a, y, x: y + x, lambda _a, y, x: x + y])
 def test_a_layer_that_adds_its_input_returns_the_residual_stream(finish):
-    found = followed(Network(lambda n, x: n.other(n.attn(n.norm(x)) * n.gamma), attn=Attention(finish=finish)))
+    found = followed(Network(lambda n, x: n.other(n.attn(n.before(x)) * n.gamma), attn=Attention(finish=finish)))
     assert found == FOLDED
-    found = followed(Network(lambda n, x: n.attn(x=n.norm(x)) * n.gamma, attn=Attention(finish=finish)))
+    found = followed(Network(lambda n, x: n.attn(x=n.before(x)) * n.gamma, attn=Attention(finish=finish)))
     assert found == FOLDED
 
 
 def test_a_layer_that_adds_what_is_not_its_input_returns_its_output():
     finish = Attention(finish=lambda _a, y, x: y + x.clone())
-    assert followed(Network(lambda n, x: n.attn(n.norm(x)) * n.gamma, attn=finish)) == SCALED
+    assert followed(Network(lambda n, x: n.attn(n.before(x)) * n.gamma, attn=finish)) == SCALED
 
 
 def test_what_a_layer_projected_is_not_its_output_outside_of_it():
@@ -198,7 +201,7 @@ def test_what_a_layer_projected_is_not_its_output_outside_of_it():
         kept.append(y)
         return y.relu()
 
-    network = Network(lambda n, x: (n.attn(n.norm(x)), (kept[0] + 1.0) * n.gamma)[1], attn=Attention(finish=finish))
+    network = Network(lambda n, x: (n.attn(n.before(x)), (kept[0] + 1.0) * n.gamma)[1], attn=Attention(finish=finish))
     assert followed(network) == FOLDED
 
 
@@ -210,7 +213,7 @@ def test_an_output_is_found_inside_of_what_a_layer_returns(wrap):
         return value
 
     attention = Attention(finish=lambda _a, y, _x: wrap(y.clone()))
-    assert followed(Network(lambda n, x: unwrap(n.attn(n.norm(x))) * n.gamma, attn=attention)) == SCALED
+    assert followed(Network(lambda n, x: unwrap(n.attn(n.before(x))) * n.gamma, attn=attention)) == SCALED
 
 
 WAYS = {
@@ -236,25 +239,25 @@ def test_a_projection_is_known_however_it_is_multiplied(way, recorded):
 
     @recorded()
     def run(network, x):
-        return network.attn(network.norm(x)) * network.gamma
+        return network.attn(network.before(x)) * network.gamma
 
     assert followed(Network(run, attn=Attention(WAYS[way]))) == SCALED
-    half = Network(lambda n, x: n.attn(n.norm(x)[..., :6]), attn=Attention(WAYS[way], width=6))
+    half = Network(lambda n, x: n.attn(n.before(x)[..., :6]), attn=Attention(WAYS[way], width=6))
     half.step = recorded()(half.step)
     assert followed(half) == PART
 
 
 def test_a_norm_without_a_gain_fits_every_slice():
     plain = nn.LayerNorm(WIDTH, elementwise_affine=False)
-    network = Network(lambda n, x: n.attn(n.norm(x)[..., :6]), norm=plain, attn=Attention(width=6))
+    network = Network(lambda n, x: n.attn(n.before(x)[..., :6]), before=plain, attn=Attention(width=6))
     assert followed(network) == FOLDED
 
 
 def test_channels_of_images_are_counted_along_their_own_axis():
-    whole = Network(lambda n, x: n.attn(n.norm(x)), norm=nn.GroupNorm(1, WIDTH), attn=Attention(on_images))
+    whole = Network(lambda n, x: n.attn(n.before(x)), before=nn.GroupNorm(1, WIDTH), attn=Attention(on_images))
     assert followed(whole, 1, WIDTH, 3, 7) == FOLDED
     half = Network(
-        lambda n, x: n.attn(n.norm(x)[:, :6]), norm=nn.GroupNorm(1, WIDTH), attn=Attention(on_images, width=6)
+        lambda n, x: n.attn(n.before(x)[:, :6]), before=nn.GroupNorm(1, WIDTH), attn=Attention(on_images, width=6)
     )
     assert followed(half, 1, WIDTH, 3, WIDTH) == PART
 
@@ -266,8 +269,8 @@ def on_images(attention, x):
 @pytest.mark.parametrize(("channels", "expected"), [(1, UNREAD), (2, MIXED)])
 def test_a_depthwise_convolution_has_more_than_one_channel(channels, expected):
     convolution = nn.Conv1d(channels, channels, 1, groups=channels)
-    parts = {"norm": nn.GroupNorm(1, channels), "mix": convolution, "attn": Attention(width=channels)}
-    assert followed(Network(lambda n, x: n.attn(n.mix(n.norm(x)).mT), **parts), 1, channels, TOKENS) == expected
+    parts = {"before": nn.GroupNorm(1, channels), "mix": convolution, "attn": Attention(width=channels)}
+    assert followed(Network(lambda n, x: n.attn(n.mix(n.before(x)).mT), **parts), 1, channels, TOKENS) == expected
 
 
 class CrossAttention(timm.models.crossvit.CrossAttention):
@@ -282,15 +285,21 @@ class CrossAttention(timm.models.crossvit.CrossAttention):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (lambda n, x: {"wq": n.norm(x), "wk": n.other(x), "wv": n.other(x)}, ((("q", "norm"), ("kv", "other")), ())),
-        (lambda n, x: {"wv": n.norm(x), "wk": x, "wq": n.norm(x)}, ((("qv", "norm"),), ())),
         (
-            lambda n, x: {"wq": n.norm(x), "wk": n.norm(x).relu(), "wv": n.other(x).relu()},
-            ((("q", "norm"),), ("norm_not_folded",)),
+            lambda n, x: {"wq": n.before(x), "wk": n.other(x), "wv": n.other(x)},
+            ((("q", "before"), ("kv", "other")), ()),
         ),
-        (lambda n, x: {"wq": pooled(n.norm(x)), "wk": n.norm(x), "wv": x}, ((("qk", "norm"),), ("tokens_mixed",))),
-        (lambda n, x: {"wk": n.norm(x)}, ((("k", "norm"),), ("norm_unknown",))),
-        (lambda n, x: {"wq": x, "wv": n.norm(x)}, ((("v", "norm"),), ("norm_unknown",))),
+        (lambda n, x: {"wv": n.before(x), "wk": x, "wq": n.before(x)}, ((("qv", "before"),), ())),
+        (
+            lambda n, x: {"wq": n.before(x), "wk": n.before(x).relu(), "wv": n.other(x).relu()},
+            ((("q", "before"),), ("norm_not_folded",)),
+        ),
+        (
+            lambda n, x: {"wq": pooled(n.before(x)), "wk": n.before(x), "wv": x},
+            ((("qk", "before"),), ("tokens_mixed",)),
+        ),
+        (lambda n, x: {"wk": n.before(x)}, ((("k", "before"),), ("norm_unknown",))),
+        (lambda n, x: {"wq": x, "wv": n.before(x)}, ((("v", "before"),), ("norm_unknown",))),
     ],
 )
 def test_each_role_is_told_the_norm_that_it_reads_and_each_flag_once(given, expected):
@@ -312,14 +321,14 @@ def test_each_role_is_told_the_norm_that_it_reads_and_each_flag_once(given, expe
     ],
 )
 def test_positions_that_are_handed_to_a_layer_are_flagged(given, flags):
-    assert followed(Network(lambda n, x: n.attn(n.norm(x), **given))) == Surroundings(NORMED, flags=flags)
+    assert followed(Network(lambda n, x: n.attn(n.before(x), **given))) == Surroundings(NORMED, flags=flags)
     by_place = [given.get(name) for name in ("rope", "rope_mixed", "shared_rel_pos", "mask")]
-    assert followed(Network(lambda n, x: n.attn(n.norm(x), *by_place))).flags == flags
+    assert followed(Network(lambda n, x: n.attn(n.before(x), *by_place))).flags == flags
 
 
 def test_a_batch_norm_that_is_folded_into_a_layer_is_no_norm_before_or_behind_it():
     levit = timm.models.levit.Attention(WIDTH, 4, num_heads=3, attn_ratio=1, resolution=2)
-    network = Network(lambda n, x: n.attn(n.norm(x)) * n.gamma, attn=levit)
+    network = Network(lambda n, x: n.attn(n.before(x)) * n.gamma, attn=levit)
     assert followed(network, 1, 4, WIDTH) == SCALED
     assert followed(Network(lambda n, x: n.attn(x), attn=levit), 1, 4, WIDTH) == UNREAD
 
@@ -327,12 +336,12 @@ def test_a_batch_norm_that_is_folded_into_a_layer_is_no_norm_before_or_behind_it
 def test_a_norm_with_an_activation_inside_is_not_folded():
     act, plain = timm.layers.BatchNormAct2d(WIDTH), timm.layers.BatchNormAct2d(WIDTH, apply_act=False)
     for norm, expected in ((act, LOST), (plain, FOLDED)):
-        network = Network(lambda n, x: n.attn(n.norm(x)), norm=norm, attn=Attention(on_images))
+        network = Network(lambda n, x: n.attn(n.before(x)), before=norm, attn=Attention(on_images))
         assert followed(network, 1, WIDTH, 3, 7) == expected
 
 
 def test_a_layer_that_is_called_twice_keeps_what_it_read_last_and_one_that_is_not_is_left_out():
-    network = Network(lambda n, x: n.attn(n.other(n.attn(n.norm(x)))), idle=Attention())
+    network = Network(lambda n, x: n.attn(n.other(n.attn(n.before(x)))), idle=Attention())
     assert followed(network) == Surroundings((("qkv", "other"),), flags=("norm_after",))
     specs = list(attention_modules(network))
     assert [spec.path for spec in specs] == ["attn", "idle"]
@@ -340,7 +349,7 @@ def test_a_layer_that_is_called_twice_keeps_what_it_read_last_and_one_that_is_no
 
 
 def test_layers_in_a_row_have_each_their_own():
-    network = Network(lambda n, x: n.second(n.other(x + n.attn(n.norm(x)) * n.gamma)) * n.last)
+    network = Network(lambda n, x: n.second(n.other(x + n.attn(n.before(x)) * n.gamma)) * n.last)
     network.second, network.last = Attention(), nn.Parameter(torch.ones(WIDTH))
     specs = list(attention_modules(network.to("meta")))
     found = trace_surroundings(network, specs, [(torch.zeros(1, TOKENS, WIDTH, device="meta"),)])
