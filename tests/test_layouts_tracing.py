@@ -39,7 +39,7 @@ class Network(nn.Module):
     def __init__(self, step, **parts):
         super().__init__()
         self.before, self.attn = nn.LayerNorm(WIDTH), Attention()
-        self.other = nn.LayerNorm(WIDTH)
+        self.other, self.narrow = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH // 2)
         self.gamma = nn.Parameter(torch.ones(WIDTH))
         self.token = nn.Parameter(torch.ones(1, 1, WIDTH))
         self.depthwise = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH, padding=1)
@@ -108,6 +108,10 @@ READ = {
         PART,
     ),
     "tokens of two norms": (lambda n, x: torch.cat([n.before(x), n.other(x)], 1), PART),
+    "an activation of channels of two norms": (
+        lambda n, x: torch.cat([n.before(x), n.narrow(x[..., :6])], -1).relu()[..., :WIDTH],
+        LOST,
+    ),
     "one norm twice": (lambda n, x: torch.cat([n.before(x), n.before(x)], 1), FOLDED),
     "one norm stacked": (lambda n, x: torch.stack([n.before(x), n.before(x)]).flatten(0, 1), FOLDED),
     "one norm and its pool": (lambda n, x: torch.cat([n.before(x), pooled(n.before(x))], 1), PART),
