@@ -13,16 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from packaging.version import Version
 from torch import nn
 
 from attnlens.layouts import AttentionSpec, read_heads, write_heads
 from attnlens.layouts.describe import describe_attention
-from tests.layout_forms import skipped_where_timm_is_older
+from tests.layout_forms import NEWEST, skipped_where_timm_is_older
 
 Arrays = dict[str, np.ndarray]
 PATH = "stages.1.attn"
 """Where each module is said to stand."""
+
+
+OLDEST, FIXED = Version("1.0.24"), Version("1.0.26")
+"""The oldest timm that is read, and the first whose parallel blocks do not add biases of their MLP to queries."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Case:
     inputs: tuple[tuple[int, ...], ...] = ()
     without: tuple[str, ...] = ()
     """Parts that stand between projection and product; the oracle replaces them by the identity."""
+    since: Version = OLDEST
+    """A version of timm known to build and use the module as it is stored."""
 
     @property
     def title(self) -> str:
@@ -49,6 +57,8 @@ class Case:
 
     def build(self) -> nn.Module:
         """Return the module, its weights drawn by name; skips where this timm does not have it."""
+        if Version(timm.__version__) < self.since:
+            pytest.skip(f"timm {timm.__version__} builds or uses {self.title} otherwise")
         owner, _, name = self.module_class.rpartition(".")
         if util.find_spec(owner) is None or not hasattr(import_module(owner), name):
             pytest.skip(f"this timm has no {self.module_class}")
@@ -293,21 +303,22 @@ def _others() -> Iterator[Case]:
         "pos_embed": "abs",
         "feat_size": 11,
     }
-    yield Case(name, (24, 29), options, _tokens(24))
+    yield Case(name, (24, 29), options, _tokens(24), since=NEWEST)
     options = {"num_heads": 2, "embed_dim": 22, "qk_norm": True, "norm_layer": nn.LayerNorm}
-    yield Case(name, (22, 0), options, _tokens(22), _QK)
+    yield Case(name, (22, 0), options, _tokens(22), _QK, NEWEST)
     yield Case(name, (24,), {"num_heads": 2, "q_proj": False})
     for apart in (False, True):
         options = {"head_dim": 8, "qkv_separate": apart}
         yield Case("timm.layers.attention_pool2d.AttentionPool2d", (24, 3, 29), options, _image(24, 3))
         options = {**options, "ref_feat_size": 3, "qkv_bias": apart}
-        yield Case("timm.layers.attention_pool2d.RotAttentionPool2d", (24, 0), options, _image(24, 3), ("pos_embed",))
+        name = "timm.layers.attention_pool2d.RotAttentionPool2d"
+        yield Case(name, (24, 0), options, _image(24, 3), ("pos_embed",), NEWEST)
     name = "timm.models.vision_transformer.ParallelScalingBlock"
     for options in ({"qkv_bias": True, "fuse_out_proj": True, "mlp_ratio": 1.5}, {"qk_norm": True, "mlp_ratio": 0.5}):
-        yield Case(name, (22, 2), options, _tokens(22), _QK if "qk_norm" in options else ())
+        yield Case(name, (22, 2), options, _tokens(22), _QK if "qk_norm" in options else (), FIXED)
     for name in ("layers.diff_attention.DiffAttention", "models.vision_transformer.DiffParallelScalingBlock"):
         options = {"qkv_bias": "layers" in name, "depth": 2}
-        yield Case(f"timm.{name}", (24, 3), options, _tokens(24), ("sub_norm",))
+        yield Case(f"timm.{name}", (24, 3), options, _tokens(24), ("sub_norm",), FIXED)
     name = "torch.nn.modules.activation.MultiheadAttention"
     for options in (
         {"batch_first": True},
