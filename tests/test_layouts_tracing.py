@@ -358,3 +358,25 @@ def test_layers_in_a_row_have_each_their_own():
     specs = list(attention_modules(network.to("meta")))
     found = trace_surroundings(network, specs, [(torch.zeros(1, TOKENS, WIDTH, device="meta"),)])
     assert found == {"attn": SCALED, "second": Surroundings((("qkv", "other"),), "last")}
+
+
+def test_a_scale_of_two_outputs_side_by_side_is_that_of_the_first():
+    network = Network(lambda n, x: torch.cat([n.attn(n.before(x)), n.idle(x)], 1) * n.gamma, idle=Attention())
+    assert followed(network) == SCALED
+    assert followed(network, path="idle") == UNREAD
+
+
+class ScaledLevit(timm.models.levit.Attention):
+    """Scales its own output, behind the BatchNorm of its output projection."""
+
+    def __init__(self):
+        super().__init__(WIDTH, 4, num_heads=3, attn_ratio=1, resolution=2)
+        self.own = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        return super().forward(x) * self.own
+
+
+def test_a_batch_norm_that_is_folded_into_an_output_projection_hands_the_output_on():
+    network = Network(lambda n, x: n.attn(n.before(x)), attn=ScaledLevit())
+    assert followed(network, 1, 4, WIDTH) == Surroundings(NORMED, "attn.own")
