@@ -40,14 +40,14 @@ def test_the_first_input_that_is_taken_is_used_and_the_first_failure_told():
     assert trace_surroundings(network, specs, []) == "no input was given"
 
 
-def test_a_failure_without_words_is_told_by_its_kind():
-    def fail(_network, _x):
+class Failing(nn.Module):
+    def forward(self, *_given):
         raise KeyError
 
-    network = Network(fail).to("meta")
-    given = [(torch.zeros(2, 3, dtype=torch.int64, device="meta"),)]
-    told = trace_surroundings(network, list(attention_modules(network)), given)
-    assert told == "with an input of 2x3 int64 it raised KeyError"
+
+def test_a_failure_without_words_is_told_by_its_kind_and_the_first_thing_that_went_in():
+    given = (torch.zeros(2, 3, dtype=torch.int64, device="meta"), torch.zeros(5, device="meta"))
+    assert trace_surroundings(Failing(), [], [given]) == "with an input of 2x3 int64 it raised KeyError"
 
 
 @pytest.mark.parametrize(
