@@ -21,6 +21,9 @@ SLOTS = {
     "rows by groups": replace(Q, heads=6, group=2, group_stride=9, offset=1, bias="q.bias", bias_offset=2),
     "rows by groups of one": replace(Q, group=1, group_stride=5, head_stride=3),
     "a tensor for each head": replace(Q, tensor="q.{head}.weight", head_stride=0, offset=2, bias="q.{head}.bias"),
+    "a tensor for each of two heads": replace(
+        Q, tensor="q.{head}.weight", heads=2, head_stride=0, bias="q.{head}.bias"
+    ),
     "a batch norm": replace(Q, batch_norm="bn", batch_norm_offset=3, batch_norm_eps=EPS),
     "a batch norm and a bias": replace(Q, offset=4, bias="q.bias", bias_offset=1, batch_norm="bn", batch_norm_eps=EPS),
     "a batch norm for each head": replace(
