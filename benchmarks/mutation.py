@@ -58,9 +58,11 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "layouts": (
         ("attnlens/layouts/*.py", "attnlens/layouts/*/*.py"),
         (
-            *("tests/test_layouts_rules.py", "tests/test_layouts_roundtrip.py", "tests/test_filters_inspect.py"),
-            *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py", "tests/test_shipped_layouts.py"),
-            *("tests/test_layouts_census.py", "tests/test_live_networks.py", "tests/test_layouts_pieces.py"),
+            *("tests/test_layouts_stored.py", "tests/test_layouts_data.py", "tests/test_layouts_describe.py"),
+            *("tests/test_layouts_tracing.py", "tests/test_layouts_passes.py", "tests/test_layouts_read_write.py"),
+            *("tests/test_layouts_pieces.py", "tests/test_layouts_rules.py", "tests/test_layouts_roundtrip.py"),
+            *("tests/test_layouts_surroundings.py", "tests/test_layouts_forward.py", "tests/test_filters_inspect.py"),
+            *("tests/test_shipped_layouts.py", "tests/test_live_networks.py", "tests/test_layouts_census.py"),
         ),
     ),
     "inits": (
