@@ -55,6 +55,11 @@ def ends_early(node):
     return [ast.unparse(given) for given in node.keywords] != ["strict=True"]
 
 
+def unlike_type_checking(node):
+    """Whether a node is a condition on TYPE_CHECKING that is more, or less, than that."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) != "TYPE_CHECKING"
+
+
 def signatures():
     """Yield the parameters of the public functions and classes of the core that have defaults or kinds of their own."""
     for part in ("circuits", "inits", "layouts", "statistics"):
@@ -85,6 +90,10 @@ def test_every_dataclass_is_frozen_but_those_that_collect():
 
 def test_every_zip_is_strict_but_those_of_unequal_lengths():
     assert counted(ends_early) == UNEQUAL
+
+
+def test_what_is_imported_for_type_checkers_is_imported_for_them_alone():
+    assert counted(unlike_type_checking) == {}
 
 
 def test_functions_and_classes_take_what_they_took():
