@@ -50,7 +50,8 @@ def test_a_place_of_the_channels_brings_the_tails_and_leaves_the_dead_ones():
         assert float(apart(found, wanted)) <= 0.05
     near = offdiagonal_tails(N, rows, cols)
     assert list(placed(N, rows, cols, near * 1.04)) == list(range(40))
-    assert list(placed(N[:1, :1], rows[:1], cols[:1], 1.0)) == [0]
+    apart_rows, apart_cols = np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 2.0])  # no channel has both gains
+    assert list(placed(N[:3, :3], apart_rows, apart_cols, 1.0)) == [0, 1, 2]
 
 
 def test_factors_that_are_not_narrower_than_their_product_make_it_whole():
