@@ -51,7 +51,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attnlens/statistics/*.py",),
         (
             *("tests/test_source_rules.py", "tests/test_statistics_pieces.py", "tests/test_verdict_rules.py"),
-            *("tests/test_pairs.py", "tests/test_depth.py", "tests/test_diagonal.py"),
+            *("tests/test_statistics_stored.py", "tests/test_pairs.py", "tests/test_depth.py"),
+            "tests/test_diagonal.py",
             *("tests/test_inverse.py", "tests/test_table.py", "tests/test_draws.py", "tests/test_balance.py"),
             *("tests/test_inference.py", "tests/test_trace.py", "tests/test_params.py", "tests/test_results.py"),
         ),
