@@ -120,8 +120,9 @@ def krylov(monkeypatch, pair=(0.7, 0.7), width=528, count=24, band=None):
     return A[0], band, found, matrices, sizes
 
 
-def test_the_filter_is_below_one_on_the_unwanted_band(monkeypatch):
-    A, band, found, matrices, _ = krylov(monkeypatch)
+@pytest.mark.parametrize("band", [None, Band(0.3, 0.9)])
+def test_the_filter_is_below_one_on_the_unwanted_band(monkeypatch, band):
+    A, band, found, matrices, _ = krylov(monkeypatch, band=band)
     G = matrices[0][0].double()
     low, high = band.low**2, band.high**2
     expected = (A.T @ A - (high + low) / 2 * torch.eye(528)) * 2 / (high - low)
