@@ -70,7 +70,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attnlens/inits/*.py", "attnlens/inits/*/*.py"),
         (
             *("tests/test_source_rules.py", "tests/test_inits_pieces.py", "tests/test_inits_checks.py"),
-            *("tests/test_inits_routes.py", "tests/test_inits_limits.py", "tests/test_inits_stored.py"),
+            *("tests/test_inits_borders.py", "tests/test_inits_routes.py", "tests/test_inits_limits.py"),
+            "tests/test_inits_stored.py",
             *("tests/test_inits_files.py", "tests/test_draws.py", "tests/test_inits_products.py"),
             *("tests/test_inits_names.py", "tests/test_inits_verify.py", "tests/test_inits_mistakes.py"),
             *("tests/test_inits_fitted.py", "tests/test_filters_init.py", "tests/test_inits_gains.py"),
