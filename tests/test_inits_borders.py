@@ -1,5 +1,8 @@
 """Where what is accepted ends: rounding of narrow types, options, teachers, position embeddings, one draw or two."""
 
+import dataclasses
+import hashlib
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +10,10 @@ import pytest
 import torch
 
 from attnlens.circuits import FactoredProduct, layer_ov, qk_circuit
-from attnlens.errors import UsageError
+from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.fit.fit_params import fit_params
 from attnlens.inits import init_, verify_init
+from attnlens.inits.file import METADATA_KEY
 from attnlens.inits.plan import Plan
 from attnlens.inits.products import padded
 from attnlens.inits.registry import find_initialiser, initialisers
@@ -18,12 +22,15 @@ from attnlens.inits.rules.filters import _given, _resolved_shape
 from attnlens.inits.rules.fitted import load_params
 from attnlens.inits.rules.impulse import _embedding, _places, _Positions, _shift
 from attnlens.inits.rules.reduced import keeping
+from attnlens.inits.verify import verify
+from attnlens.inits.verify.factors import skipped_directions
 from attnlens.inits.verify.mistakes import clones
-from attnlens.inits.verify.verify import _builder
+from attnlens.inits.verify.verify import Claim, _builder, recorded
 from attnlens.models.opened import OpenedModel
 from tests.drawn_cases import NETWORKS, rope, teacher, vit
 from tests.filter_models import both
 from tests.test_inits_limits import layers_of
+from tests.test_inits_pieces import row_of
 
 # What storing in a narrow type may cost.
 
@@ -248,3 +255,101 @@ def test_only_a_live_network_or_one_of_timm_can_be_built_again():
     assert len(_builder("name", of_timm)().blocks) == 1
     empty = OpenedModel("x", SimpleNamespace(name="vit_tiny_patch16_224"), None, {}, timm_args={})
     assert len(_builder(None, empty)().blocks) == 12
+
+
+# What a network is compared with.
+
+
+def opened_with(record=None):
+    metadata = {} if record is None else {METADATA_KEY: json.dumps(record)}
+    return SimpleNamespace(name="net", checkpoint=SimpleNamespace(metadata=metadata))
+
+
+def test_what_a_file_says_is_compared_unless_something_else_is_said(tmp_path):
+    fit_params(teacher()).save(tmp_path / "p.json")
+    params = str(tmp_path / "p.json")
+    sha256 = hashlib.sha256((tmp_path / "p.json").read_bytes()).hexdigest()
+    assert recorded(opened_with(), None, {}) == Claim("mimetic", None, {})
+    assert recorded(opened_with(), 3, {"params": params}) == Claim("fitted", 3, {"params": params})
+    drawn = {"init": "identity", "seed": 5, "options": {"qk": 0.5, "ov": -0.1}}
+    assert recorded(opened_with(drawn), None, {}) == Claim("identity", 5, drawn["options"])
+    assert recorded(opened_with(drawn), 0, {"ov": 0.2}) == Claim("identity", 0, {"qk": 0.5, "ov": 0.2})
+    assert recorded(opened_with(drawn), None, {"params": params}) == Claim("fitted", None, {"params": params})
+    fitted = {
+        "init": "fitted",
+        "seed": 5,
+        "options": {"params": params},
+        "params": {"file": "p.json", "sha256": sha256},
+    }
+    assert recorded(opened_with(fitted), None, {}) == Claim("fitted", 5, {"params": params})
+    assert recorded(opened_with({**fitted, "params": None}), None, {}).init == "fitted"
+    other = {**fitted, "params": {"file": "p.json", "sha256": "0123456789abcdef" * 4}}
+    told = r"^net was made with a parameter file p\.json of another content \(sha256 0123456789ab\.\.\.\): pass that"
+    with pytest.raises(UsageError, match=told):
+        recorded(opened_with(other), None, {})
+    from_object = {"init": "fitted", "seed": 5, "options": {"ov": "head", "params": "<InitParams>"}}
+    with pytest.raises(UsageError, match=r"^the file was made with params = <InitParams>: pass that option again$"):
+        recorded(opened_with(from_object), None, {})
+    again = recorded(opened_with(from_object), None, {"params": params})
+    assert again.options == {"ov": "head", "params": params}
+
+
+def test_a_report_says_how_many_checks_failed():
+    model = vit()
+    init_(model, "mimetic", seed=3)
+    report = verify_init(model, init="mimetic", seed=3)
+    assert report.passed
+    assert (report.whole, report.mistakes) == (True, {})
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.bias[3] = 1
+    spoilt = verify_init(model, init="mimetic")
+    assert not spoilt.whole
+    assert repr(spoilt).splitlines()[0].endswith(f"against mimetic, any seed: 1 of {len(spoilt)} checks failed>")
+    assert list(spoilt[0])[:5] == ["layer", "circuit", "head", "problem", "mistake"]
+    told = spoilt.to_json()
+    assert (told["passed"], told["mistakes"], told["seed"]) == (False, {"bias not zero": 1}, None)
+    assert list(spoilt.mistakes) == ["bias not zero"]
+    assert told["checks"][0]["matrix_error"] is None
+    worst = next(check for check in spoilt.checks if check.problem)
+    assert worst.problem == "b_Q is up to 1 away from what it is set to"
+
+
+def test_layers_that_read_another_width_than_the_embedding_are_left():
+    with pytest.raises(UnsupportedAttentionError, match=r"reads 26 coordinates, the position embedding has 4$"):
+        init_(vit(), "impulse", position="patch_embed.proj.weight", grid=(2, 2))
+
+
+def test_a_single_direction_is_never_called_missing():
+    _, (layer, *_) = layers_of(vit())
+    for count, expected in ((1, 0), (2, 0), (3, 1)):
+        W_Q, W_K = layer.weights.W_Q.copy(), layer.weights.W_K.copy()
+        W_Q[:, :, count:] = 0
+        planned = layer.weights.replace(W_Q=W_Q, W_K=W_K)
+        U, S, Vh = np.linalg.svd(W_Q[0] @ W_K[0].T)
+        left = W_Q.copy()
+        left[0], right = 0, W_K.copy()
+        left[0, :, : count - 1], right[0, :, : count - 1] = U[:, 1:count] * S[1:count], Vh[1:count].T
+        have = dataclasses.replace(layer, weights=planned.replace(W_Q=left, W_K=right))
+        assert skipped_directions(have, row_of("qk", 0), planned, "raw") == expected
+
+
+def test_gains_are_not_judged_again_where_whole_products_are_compared(monkeypatch):
+    source, model = fit_params(teacher()), vit()
+    init_(model, "fitted", params=source, gains="quantiles", seed=3)
+    asked = []
+    monkeypatch.setattr(verify, "gain_problem", lambda *_: asked.append(1) or "")
+    assert verify_init(model, init="fitted", params=source, gains="quantiles", seed=3).passed
+    assert asked == []
+    assert verify_init(model, init="fitted", params=source, gains="quantiles").passed
+    assert asked != []
+
+
+@pytest.mark.parametrize(("alpha", "mistakes"), [(0.0, []), (0.5, ["cloned heads"])])
+def test_heads_that_repeat_are_a_mistake_where_noise_was_asked_for(alpha, mistakes):
+    model = vit()
+    init_(model, "qk-only", alpha=alpha, seed=3)
+    with torch.no_grad():
+        weight = model.blocks[0].attn.qkv.weight
+        weight[13:26] = weight[:13]
+        weight[39:52] = weight[26:39]
+    assert list(verify_init(model, init="qk-only", alpha=alpha).mistakes) == mistakes
