@@ -45,12 +45,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "circuits": (
         ("attnlens/circuits/*.py",),
-        ("tests/test_circuits.py", "tests/test_diagonal.py", "tests/test_balance.py"),
+        ("tests/test_source_rules.py", "tests/test_circuits.py", "tests/test_diagonal.py", "tests/test_balance.py"),
     ),
     "statistics": (
         ("attnlens/statistics/*.py",),
         (
-            *("tests/test_verdict_rules.py", "tests/test_pairs.py", "tests/test_depth.py", "tests/test_diagonal.py"),
+            *("tests/test_source_rules.py", "tests/test_statistics_pieces.py", "tests/test_verdict_rules.py"),
+            *("tests/test_statistics_stored.py", "tests/test_pairs.py", "tests/test_depth.py"),
+            "tests/test_diagonal.py",
             *("tests/test_inverse.py", "tests/test_table.py", "tests/test_draws.py", "tests/test_balance.py"),
             *("tests/test_inference.py", "tests/test_trace.py", "tests/test_params.py", "tests/test_results.py"),
         ),
@@ -58,6 +60,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "layouts": (
         ("attnlens/layouts/*.py", "attnlens/layouts/*/*.py"),
         (
+            "tests/test_source_rules.py",
             *("tests/test_layouts_stored.py", "tests/test_layouts_data.py", "tests/test_layouts_describe.py"),
             *("tests/test_layouts_tracing.py", "tests/test_layouts_passes.py", "tests/test_layouts_read_write.py"),
             *("tests/test_layouts_pieces.py", "tests/test_layouts_rules.py", "tests/test_layouts_roundtrip.py"),
@@ -68,8 +71,10 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "inits": (
         ("attnlens/inits/*.py", "attnlens/inits/*/*.py"),
         (
-            *("tests/test_inits_limits.py", "tests/test_inits_stored.py", "tests/test_draws.py"),
-            "tests/test_inits_products.py",
+            *("tests/test_source_rules.py", "tests/test_inits_pieces.py", "tests/test_inits_checks.py"),
+            *("tests/test_inits_borders.py", "tests/test_inits_routes.py", "tests/test_inits_limits.py"),
+            "tests/test_inits_stored.py",
+            *("tests/test_inits_files.py", "tests/test_draws.py", "tests/test_inits_products.py"),
             *("tests/test_inits_names.py", "tests/test_inits_verify.py", "tests/test_inits_mistakes.py"),
             *("tests/test_inits_fitted.py", "tests/test_filters_init.py", "tests/test_inits_gains.py"),
             *("tests/test_inits_reduced.py", "tests/test_inits_transformers.py", "tests/test_inits_default.py"),

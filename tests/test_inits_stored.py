@@ -4,7 +4,6 @@ Stored of every case of `tests.drawn_cases`: norms and projections of each tenso
 sentence. Numbers agree to 1e-5, no bits are compared. After a deliberate change: ``python -m tests.test_inits_stored``.
 """
 
-import ast
 import json
 import lzma
 import math
@@ -17,19 +16,8 @@ import pytest
 from tests.drawn_cases import CASES
 
 STORED = Path(__file__).parent / "golden" / "drawn.json.xz"
-PACKAGE = Path(__file__).parent.parent / "attnlens"
 RELATIVE, ABSOLUTE, ROUNDING = 1e-5, 3e-6, "3e-7"
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-CHANGES = {
-    "training/trainer.py": 1,  # where a run is
-    "statistics/corners.py": 1,  # corners, one product after the other
-    "checkpoints/pickled_data.py": 1,  # items and state, as a pickle gives them
-    "checkpoints/computed.py": 1,  # what a view changes, one tensor after the other
-    "figures/panels.py": 1,  # axes that were drawn on
-    "models/undress.py": 1,  # shells of a copy that is being made
-    "cli/sheet.py": 1,  # rows
-}
-"""Dataclasses that are not frozen, by file: each collects something."""
 
 
 def apart(found, stored, place=""):
@@ -84,19 +72,6 @@ def test_what_moved_is_found():
     told = {"a": [1.0, None], "b": "x", "c": 3}
     moved = {"a": [1.0 + 2e-5, None], "b": "y", "c": 4, "d": None}
     assert sorted(line.partition(":")[0] for line in apart(moved, told)) == [".a[0]", ".b", ".c", ".d"]
-
-
-def test_every_dataclass_is_frozen_but_those_that_collect():
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            decorators = node.decorator_list if isinstance(node, ast.ClassDef) else []
-            for decorator in decorators:
-                text = ast.unparse(decorator)
-                if text.startswith("dataclass") and "frozen=True" not in text:
-                    name = str(path.relative_to(PACKAGE))
-                    found[name] = found.get(name, 0) + 1
-    assert found == CHANGES
 
 
 if __name__ == "__main__":

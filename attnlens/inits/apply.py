@@ -108,7 +108,8 @@ def build_model(name: str, seed: int, timm_kwargs: Mapping[str, Any]) -> nn.Modu
     with seeded(seed):
         import timm
 
-        base = name.removeprefix("timm/").partition(".")[0]
+        name = name.removeprefix("timm/")
+        base = name.partition(".")[0]
         if ":" not in name and not timm.is_model(base):
             raise ModelNotFoundError(f"timm has no architecture named {base!r}{suggest(base, timm.list_models())}")
         return timm.create_model(name, **timm_kwargs)

@@ -45,10 +45,10 @@ def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
             raise UsageError(f"--model-arg goes to timm, and {folder} is a model of transformers: edit its config.json")
         return Built(build_pretrained(folder, seed), "", {})
     if folder.is_dir():
-        resolved = {**_folder_args(folder / "config.json"), **model_args}
-        module = build_model(f"local-dir:{folder}", seed, resolved)
-        config: Any = module.pretrained_cfg
-        return Built(module, str(config["architecture"]), resolved)
+        architecture, whole, given = _folder_network(folder / "config.json")
+        resolved = {**given, **model_args}
+        module = build_model(f"local-dir:{folder}" if whole else architecture, seed, resolved)
+        return Built(module, architecture.partition(".")[0], resolved)
     assert model is not None
     module = build_model(model, seed, model_args)
     return Built(module, model.removeprefix("timm/").partition(".")[0], dict(model_args))
@@ -63,16 +63,22 @@ def of_transformers(folder: Path) -> bool:
     return isinstance(data, dict) and isinstance(data.get("model_type"), str) and "architecture" not in data
 
 
-def _folder_args(config: Path) -> dict[str, Any]:
-    """Return what a folder's config adds to its architecture: model_args, and the number of classes."""
+def _folder_network(config: Path) -> tuple[str, bool, dict[str, Any]]:
+    """Return the architecture a folder's config names, whether timm reads it whole, and what arguments it adds.
+
+    These are its model_args and the number of classes. Without a ``pretrained_cfg`` timm takes all for one.
+    """
     try:
         data = read_json(config)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {config}: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{config} holds a JSON {type(data).__name__} where an object is expected")
+    if not isinstance(data.get("architecture"), str):
+        raise CheckpointError(f"{config} names no architecture")
     classes = check_model_args({name: data[name] for name in ("num_classes",) if name in data}, str(config))
-    return {**classes, **check_model_args(data.get("model_args", {}), str(config))}
+    given = {**classes, **check_model_args(data.get("model_args", {}), str(config))}
+    return data["architecture"], isinstance(data.get("pretrained_cfg"), dict), given
 
 
 def init_file(
