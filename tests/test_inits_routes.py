@@ -10,12 +10,13 @@ from attnlens.circuits import qk_circuit
 from attnlens.inits import gained, truncation
 from attnlens.inits.gained import apart, offdiagonal_tails, placed
 from attnlens.inits.plan import Plan, PlannedGains, Request
-from attnlens.inits.products import draw_matrix, plan_qk
+from attnlens.inits.products import draw_matrix, plan_ov, plan_qk
+from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import measure
 from attnlens.inits.truncation import Band, haar, singular_value, split, unwanted_band
 from attnlens.inits.verify.mistakes import recognise, tolerance_at
 from attnlens.statistics.inverse import Parameters
-from tests.drawn_cases import vit
+from tests.drawn_cases import NETWORKS, params, vit
 from tests.test_inits_limits import layers_of
 from tests.test_inits_pieces import row_of
 
@@ -268,3 +269,16 @@ def test_channels_are_exchanged_64_times_at_most(monkeypatch):
     monkeypatch.setattr(gained._Sum, "exchange", lambda self, pair: (exchanged.append(pair), exchange(self, pair))[1])
     placed(N, *gains, -1.0)
     assert len(exchanged) == 2 * 64  # of squares and of fourth powers
+
+
+def test_a_sum_is_known_whole_where_all_of_it_is_kept_and_no_gains_are_laid_on(layer):
+    plan = plan_ov(layer, (0.4, -0.4), "normal", "svd")
+    drawn = draw_matrix((0.4, -0.4), 26, "normal", layer.streams.generator("ov", layer.index))
+    np.testing.assert_array_equal(plan.total, drawn.numpy())
+    np.testing.assert_allclose(np.einsum("hdv,hvo->do", plan.W_V, plan.W_O), plan.total, atol=1e-12)
+    _, (narrow,) = layers_of(NETWORKS["grouped"]())
+    assert plan_ov(narrow, (0.4, -0.4), "normal", "svd").total is None
+    network, layers = layers_of(vit())
+    for gains, known in (("none", True), ("quantiles", False)):
+        rule = find_initialiser("fitted").rule(network, {"params": params(), "gains": gains})
+        assert (rule.plan(layers[0]).total is not None) == known
