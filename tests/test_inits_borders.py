@@ -130,11 +130,10 @@ def test_parameters_are_a_fit_the_path_of_one_or_a_model(tmp_path):
 # Position embeddings.
 
 
-def network_of(rows, width=6, **more):
+def network_of(rows, width=6, kind=np.asarray):
     values = np.random.default_rng(0).normal(size=(1, rows, width))
-    return SimpleNamespace(
-        tensors={"pos_embed": torch.from_numpy(values), **more}, architecture=SimpleNamespace(name="net")
-    ), values[0]
+    tensors = {"pos_embed": kind(values)}
+    return SimpleNamespace(tensors=tensors, architecture=SimpleNamespace(name="net")), values[0]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +141,9 @@ def network_of(rows, width=6, **more):
     [(16, None, (4, 4)), (17, None, (4, 4)), (16 + 7, None, (4, 4)), (27, None, (5, 5)), (3, None, (1, 1)),
      (1, None, (1, 1)), (16, (2, 8), (2, 8)), (16, (2, 5), (2, 5)), (26, (4, 4), (4, 4))],
 )  # fmt: skip
-def test_patches_are_the_last_rows_of_an_embedding_normalised(rows, grid, shape):
-    network, values = network_of(rows)
+@pytest.mark.parametrize("kind", [np.asarray, lambda values: torch.nn.Parameter(torch.from_numpy(values))])
+def test_patches_are_the_last_rows_of_an_embedding_normalised(rows, grid, shape, kind):
+    network, values = network_of(rows, kind=kind)
     found, sides = _embedding(network, "pos_embed", grid)
     assert sides == shape
     kept = values[rows - shape[0] * shape[1] :]

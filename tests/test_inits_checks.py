@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -9,15 +10,19 @@ import pytest
 import torch
 
 from attnlens.circuits import FactoredProduct, qk_circuit
+from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.inits import create_model
+from attnlens.inits.apply import planned_layers, run_each
 from attnlens.inits.gained import Factors, apart, offdiagonal_tails, placed
-from attnlens.inits.plan import Plan
+from attnlens.inits.plan import FilterPlan, Plan, Rule
 from attnlens.inits.verify.check import Check, stored_eps
 from attnlens.inits.verify.factors import bias_deviations, empty_directions, skipped_directions, split_problem
 from attnlens.inits.verify.gains import has_dead_channels
 from attnlens.inits.verify.marks import with_clones, with_reuse
 from attnlens.inits.verify.mistakes import clones, off_diagonal_cosine, squared_values
 from attnlens.inits.verify.reuse import SAMPLE, Reuse, Signs, places, reused, signs_of
-from tests.drawn_cases import vit
+from attnlens.layouts.spec import Refusal
+from tests.drawn_cases import SIZES, vit
 from tests.test_inits_limits import layers_of
 from tests.test_inits_pieces import row_of
 
@@ -226,3 +231,72 @@ def test_noise_is_reused_where_signs_agree_by_more_than_eight_standard_deviation
     assert list(reused([of(0, "qk", 0, 0)._replace(values=np.zeros(100)), of(1, "qk", 0, 0)._replace(
         values=np.zeros(100))])) == []  # fmt: skip
     assert [each.product.size for each in reused([first, first._replace(size=5, layer=1)])] == []
+
+
+# How layers are gone through.
+
+
+@pytest.mark.parametrize(
+    ("rule", "refused", "kinds"),
+    [
+        (Rule(plan=lambda _: Plan()), [(1, "b", "x")], "attention"),
+        (Rule(filters=lambda _: FilterPlan()), [(2, "f", "y")], "depthwise convolution"),
+        (
+            Rule(plan=lambda _: Plan(), filters=lambda _: FilterPlan()),
+            [(1, "b", "x"), (2, "f", "y")],
+            "attention or depthwise convolution",
+        ),
+    ],
+)
+def test_layers_of_the_kinds_a_rule_plans_are_gone_through_and_refused_ones_named(rule, refused, kinds):
+    known = {"name": "net", "order": ["a", "b"], "refused": [], "refused_filters": [], "filters": ()}
+    unread = {**known, "refused": [Refusal("b", "X", "timm", "x")], "refused_filters": [Refusal("f", "Y", "timm", "y")]}
+    read = {**unread, "filters": ("one", "two")}
+
+    def planned(about, attention=()):
+        architecture = SimpleNamespace(**about, indexed=lambda: attention)
+        return planned_layers(rule, SimpleNamespace(architecture=architecture), "i")
+
+    found = planned(unread)
+    assert [(each.layer, each.name, each.circuit, each.reason) for each in found.refused] == [
+        (index, name, "", reason) for index, name, reason in refused
+    ]
+    assert found.specs() == []
+    found = planned(read, ((0, "spec"),))
+    assert found.attention == (((0, "spec"),) if rule.plan else ())
+    assert found.filters == (((0, "one"), (1, "two")) if rule.filters else ())
+    assert found.specs() == ["spec"] * bool(rule.plan) + ["one", "two"] * bool(rule.filters)
+    with pytest.raises(UnsupportedAttentionError, match=f"^initialiser 'i' is for {kinds}, and net has none that is"):
+        planned(known)
+
+
+def test_layers_run_side_by_side_with_a_thread_each_on_a_cpu_and_in_turn_elsewhere(layer):
+    names = layer.spec.tensors()
+    here, elsewhere = (dict.fromkeys(names, torch.ones(1, device=device)) for device in ("cpu", "meta"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        jobs = [torch.get_num_threads, lambda: (torch.get_num_threads(), 7)]
+        assert run_each(jobs, here, [layer.spec]) == [1, (1, 7)]
+        assert run_each(jobs, elsewhere, [layer.spec]) == [2, (2, 7)]
+        assert run_each(jobs, dict.fromkeys(names, np.ones(1)), [layer.spec]) == [1, (1, 7)]
+        with pytest.raises(ZeroDivisionError):
+            run_each([lambda: 1 / 0], here, [layer.spec])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_is_made_with_what_its_initialiser_takes():
+    with pytest.raises(UsageError, match=r"^initialiser 'default' has no options$"):
+        create_model("vit_tiny_patch16_224", init="default", init_options={"alpha": 1}, **SIZES)
+    with pytest.raises(ModelNotFoundError, match=r"^timm has no architecture named 'vit_tny'"):
+        create_model("timm/vit_tny.augreg", **SIZES)
+    state = torch.get_rng_state()
+    one, other = (create_model("vit_tiny_patch16_224", seed=3, **SIZES) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
+    tagged = create_model("timm/vit_tiny_patch16_224.augreg_in21k", seed=3, **SIZES)
+    assert torch.equal(tagged.head.weight, one.head.weight)
+    with pytest.raises(UsageError, match="pass a whole number of at least 0"):
+        create_model("vit_tiny_patch16_224", seed=-1, **SIZES)

@@ -95,6 +95,7 @@ def test_a_silent_role_that_is_not_planned_changes_nothing():
 def test_sizes_of_a_layer_with_shared_heads(grouped, layer):
     assert (grouped.query_groups, grouped.value_groups, grouped.values_width) == (3, 3, 10)
     assert (layer.query_groups, layer.value_groups, layer.values_width) == (1, 1, 26)
+    assert (layer.device.type, layer.batched) == ("cpu", False)
     assert size_of(grouped, row_of()) == (23, 5)
     assert size_of(grouped, row_of("ov", "all")) == (23, 10)
     assert size_of(grouped, row_of("ov", 0)) == (23, 5)
