@@ -145,7 +145,7 @@ def test_a_report_tells_means_tails_errors_and_what_was_left():
         "kurtosis with gains: within 20% of the source's in 2 of 3 products",
         "largest relative error of a product: 3.0e-07",
         "skipped blocks.2.attn ov: no matrix",
-        "skipped blocks.3.attn : is XCA",
+        "skipped blocks.3.attn: is XCA",
         "a note (layers 0-1, 3)",
     ]
     assert report.worst_error == 3e-7

@@ -56,6 +56,10 @@ def test_of_a_large_product_all_pairs_of_the_largest_channels_are_looked_at_and_
     np.testing.assert_allclose(often[others], often[others].mean(), atol=LARGEST)
 
 
+def test_a_single_channel_has_no_off_diagonal():
+    assert np.isnan(offdiagonal_kurtosis(FactoredProduct(np.ones((3, 1, 2)), np.ones((3, 1, 2))))).all()
+
+
 def test_rounding_does_not_decide_which_channels_of_one_size_are_looked_at():
     sizes = np.ones(401)
     rounded = sizes + np.random.default_rng(7).uniform(-1e-9, 1e-9, 401)  # as far as balanced margins are from 1

@@ -148,7 +148,7 @@ class InitReport(Tabular):
             lines += self._filter_lines()
         if not math.isnan(self.worst_error):
             lines.append(f"largest relative error of {self._what()}: {self.worst_error:.1e}")
-        lines += [f"skipped {s.name} {s.circuit}: {s.reason}".replace("  ", " ") for s in self.skipped]
+        lines += [f"skipped {' '.join(filter(None, (s.name, s.circuit)))}: {s.reason}" for s in self.skipped]
         lines += [f"{note} ({numbered(layers, 'layer')})" for note, layers in self.notes.items()]
         return "\n".join(lines)
 

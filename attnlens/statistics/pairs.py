@@ -16,7 +16,9 @@ _BLOCK = 32  # also the number of largest channels of which every pair is looked
 
 
 def offdiagonal_kurtosis(product: FactoredProduct, seed: int = 0) -> Array:
-    """Return the excess kurtosis of the off-diagonal entries of every product of a stack."""
+    """Return the excess kurtosis of the off-diagonal entries of every product of a stack, NaN where there are none."""
+    if product.shape[-1] < 2:
+        return np.full(product.shape[:-2], np.nan)
     ones = np.ones(product.shape[:-1])
     sizes = tuple(side.offdiagonal_squares(ones) for side in (product, product.T))
     return pair_moments(product, sizes, seed)[1]
