@@ -45,7 +45,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "circuits": (
         ("attnlens/circuits/*.py",),
-        ("tests/test_source_rules.py", "tests/test_circuits.py", "tests/test_diagonal.py", "tests/test_balance.py"),
+        (
+            *("tests/test_source_rules.py", "tests/test_circuits_pieces.py", "tests/test_circuits.py"),
+            *("tests/test_diagonal.py", "tests/test_balance.py"),
+        ),
     ),
     "statistics": (
         ("attnlens/statistics/*.py",),
