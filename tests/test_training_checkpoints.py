@@ -667,7 +667,7 @@ def test_a_checkpoint_of_a_network_of_train_compare_goes_from_timms_saver_to_fig
         recovery_dir=str(tmp_path),
     )
     saver.save_checkpoint(0, 70.0)
-    file = tmp_path / "last.pth.tar"
+    file, title = tmp_path / "last.pth.tar", f"{tmp_path.name}-last"
     for network, weights, name in (
         (averaged.module, None, "state_dict_ema"),
         (averaged.module, "ema", "state_dict_ema"),
@@ -676,11 +676,11 @@ def test_a_checkpoint_of_a_network_of_train_compare_goes_from_timms_saver_to_fig
         found = attnlens.inspect(file, weights=weights)
         assert found.stats.json_rows() == attnlens.inspect(network).stats.json_rows()
         assert set(found.stats.column("num_heads")) == {SHAPE.num_heads}
-        assert found.model == f"last.pth [{name}]"
+        assert found.model == f"{title} [{name}]"
     params, expected = attnlens.fit_params(file, weights="ema"), attnlens.fit_params(averaged.module)
     assert params.entries == expected.entries
-    assert params.sources[0].model == "last.pth [state_dict_ema]"
-    assert "last.pth [state_dict_ema]" in attnlens.report(file, weights="ema", output=tmp_path / "page.html")
+    assert params.sources[0].model == f"{title} [state_dict_ema]"
+    assert f"{title} [state_dict_ema]" in attnlens.report(file, weights="ema", output=tmp_path / "page.html")
 
 
 def test_a_pickled_network_gives_its_weights_and_runs_nothing(tmp_path, plain):
