@@ -13,6 +13,7 @@ from attnlens.inits.plan import Plan, PlannedGains, Request
 from attnlens.inits.products import draw_matrix, plan_ov, plan_qk
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import measure
+from attnlens.inits.rules.controls import with_random_directions
 from attnlens.inits.truncation import Band, haar, singular_value, split, unwanted_band
 from attnlens.inits.verify.mistakes import recognise, tolerance_at
 from attnlens.statistics.inverse import Parameters
@@ -282,3 +283,14 @@ def test_a_sum_is_known_whole_where_all_of_it_is_kept_and_no_gains_are_laid_on(l
     for gains, known in (("none", True), ("quantiles", False)):
         rule = find_initialiser("fitted").rule(network, {"params": params(), "gains": gains})
         assert (rule.plan(layers[0]).total is not None) == known
+
+
+# Random directions.
+
+
+@pytest.mark.parametrize("lone", ["W_Q", "W_K", "W_V", "W_O"])
+def test_a_factor_without_its_other_is_left_as_it_is(layer, lone):
+    weight = getattr(layer.weights, lone)
+    found = with_random_directions(layer, Plan(**{lone: weight}))
+    assert list(found.weights()) == [lone[-1].lower()]
+    assert getattr(found, lone) is weight
