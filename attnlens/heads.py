@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attnlens.errors import UnsupportedAttentionError
 from attnlens.words import counted
 
 if TYPE_CHECKING:  # the shapes are checked at every call while tests run: tests/conftest.py
@@ -64,6 +65,14 @@ class HeadWeights:
     layer_scale: Float[Array, " out_dim"] | None = None
     scale: float = 1.0
     leaves_out: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Raise `UnsupportedAttentionError` for a weight without entries: no product can be formed of it."""
+        for role, weight in self.by_role().items():
+            if weight.size == 0:
+                raise UnsupportedAttentionError(
+                    f"{self.name or 'the layer'}: W_{role.upper()} has no entries, its shape is {list(weight.shape)}"
+                )
 
     def __repr__(self) -> str:
         """Say the layer and its sizes."""

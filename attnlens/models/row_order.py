@@ -148,6 +148,9 @@ def _norms(stored: Checkpoint, layer: Packed) -> tuple[Vector, Vector]:
     from attnlens.layouts.read_write import widened
 
     packed, out = (widened(stored[name], name) for name in (layer.qkv, layer.o))
+    for name, values in ((layer.qkv, packed), (layer.o, out)):
+        if values.size == 0:
+            raise CheckpointError(f"{name} has no entries, its shape is {list(values.shape)}")
     packed, out = (values.reshape(values.shape[0], -1) for values in (packed, out))
     if layer.transposed:
         packed, out = packed.T, out.T
