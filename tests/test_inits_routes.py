@@ -1,6 +1,7 @@
 """Which way a draw takes to its factors, and that every way is the one its documentation describes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from attnlens.inits.products import draw_matrix, plan_ov, plan_qk
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import measure
 from attnlens.inits.rules.controls import with_random_directions
+from attnlens.inits.rules.teacher import _plan as planned_of_teacher
 from attnlens.inits.truncation import Band, haar, singular_value, split, unwanted_band
 from attnlens.inits.verify.mistakes import recognise, tolerance_at
 from attnlens.statistics.inverse import Parameters
@@ -294,3 +296,17 @@ def test_a_factor_without_its_other_is_left_as_it_is(layer, lone):
     found = with_random_directions(layer, Plan(**{lone: weight}))
     assert list(found.weights()) == [lone[-1].lower()]
     assert getattr(found, lone) is weight
+
+
+# Teachers.
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("role", "qkvo")
+def test_a_bias_that_one_of_the_two_lacks_takes_no_other_with_it(layer, role, side):
+    has, lacks = layer.weights, layer.weights.replace(**{f"b_{role.upper()}": None})
+    mine, theirs = (has, lacks) if side == "teacher" else (lacks, has)
+    found = planned_of_teacher(replace(layer, weights=mine), theirs, "raw", lambda weight, _: weight)
+    assert list(found.biases) == [other for other in "qkvo" if other != role]
+    for other, bias in found.biases.items():
+        np.testing.assert_array_equal(bias, getattr(layer.weights, f"b_{other.upper()}"))
