@@ -393,15 +393,3 @@ def test_gains_of_another_width_are_refused_where_they_would_be_folded(circuit):
     for fold in ("effective", "centred", "balanced"):
         with pytest.raises(UnsupportedAttentionError, match="has 5 gains, the projection 13 channels"):
             circuit(heads, fold)
-
-
-@pytest.mark.parametrize("exponent", [-70, -3, 1, 10, 71])
-@pytest.mark.parametrize("whole", [False, True])
-def test_spectra_of_a_power_of_two_times_a_product_are_those_of_the_product_times_it(whole, exponent):
-    A, B = np.random.default_rng(6).normal(size=(2, 40, 61, 17))
-    factored = FactoredProduct(A, B), FactoredProduct(A, np.ldexp(B, exponent))
-    one, other = (WholeProduct.of(each.dense(), 17) if whole else each for each in factored)
-    np.testing.assert_array_equal(other.singular_values(), np.ldexp(one.singular_values(), exponent))
-    one_by_one, scaled = one.eigenvalues(), other.eigenvalues()
-    np.testing.assert_array_equal(scaled.real, np.ldexp(one_by_one.real, exponent))
-    np.testing.assert_array_equal(scaled.imag, np.ldexp(one_by_one.imag, exponent))

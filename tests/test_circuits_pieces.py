@@ -1,9 +1,9 @@
-"""The pieces of circuits by themselves: sizes of factors, gains of products that are not square, constants in place."""
+"""The pieces of circuits by themselves: sizes of factors, gains of products that are not square, spectra at any size."""
 
 import numpy as np
 import pytest
 
-from attnlens.circuits import ov_circuit, qk_circuit
+from attnlens.circuits import FactoredProduct, WholeProduct, ov_circuit, qk_circuit
 from attnlens.circuits.factored import exponent_of, gram_of, squares_of
 from attnlens.circuits.whole import _identity
 from attnlens.errors import UnsupportedAttentionError
@@ -70,3 +70,15 @@ def test_keys_of_another_width_than_queries_have_a_gain_of_their_own():
     swapped = heads.replace(W_K=W_K, own_norms={"q": norms["k"], "k": norms["q"]})
     with pytest.raises(UnsupportedAttentionError, match=f"front of q has 9 gains, the projection {len(gains['q'])} ch"):
         qk_circuit(swapped, "effective")
+
+
+@pytest.mark.parametrize("exponent", [-70, -3, 1, 10, 71])
+@pytest.mark.parametrize("whole", [False, True])
+def test_spectra_of_a_power_of_two_times_a_product_are_those_of_the_product_times_it(whole, exponent):
+    A, B = np.random.default_rng(6).normal(size=(2, 40, 61, 17))
+    factored = FactoredProduct(A, B), FactoredProduct(A, np.ldexp(B, exponent))
+    one, other = (WholeProduct.of(each.dense(), 17) if whole else each for each in factored)
+    np.testing.assert_array_equal(other.singular_values(), np.ldexp(one.singular_values(), exponent))
+    one_by_one, scaled = one.eigenvalues(), other.eigenvalues()
+    np.testing.assert_array_equal(scaled.real, np.ldexp(one_by_one.real, exponent))
+    np.testing.assert_array_equal(scaled.imag, np.ldexp(one_by_one.imag, exponent))
