@@ -1,4 +1,4 @@
-"""The pieces of circuits by themselves: sizes of factors, gains of products that are not square, spectra at any size."""
+"""The pieces of circuits by themselves: sizes of factors, gains of products that are not square, spectra."""
 
 import numpy as np
 import pytest
