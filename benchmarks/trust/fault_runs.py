@@ -149,7 +149,11 @@ class Process:
 
 
 def _words(beside: Path) -> tuple[Path, Path]:
-    return beside.parent / f"{beside.name}.out", beside.parent / f"{beside.name}.err"
+    """Return where a command says what it says: empty files, as one may be killed before it opens them."""
+    out, err = (beside.parent / f"{beside.name}.{kind}" for kind in ("out", "err"))
+    out.write_bytes(b"")
+    err.write_bytes(b"")
+    return out, err
 
 
 def _ended(code: int, began: float, out: Path, err: Path) -> Ended:
