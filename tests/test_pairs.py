@@ -56,6 +56,22 @@ def test_of_a_large_product_all_pairs_of_the_largest_channels_are_looked_at_and_
     np.testing.assert_allclose(often[others], often[others].mean(), atol=LARGEST)
 
 
+@pytest.mark.parametrize(("d", "columns"), [(257, 96), (341, 96), (342, 64), (401, 64), (769, 32), (1024, 32)])
+def test_each_row_of_the_others_is_looked_at_in_so_many_columns_that_all_are_some_thirty_thousand(d, columns):
+    rows, cols, _ = places(d, np.arange(float(d)))
+    others = (rows < d - LARGEST) & (cols < d - LARGEST)
+    assert others.sum() == (d - LARGEST) * columns
+    assert columns * d <= 32768 < (columns + LARGEST) * d
+
+
+@pytest.mark.parametrize("d", [256, 1025])
+def test_all_entries_are_looked_at_where_there_are_few_or_a_row_has_no_room_for_a_block(d):
+    rows, cols, weights = places(d, np.arange(float(d)))
+    assert len(rows) == d * (d - 1) // 2
+    assert (rows < cols).all()
+    np.testing.assert_allclose(weights, 1 / len(rows))
+
+
 def test_a_single_channel_has_no_off_diagonal():
     assert np.isnan(offdiagonal_kurtosis(FactoredProduct(np.ones((3, 1, 2)), np.ones((3, 1, 2))))).all()
 
