@@ -12,6 +12,7 @@ from attnlens.errors import UsageError
 from attnlens.statistics import corners as kept
 from attnlens.statistics.corners import Corners
 from attnlens.statistics.depth import GRID, Profile, Trend, relative_depth, rms_over_depth
+from attnlens.statistics.inference import infer
 from attnlens.statistics.layer import measure_layer
 from attnlens.statistics.preview import HTML_ROWS, TEXT_ROWS, WIDTH, cell, html_preview, shown_rows, text_preview
 from attnlens.statistics.table import StatsTable
@@ -314,3 +315,16 @@ def test_profiles_are_interpolated_on_a_grid_of_hundredths():
     np.testing.assert_allclose(profile.at(GRID), 1 + 2 * GRID)
     assert rms_over_depth(np.full(101, -3.0)) == pytest.approx(3)
     assert rms_over_depth(np.sqrt(GRID)) == pytest.approx(math.sqrt(0.5))
+
+
+# Rounding.
+
+
+@pytest.mark.parametrize("size", [1.0, 3.3])
+def test_what_rounding_leaves_off_the_diagonal_of_an_identity_is_no_less_than_nothing(size):
+    for seed in range(10):
+        Q = np.linalg.qr(np.random.default_rng(seed).normal(size=(17, 17))).Q
+        found = infer(FactoredProduct(size * Q, Q))
+        for name in ("alpha_stderr", "alpha_low", "alpha_high"):
+            assert 0 <= getattr(found, name) < 1e-6, name
+        np.testing.assert_allclose([found.beta_low, found.beta_high], size)
