@@ -107,6 +107,9 @@ class FileSet:
             self._check(path)
         with _explained(path):
             target = _target(path)
+        if twice := next((one.given for one in self._staged if one.path == target), None):
+            raise OutputError(f"{twice} and {path} are one file: name two, or take the link away")
+        with _explained(path):
             _make_folder(target.parent)
             sweep(target.parent)
             staged = _new_temporary(path, target)

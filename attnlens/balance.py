@@ -17,6 +17,10 @@ PASSES = 200
 
 _DEPTH = 4  # differences of earlier iterates that an accelerated step is made of
 _NEAR = 1.0  # largest step of log(w) from which acceleration is safe
+_FARTHEST = 100.0  # that log(w) goes from where it starts: farther go gains that never balance, out of float64
+_LEAST = 1e-200  # of a row's sum of squares at a safe scale: what is less is no entry
+_LEAST_GAIN = 1e-100  # that of a side and that of the other can be divided out of any entry
+_SMALLEST = 1e-300  # of a weighted sum that is divided by
 _RIDGE = 1e-10  # of the Gram matrix of unit-norm differences: keeps an accelerated step finite
 
 
@@ -86,14 +90,15 @@ def balance(product: Balanceable) -> Gains:
     stack = product.unit[0].stacked()
     sides = stack, stack.T
     sums = stack.offdiagonal_squares(np.ones((stack.shape[0], stack.shape[-1])))
-    alive_rows = sums > 0
+    alive_rows = sums > _LEAST
     sums = sides[1].offdiagonal_squares(_ratio(alive_rows, sums))
-    alive_cols = sums > 0
+    alive_cols = sums > _LEAST
     row_entries, col_entries = (
         mine * (others.sum(-1, keepdims=True, dtype=np.float64) - (others if product.is_square else 0.0))
         for mine, others in ((alive_rows, alive_cols), (alive_cols, alive_rows))
     )
     u, w, residual = _alternate(sides, row_entries, col_entries, np.log(_ratio(col_entries, sums, empty=1.0)))
+    alive_rows, alive_cols = alive_rows & (u > 0), alive_cols & (w > 0)  # the others' gains ran away
     *lead, rows, cols = product.shape
     return Gains(
         rows=_gains(u, alive_rows).reshape(*lead, rows),
@@ -111,8 +116,10 @@ def _alternate(
     u, w, residual = np.zeros_like(row_entries), np.zeros_like(col_entries), np.zeros(len(row_entries))
     active = np.arange(len(residual))
     history: list[tuple[Array, Array]] = []
+    start = point
     for _ in range(PASSES):
-        now = np.where(col_entries[active] > 0, np.exp(point), 0.0)
+        near = np.clip(point, start - _FARTHEST, start + _FARTHEST)
+        now = np.where(col_entries[active] > 0, np.exp(near), 0.0)
         u[active] = rows = _ratio(row_entries[active], sides[0].offdiagonal_squares(now))
         w[active] = cols = _ratio(col_entries[active], sides[1].offdiagonal_squares(rows))
         step = np.log(_ratio(cols, now, empty=1.0))
@@ -123,6 +130,7 @@ def _alternate(
             break
         if not going.all():
             active, point, step, size = active[going], point[going], step[going], size[going]
+            start = start[going]
             sides = sides[0].head(going), sides[1].head(going)
             history = [(before[going], moved[going]) for before, moved in history]
         history = [*history[-_DEPTH:], (point, step)]
@@ -150,11 +158,12 @@ def _accelerated(history: list[tuple[Array, Array]]) -> Array:
 
 
 def _ratio(above: Array | NDArray[np.bool_], below: Array, empty: float = 0.0) -> Array:
-    return np.divide(above, below, out=np.full(below.shape, empty), where=(above > 0) & (below > 0))
+    return np.divide(above, below, out=np.full(below.shape, empty), where=(above > 0) & (below > _SMALLEST))
 
 
 def _gains(weights: Array, alive: NDArray[np.bool_]) -> Array:
     """Return weights^-1/2 at mean square 1 over what is alive, 1 elsewhere."""
     gains = _ratio(alive, np.sqrt(weights))
     count = np.maximum(alive.sum(-1, keepdims=True), 1)
-    return np.where(alive, gains / np.sqrt(np.maximum((gains**2).sum(-1, keepdims=True), 1e-300) / count), 1.0)
+    unit = gains / np.sqrt(np.maximum((gains**2).sum(-1, keepdims=True), 1e-300) / count)
+    return np.where(alive, np.maximum(unit, _LEAST_GAIN), 1.0)

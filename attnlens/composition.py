@@ -63,7 +63,8 @@ class Half:
 
     @classmethod
     def of(cls, product: FactoredProduct) -> Half:
-        """Reduce a stack of products."""
+        """Reduce a stack of products, each at its unit scale: what is said of them is free of scale."""
+        product, _ = product.unit
         factor = np.matmul(product.triangles[0], np.swapaxes(product.B, -1, -2))
         gram = np.matmul(factor, np.swapaxes(factor, -1, -2))
         squared_norm = np.trace(gram, axis1=-2, axis2=-1)

@@ -8,11 +8,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from attnlens.errors import OutputError, UsageError
-from attnlens.strict_json import read_json
+from attnlens.state import read_state
+from attnlens.strict_json import parse_json, read_json
 
 HEAD = 1 << 16
 """Bytes of a file that are looked at for who wrote it."""
@@ -27,17 +29,22 @@ _MARKS: Mapping[str, re.Pattern[bytes]] = {
     ".png": re.compile(rb"^\x89PNG[\s\S]{0,200}tEXtSoftware\x00attnlens"),
     ".svg": re.compile(rb"<dc:title>attnlens</dc:title>"),
     ".pdf": re.compile(rb"/Creator \(attnlens\)"),
-    ".jsonl": re.compile(rb'^\{"config_sha256": "'),
+    ".jsonl": re.compile(rb'^\{"config_sha256": "|^\{"run": "[^"]*", "epoch": [0-9.]+, "structure": '),
     ".csv": re.compile(
         rb"^(?:layer,head,circuit,fold,alpha|layer,name,filters,channels|kind,from_layer,from_head|model,status,fold"
-        rb"|model,layer,relative_depth|arm,seed,layer,cosine|arm,n,|first,second,circuit|model,circuit,layer)"
+        rb"|model,layer,relative_depth|arm,seed,layer,cosine|arm,n,|first,second,circuit|model,circuit,layer"
+        rb"|run,epoch,train_loss,test_loss,)"
     ),
     ".md": re.compile(rb"\n## What the intervals allow to say\n"),
 }
 """What a file of ours holds near its beginning, by how its name ends."""
 _MANIFESTS = ("stats.json", "summary.json")
-_INPUT = re.compile(r"\.(safetensors|pth|pt|bin|npz|npy|ckpt|h5)$|^config\.json$|\.index\.json$")
+_BESIDE = re.compile(r"^(adapter_)?config\.json$|\.index\.json$")
+"""Files that are read beside weights"""
+_INPUT = re.compile(rf"\.(safetensors|pth|pt|bin|npz|npy|ckpt|h5)$|{_BESIDE.pattern}")
 """Files of a model's folder that are read"""
+_TOLD = frozenset(["attnlens", "network", "trained_on", "config_sha256"])
+"""What the metadata of weights hold that we wrote"""
 _FILE_SUFFIXES = (*_MARKS, ".safetensors", ".pth", ".pt", ".bin", ".npz", ".txt")
 
 
@@ -75,16 +82,27 @@ class Outputs:
 
     def check(self, path: Path) -> Path:
         """Return a path that may be written. Raises `UsageError` for an input, `OutputError` for a file of others."""
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder, where a file goes: take it away, or choose another place")
         if not path.is_file():
             return path
-        if any(_same(path, given) for given in self.inputs):
-            raise UsageError(f"{path} is what this command reads: write to another file")
+        self.spare(path)
         if not self.force and not is_ours(path):
             raise OutputError(
                 f"{path} was not written by attnlens, or was changed since: choose another name, or add --force "
                 "to replace it"
             )
         return path
+
+    def spare(self, path: Path) -> Path:
+        """Return a path that is no input, under whatever name or link. Raises `UsageError`."""
+        if _identity(path) in self._read:
+            raise UsageError(f"{path} is what this command reads: write to another file")
+        return path
+
+    @cached_property
+    def _read(self) -> frozenset[tuple[int, int] | None]:
+        return frozenset(map(_identity, self.inputs)) - {None}
 
 
 def is_ours(path: Path) -> bool:
@@ -161,15 +179,25 @@ def _files(value: Any) -> list[Path]:
     for told in (text, text.partition(":")[2], text.partition("=")[2], text.removeprefix("@")):
         if told and _is_path(told):
             path = Path(told)
-            return [one for one in path.iterdir() if _INPUT.search(one.name)] if path.is_dir() else [path]
+            if path.is_dir():
+                return [one for one in path.iterdir() if _INPUT.search(one.name)]
+            return [path, *_beside(path)]
     return []
 
 
-def _same(one: Path, other: Path) -> bool:
+def _beside(path: Path) -> list[Path]:
     try:
-        return one.samefile(other)
+        return [one for one in path.parent.iterdir() if _BESIDE.search(one.name)]
+    except OSError:  # a folder that may be entered and not listed
+        return []
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
     except OSError:
-        return False
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _says_so(head: bytes) -> bool:
@@ -184,7 +212,7 @@ def _says_so(head: bytes) -> bool:
         metadata, _ = json.JSONDecoder().raw_decode(head[begin:].decode(errors="replace"))
     except ValueError:
         return False
-    return isinstance(metadata, dict) and not {"attnlens", "network"}.isdisjoint(metadata)
+    return isinstance(metadata, dict) and not _TOLD.isdisjoint(metadata)
 
 
 def _listed(path: Path) -> bool:
@@ -192,9 +220,10 @@ def _listed(path: Path) -> bool:
     for name in _MANIFESTS:
         try:
             manifest = path.parent / name
-            if manifest == path or not _SCHEMA.search(manifest.open("rb").read(HEAD)):
+            content = b"" if manifest == path else read_state(manifest)
+            if not _SCHEMA.search(content[:HEAD]):
                 continue
-            known = read_json(manifest).get("files", {}).get(path.name)
+            known = parse_json(content).get("files", {}).get(path.name)
             with path.open("rb") as file:
                 if known == hashlib.file_digest(file, "sha256").hexdigest():
                     return True

@@ -1,8 +1,10 @@
-"""Text out of files on its way to a terminal: nothing in it moves the cursor, hides or turns what stands there."""
+"""Text out of files on its way to a terminal or a page: nothing in it moves, hides or turns what stands there."""
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 SPELLED = {
     "α": "alpha",
@@ -34,6 +36,9 @@ LONGEST = 1200
 
 _TAIL = 400
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_PLAIN = re.compile(r"[^\n -~]")
+_MARKUP = re.compile(r"[\\`*\[\]~|$]|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+_HTML = {"<": "&lt;", "&": "&amp;"}
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
@@ -48,9 +53,23 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
+def printable_json(text: str) -> str:
+    r"""Write what is not printable in a JSON text as JSON escapes it: ``\u00a0``, where Python would write ``\xa0``."""
+    return _NOT_PLAIN.sub(lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
+
+
 def utf8_text(name: str) -> str:
     r"""Return the name of a file as text that UTF-8 can hold: bytes that are no UTF-8 become escapes, ``\xff``."""
     return name if name.isascii() else _SURROGATE.sub(_escaped, name)
+
+
+def utf8_data(data: Any) -> Any:
+    """Return data for JSON, every text in it as `utf8_text` has it: others refuse, or lose, halves of pairs."""
+    if isinstance(data, dict):
+        return {utf8_data(name): utf8_data(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [utf8_data(value) for value in data]
+    return utf8_text(data) if isinstance(data, str) else data
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -85,6 +104,30 @@ def _in_encoding(mark: str, encoding: str) -> str:
     except LookupError:
         return SPELLED.get(mark, ascii(mark)[1:-1]) if not mark.isascii() else mark
     return mark
+
+
+class Markdown(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def in_markdown(text: str) -> str:
+    r"""Return `printable` text as Markdown shows it letter for letter: no markup, no HTML, no cell of a table begins.
+
+    Example: ``in_markdown("a*b|<i>")`` is ``a\*b\|&lt;i>``. Of `Markdown` cells alone are kept from beginning.
+    """
+    if isinstance(text, Markdown):
+        return text.replace("|", "\\|")
+    return _MARKUP.sub(lambda found: _HTML.get(found[0], f"\\{found[0]}"), printable(text))
+
+
+def as_code(text: str) -> Markdown:
+    """Return `printable` text as a code span of Markdown, in more backticks than the text has side by side."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " * (text.startswith("`") or text.endswith("`"))  # which is no part of the code
+    return Markdown(f"{fence}{room}{text}{room}{fence}")
 
 
 def one_line(text: str) -> str:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from attnlens.errors import AttnlensError
+from attnlens.strict_json import parse_json
 
 LARGEST = 1 << 30
 """Bytes of a file of state that is read: a million evaluations take less."""
 
 DIGEST = "sha256"
+SEALED_FROM = 2
+"""The ``schema_version`` from which on a manifest has the digest of itself."""
 
 
 def check_folder(folder: Path, refusal: type[AttnlensError], parts: Sequence[str] = ()) -> None:
@@ -66,6 +69,30 @@ def unsealed(data: Any) -> dict[str, Any]:
     if data.get(DIGEST) != _digest(inner):
         raise ValueError("it was changed after it was written: its sha256 is of something else")
     return inner
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """Return the JSON object that names the other files of its set with their sha256, under ``files``.
+
+    Raises `OSError`, and `ValueError` where it was changed after it was written: older ones have no digest.
+    """
+    data = parse_json(read_state(path))
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")  # noqa: TRY004  # what parsing raises, too
+    return unsealed(data) if DIGEST in data or data.get("schema_version", 1) not in range(SEALED_FROM) else data
+
+
+def check_listed(manifest: Path, name: str, content: bytes) -> None:
+    """Raise `OSError` or `ValueError` where the manifest does not name the file ``name`` with this content.
+
+    A manifest without ``files`` is of a version that named none.
+    """
+    try:
+        known = manifest_of(manifest).get("files")
+    except ValueError as error:
+        raise ValueError(f"{manifest.name}: {error}") from error
+    if known is not None and (not isinstance(known, dict) or known.get(name) != hashlib.sha256(content).hexdigest()):
+        raise ValueError(f"it is not what {manifest.name} was made of")
 
 
 def _digest(data: dict[str, Any]) -> str:

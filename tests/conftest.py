@@ -20,11 +20,11 @@ SLOW = """
     benchmark_speed bounded catalogue docs extending families_forward faults figure_styles filters_inspect
     filters_params filters_report filters_trained fitting hostile hub inference inits_borders inits_files inits_fitted
     inits_gains inits_mistakes inits_reduced inits_routes inits_stored inits_transformers inits_verify inverse
-    layouts_census layouts_forward layouts_roundtrip live_networks notebook outputs packaging regression_counts report
-    report_browser scan scan_ray shipped_layouts signal_rewiring sizes state terminal threads trace tracking
-    tracking_page training_checkpoints training_config_file training_datasets training_display training_families
-    training_folders training_hardware training_ladder training_live training_meta training_recipe training_runs
-    vocabulary
+    layouts_census layouts_forward layouts_roundtrip live_networks notebook outputs packaging printable_figures
+    regression_counts report report_browser scan scan_ray shipped_layouts signal_rewiring sizes state terminal threads
+    trace tracking tracking_page training_checkpoints training_config_file training_datasets training_display
+    training_families training_folders training_hardware training_ladder training_live training_meta training_recipe
+    training_runs vocabulary weight_sizes
 """
 """Files that `make test-fast` leaves out: together nine tenths of the time, in which networks are built and trained,
 commands run as processes, and statistics simulated."""

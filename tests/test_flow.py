@@ -21,9 +21,9 @@ ROOMS = (
         "atomic",
         "strict_json",
         "csv_text",
+        "state",
         "outputs",
         "patterns",
-        "state",
         "templates",
     ),
     *(

@@ -230,16 +230,12 @@ WAYS = {
     "baddbmm": lambda a, x: torch.baddbmm(a.qkv.bias, x, a.qkv.weight.t()[None]),
     "convolution": lambda a, x: functional.conv1d(x.mT, a.qkv.weight[..., None]).mT,
 }
-WHOLE = [way for way in WAYS if way != "convolution"]
-"""What arrives in inference mode under a name that is known: a convolution does not."""
 
 
-@pytest.mark.parametrize(
-    ("way", "recorded"),
-    [*((way, torch.no_grad) for way in WAYS), *((way, torch.inference_mode) for way in WHOLE)],
-)
+@pytest.mark.parametrize("recorded", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_projection_is_known_however_it_is_multiplied(way, recorded):
-    """In inference mode operations arrive whole, `linear` and `matmul` among them."""
+    """In inference mode operations arrive whole, `linear`, `matmul`, `conv1d` and `mT` among them."""
 
     @recorded()
     def run(network, x):
@@ -270,11 +266,13 @@ def on_images(attention, x):
     return functional.conv2d(x, attention.qkv.weight[..., None, None]).flatten(2).mT
 
 
+@pytest.mark.parametrize("recorded", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(("channels", "expected"), [(1, UNREAD), (2, MIXED)])
-def test_a_depthwise_convolution_has_more_than_one_channel(channels, expected):
+def test_a_depthwise_convolution_has_more_than_one_channel(channels, expected, recorded):
     convolution = nn.Conv1d(channels, channels, 1, groups=channels)
     parts = {"before": nn.GroupNorm(1, channels), "mix": convolution, "attn": Attention(width=channels)}
-    assert followed(Network(lambda n, x: n.attn(n.mix(n.before(x)).mT), **parts), 1, channels, TOKENS) == expected
+    network = Network(recorded()(lambda n, x: n.attn(n.mix(n.before(x)).mT)), **parts)
+    assert followed(network, 1, channels, TOKENS) == expected
 
 
 class CrossAttention(timm.models.crossvit.CrossAttention):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 import tokenize
@@ -13,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 EXPANDS = 32
 """Bytes of content an archive may hold for each byte on disk: weights shrink by a tenth, bombs by a thousand."""
@@ -28,6 +30,8 @@ DAMAGED_ARRAY = (
 _SHAPE = rb"\((\d{1,20}L?(, ?\d{1,20}L?){0,63})?,?\)"
 _ENTRY = rb"'(descr': '[<>|=]?[a-zA-Z]\d{0,9}'|fortran_order': (True|False)|shape': %b)" % _SHAPE
 _HEADER = re.compile(rb"\{(%b, ?){2}%b,? ?\}[ ]*\n?" % (_ENTRY, _ENTRY))
+_LONG = re.compile(rb"(?<=[( ])(\d+)L(?=[,)])")
+"""A whole number as Python 2 wrote it"""
 _LONGEST_HEADER = 10_000
 """Bytes of an array's header; numpy reads no longer one without being told to."""
 
@@ -59,7 +63,24 @@ def check_archive(path: Path, *, stored: bool = False) -> list[zipfile.ZipInfo]:
 
 
 def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return shape and type off the header of a stored array of one plain type.
+    """Return shape and type off the header of a stored array of one plain type. Raises `ValueError`."""
+    shape, _, kind = _header(file)
+    return shape, kind
+
+
+def read_array(file: IO[bytes]) -> NDArray[Any]:
+    """Return a stored array of one plain type. Raises `ValueError`."""
+    import numpy as np
+
+    shape, by_columns, kind = _header(file)
+    content = np.empty(math.prod(shape) * kind.itemsize, np.uint8)
+    if file.readinto(content) != content.size:  # type: ignore[attr-defined]
+        raise ValueError("its numbers are cut off")
+    return content.view(kind).reshape(shape, order="F" if by_columns else "C")
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether columns are stored one behind the other, and type.
 
     numpy parses headers as Python; of what is no literal, the parser looks for the source, as a file of the name
     ``<string>``. So a header is held against what numpy writes before numpy is asked. Raises `ValueError`.
@@ -73,9 +94,10 @@ def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     content = file.read(min(length, _LONGEST_HEADER + 1))
     if len(prefix) < width or len(content) != length or not _HEADER.fullmatch(content):
         raise ValueError(f"its header is {content[:60]!r}")
+    plain = _LONG.sub(rb"\1", content)
     read = stored.read_array_header_1_0 if version == (1, 0) else stored.read_array_header_2_0
-    shape, _, kind = read(io.BytesIO(prefix + content))
-    return tuple(shape), kind
+    shape, by_columns, kind = read(io.BytesIO(len(plain).to_bytes(width, "little") + plain))
+    return tuple(shape), by_columns, kind
 
 
 def data_offset(path: Path, member: zipfile.ZipInfo) -> int:

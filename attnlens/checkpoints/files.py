@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.checkpoints.archives import DAMAGED_ARRAY, array_header, check_archive
+from attnlens.checkpoints.archives import DAMAGED_ARRAY, array_header, check_archive, read_array
 from attnlens.checkpoints.base import _File
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import parse_json
@@ -104,7 +104,7 @@ class NpzFile(_File):
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Read an array out of the archive."""
         with self._reading(), self._opened(name) as file:
-            stored: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+            stored = read_array(file)
         if stored.dtype == np.dtype("V2"):
             import ml_dtypes
 

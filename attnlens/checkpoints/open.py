@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,25 @@ def open_stored(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give {ACCEPTED}")
     kind = _kind(path)
     try:
-        if kind == "safetensors":
-            return SafetensorsFile(path)
-        if kind == "npz":
-            return NpzFile(path)
-        if kind == "index":
-            return ShardedFile(path, open_stored)
-        if kind == "torch":
-            return TorchFile(path)
-        raise CheckpointError(f"{path} is {PACKED[kind]}: unpack it and give the weight file in it")
+        if kind not in _FORMATS:
+            raise CheckpointError(f"{path} is {PACKED[kind]}: unpack it and give the weight file in it")
+        stored = _FORMATS[kind](path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    longest = max(map(len, stored), default=0)
+    if longest > LONGEST_NAME:
+        raise CheckpointError(f"{path} holds a name of {longest} characters, which no tensor of a network has")
+    return stored
+
+
+LONGEST_NAME = 1000
+"""Characters of a tensor's name: what is looked for in names may take a time that grows with their square."""
+_FORMATS: dict[str, Callable[[Path], Checkpoint]] = {
+    "safetensors": SafetensorsFile,
+    "npz": NpzFile,
+    "index": lambda path: ShardedFile(path, open_stored),
+    "torch": TorchFile,
+}
 
 
 def _kind(path: Path) -> str:

@@ -26,6 +26,8 @@ from typing import IO, Any, NamedTuple, cast
 from attnlens.checkpoints.archives import ALLOWANCE, EXPANDS, check_archive
 from attnlens.checkpoints.base import INDEX_SUFFIX, Checkpoint, _File, _OnDisk
 from attnlens.checkpoints.formats import SUFFIXES, kind_of
+from attnlens.checkpoints.tars import bounded_members
+from attnlens.checkpoints.tars import members as members_of
 from attnlens.errors import CheckpointError, UsageError, first_line
 from attnlens.words import counted
 
@@ -179,9 +181,9 @@ def _zip_members(path: Path) -> Iterator[dict[str, Member]]:
 
 @contextmanager
 def _tar_members(path: Path) -> Iterator[dict[str, Member]]:
-    with tarfile.open(path, "r:") as archive:
+    with tarfile.open(path, "r:", tarinfo=bounded_members()) as archive:
         found: dict[str, Member] = {}
-        for count, member in enumerate(archive):
+        for count, member in enumerate(members_of(archive)):
             _check_count(count)
             name = str(PurePosixPath(member.name))
             if name in found:

@@ -7,6 +7,7 @@ an unknown class is an `Inert` with the name and what was stored in it, and a te
 
 from __future__ import annotations
 
+import os
 import pickle
 import pickletools
 from collections.abc import Callable
@@ -103,14 +104,29 @@ class TensorRef:
     dtype: str | None = None
 
 
-def read_pickle(stream: IO[bytes] | Any) -> Any:
+class UpToEnd:
+    """What a pickle is read from: no memory is set aside for more bytes than the file has, whatever is asked for.
+
+    Read and not mapped: a page of a map behind the end of a file that is cut meanwhile is a bus error.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.size = file, os.fstat(file.fileno()).st_size
+        self.readline, self.tell, self.seek = file.readline, file.tell, file.seek
+
+    def read(self, count: int) -> bytes:
+        """Return so many bytes, or those that are left."""
+        return self._file.read(min(count, max(self.size - self.tell(), 0)))
+
+
+def read_pickle(stream: IO[bytes] | UpToEnd) -> Any:
     """Return what one pickle holds, as dictionaries, lists, numbers, text, `TensorRef` and `Inert`.
 
     Raises `pickle.UnpicklingError` for globals of `HOSTILE` modules and operations no checkpoint uses, and whatever
     damaged operations raise.
     """
     machine = _Machine()
-    for operation, argument, _ in pickletools.genops(stream):
+    for operation, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]
         machine.room += 1
         machine.step(operation.name, argument)
     return machine.stack[-1]

@@ -8,7 +8,6 @@ of a pickle is looked at first, by name, length and weight, and each tensor afte
 from __future__ import annotations
 
 import io
-import mmap
 import pickle
 import pickletools
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from attnlens.checkpoints.archives import check_archive, data_offset
+from attnlens.checkpoints.pickled_data import UpToEnd
 from attnlens.errors import AttnlensError, first_line
 
 _ZIP = b"PK\x03\x04"
@@ -90,12 +90,13 @@ def _scan_zip(path: Path) -> None:
 
 
 def _scan_legacy(path: Path) -> None:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for _ in range(_LEGACY_PICKLES):  # a map reads no further than it goes, whatever length is asked for
+    with path.open("rb") as file:
+        content = UpToEnd(file)
+        for _ in range(_LEGACY_PICKLES):
             _scan(content)
 
 
-def _scan(stream: IO[bytes] | mmap.mmap) -> None:
+def _scan(stream: IO[bytes] | UpToEnd) -> None:
     """Look through one pickle, up to its end. Raises `pickle.UnpicklingError` for what weights are not made of.
 
     The stack is followed by weight alone: a tuple weighs what it holds, a list or dictionary one, as nothing is hashed

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import math
-import mmap
 import pickle
 import struct
 import zipfile
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from attnlens.checkpoints.archives import check_archive, data_offset
 from attnlens.checkpoints.base import _File
 from attnlens.checkpoints.nested import named_tensors, parts_of
-from attnlens.checkpoints.pickled_data import Inert, StorageRef, TensorRef, read_pickle
+from attnlens.checkpoints.pickled_data import Inert, StorageRef, TensorRef, UpToEnd, read_pickle
 from attnlens.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -81,8 +80,8 @@ class TorchFile(_File):
             zipped = file.read(4) == b"PK\x03\x04"
         if zipped:
             return self._read_zip()
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return self._read_legacy(content)
+        with self.path.open("rb") as file:
+            return self._read_legacy(UpToEnd(file))
 
     def _read_zip(self) -> Any:
         members = {member.filename: member for member in check_archive(self.path)}
@@ -97,18 +96,19 @@ class TorchFile(_File):
                 self._places[name.removeprefix(f"{top}/data/")] = (data_offset(self.path, member), member.file_size)
         return read_pickle(io.BytesIO(pickled))
 
-    def _read_legacy(self, content: mmap.mmap) -> Any:
+    def _read_legacy(self, content: UpToEnd) -> Any:
         """Read the format before PyTorch 1.6: five pickles, then every storage behind its length."""
-        found = [read_pickle(content) for _ in range(_LEGACY_PICKLES)]  # a map reads no further than it goes
+        found = [read_pickle(content) for _ in range(_LEGACY_PICKLES)]
         magic, _, _, root, keys = found
         if magic != _MAGIC or not isinstance(keys, list):
             raise ValueError("it does not begin as torch.save begins")
         kinds = {ref.storage.key: ref.storage for ref in _walk(root)}
         position = content.tell()
         for key in keys:
-            (elements,) = struct.unpack("<q", content[position : position + 8])
+            content.seek(position)
+            (elements,) = struct.unpack("<q", content.read(8))
             width = 1 if key not in kinds else _dtype(kinds[key]).itemsize
-            if elements < 0 or position + 8 + elements * width > len(content):
+            if elements < 0 or position + 8 + elements * width > content.size:
                 raise ValueError("its numbers are cut off")
             self._places[key] = (position + 8, elements * width)
             position += 8 + elements * width

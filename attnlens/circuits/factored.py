@@ -73,8 +73,7 @@ class FactoredProduct:
             return None
         A, B = (np.ldexp(f, -e[..., None, None]) for f, e in zip((self.A, self.B), exponents, strict=True))
         exponent = exponents[0] + exponents[1]
-        parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
-        return replace(self, A=A, B=B, parts=parts), exponent
+        return replace(self, A=A, B=B, parts=self.parts and scaled_down(self.parts, np.asarray(exponent))), exponent
 
     def diagonal(self) -> Float[Array, "*stack rows"]:
         """Return diag(M)_i = <A_i, B_i>, shape ``[..., rows]``."""
@@ -228,10 +227,16 @@ class FactoredProduct:
         return FactoredProduct(*(factor.reshape(-1, factor.shape[-2], rank) for factor in (self.A, self.B)))
 
 
-def exponent_of(factor: Array) -> NDArray[np.int_]:
+def exponent_of(factor: NDArray[np.floating]) -> NDArray[np.int_]:
     """Return the exponents of 2 of the largest entry of each factor."""
     largest = np.maximum(factor.max((-2, -1), initial=0.0), -factor.min((-2, -1), initial=0.0))
     return np.asarray(np.frexp(largest)[1], dtype=np.int_)
+
+
+def scaled_down(parts: FactoredProduct, exponent: NDArray[np.int_]) -> FactoredProduct:
+    """Return 2^-exponent M of all parts of a sum, the exponent shared out so that the largest entry of A is near 1."""
+    of_A = exponent_of(parts.A.reshape(-1, parts.A.shape[-1]))
+    return replace(parts, A=np.ldexp(parts.A, -of_A), B=np.ldexp(parts.B, of_A - exponent))
 
 
 def squares_of(factor: Array) -> Array:

@@ -8,11 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from attnlens.circuits.factored import FactoredProduct
+from attnlens.circuits.factored import FactoredProduct, exponent_of
 from attnlens.circuits.whole import WholeProduct
 from attnlens.errors import UnsupportedAttentionError
 from attnlens.heads import Array, HeadWeights, Role, expand_groups
 from attnlens.vocabulary import FOLD, FOLD_CHOICE
+
+_FORMED = -900  # exponent of 2 of a sum's entries, below which float64 would not hold all of them
 
 Kind = Literal["qk", "ov"]
 Fold = Literal["raw", "effective", "centred", "balanced"]
@@ -85,14 +87,14 @@ def layer_ov(weights: HeadWeights, fold: Fold = "raw") -> FactoredProduct:
     """Return the layer's value-projection product sum_h W_V[h] @ W_O[h], of rank at most num_heads * value_dim.
 
     One product [W_V[0] .. W_V[H-1]] @ [W_O[0]; ..; W_O[H-1]]; kept as its two factors only where they are narrower
-    than the matrix. Folds as `ov_circuit`. Source: Trockman & Kolter, ICML 2023 (arXiv 2305.09828), where W_V W_proj is
-    the object of the recipe.
+    than the matrix, or its entries would leave float64. Folds as `ov_circuit`. Source: Trockman & Kolter, ICML 2023
+    (arXiv 2305.09828), where W_V W_proj is the object of the recipe.
     """
     heads = ov_circuit(weights)
     inner = heads.A.shape[0] * heads.A.shape[2]
     A, B = side_by_side(heads.A), side_by_side(heads.B)
-    narrow = inner < min(A.shape[0], B.shape[0])
-    total = FactoredProduct(A, B) if narrow else WholeProduct.of(A @ B.T, inner)
+    apart = inner < min(A.shape[0], B.shape[0]) or exponent_of(A) + exponent_of(B) < _FORMED
+    total = FactoredProduct(A, B) if apart else WholeProduct.of(A @ B.T, inner)
     return fold_ov(replace(total, parts=heads), weights, fold)
 
 

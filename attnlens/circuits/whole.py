@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlens.circuits.factored import RIDGE, SAFE_EXPONENT, FactoredProduct, exponent_of, gram_of, squares_of
+from attnlens.circuits.factored import (
+    RIDGE,
+    SAFE_EXPONENT,
+    FactoredProduct,
+    exponent_of,
+    gram_of,
+    scaled_down,
+    squares_of,
+)
 from attnlens.heads import Array
 from attnlens.krylov import largest_singular_value
 
@@ -41,7 +49,7 @@ class WholeProduct(FactoredProduct):
         exponent = exponent_of(self.A)
         if np.abs(exponent).max(initial=0) <= SAFE_EXPONENT:
             return None
-        parts = self.parts and replace(self.parts, A=np.ldexp(self.parts.A, -exponent))
+        parts = self.parts and scaled_down(self.parts, exponent)
         return replace(self, A=np.ldexp(self.A, -exponent[..., None, None]), parts=parts), exponent
 
     @property

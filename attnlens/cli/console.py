@@ -34,18 +34,26 @@ def is_quiet() -> bool:
 
 
 def note(message: str) -> None:
-    """Write one line of chatter to stderr, if anybody wants it and stderr takes it."""
+    """Write one line of chatter to stderr, whatever is named in it, if anybody wants it and stderr takes it."""
     if not is_quiet():
         with suppress(OSError):
-            sys.stderr.write(f"{printable(message, keep=chr(10))}\n")
+            sys.stderr.write(f"{printable(message)}\n")
             sys.stderr.flush()
 
 
 def write_stdout(text: str) -> None:
-    """Write a result to stdout, at once: a reader that has gone away (``| head``) is then met here, not at exit."""
+    """Write a result to stdout, at once: a reader that has gone away (``| head``) is then met here, not at exit.
+
+    Of a text of our own, JSON or a report, lines stay lines; what names of files are in goes through `write_lines`.
+    """
     text = printable(text, keep="\n\t")
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
     sys.stdout.flush()
+
+
+def write_lines(lines: Iterable[str]) -> None:
+    """Write each of these to stdout as one line, whatever is named in it."""
+    write_stdout("\n".join(map(printable, lines)))
 
 
 def tracked(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:

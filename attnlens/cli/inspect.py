@@ -71,7 +71,8 @@ def inspect(
         outputs.folder(output, ("stats.json", "stats.csv", "filters.csv"))
     import_beside(*(f"attnlens.figures.{name}" for name in ("heatmaps", "profiles", "spectra")))
     folds = parse_folds(fold)
-    corners = Corners("effective" if "effective" in folds else folds[0], crop or _CROP, bounded=crop is None)
+    preferred: Fold | None = "effective" if "effective" in folds else None  # not there where norms are not known
+    corners = Corners(folds[0], crop or _CROP, bounded=crop is None, preferred=preferred)
     inspection = attnlens.inspect(
         model,
         checkpoint,
@@ -107,7 +108,8 @@ def inspect(
     else:
         print_tables(inspection, shown)
     if not model and not checkpoint:
-        note(NEXT)
+        for line in NEXT:
+            note(line)
     drawn = f"{shown}, {format_}" if inspection.specs else format_
     note(f"wrote {', '.join(written)} and figures ({drawn}) to {folder}")
 
@@ -115,12 +117,14 @@ def inspect(
 _CROP = 64
 """Dimensions that heatmaps show of each product, by default"""
 
-NEXT = """This is the small ViT that attnlens ships. To go on:
-  attnlens fit-params                what of this is more than chance: intervals, p-values, a verdict each
-  attnlens inspect --fold balanced   the same without the gain of each channel
-  attnlens report                    every head on one HTML page
-  attnlens list-models vit_tiny      names to type in place of this model"""
-"""What a first run points to"""
+NEXT = (
+    "This is the small ViT that attnlens ships. To go on:",
+    "  attnlens fit-params                what of this is more than chance: intervals, p-values, a verdict each",
+    "  attnlens inspect --fold balanced   the same without the gain of each channel",
+    "  attnlens report                    every head on one HTML page",
+    "  attnlens list-models vit_tiny      names to type in place of this model",
+)
+"""What a first run points to, line by line"""
 
 
 def print_tables(inspection: Inspection, fold: Fold) -> None:

@@ -12,6 +12,7 @@ from attnlens.cli import options
 from attnlens.cli.console import note, tracked, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import print_sheet
+from attnlens.printable import printable
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def list_models(
         _print_table(catalogue, entries)
     else:
         lines = (COLUMNS, *(row(entry) for entry in entries))
-        write_stdout("\n".join("\t".join(line) for line in lines))
+        write_stdout("\n".join("\t".join(map(printable, line)) for line in lines))
     if not entries:
         note("none of them has weights in the local cache" if cached else "none of them is of that family")
     for name, error in catalogue.failed.items():

@@ -9,7 +9,7 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import command_line, note, tracked, write_stdout
+from attnlens.cli.console import command_line, note, tracked, write_lines, write_stdout
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
 from attnlens.errors import AttnlensError
@@ -69,7 +69,7 @@ def scan(
     options.draw_in(style, figure_width, format_, dpi)
     if list_:
         plan = plan_scan(patterns)
-        write_stdout("\n".join(job.name for job in plan.jobs))
+        write_lines(job.name for job in plan.jobs)
         for message in plan.notes:
             note(message)
         return

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from attnlens.printable import spelled
+from attnlens.printable import printable, spelled
 
 if TYPE_CHECKING:
     from rich.box import Box
@@ -51,11 +51,11 @@ class Sheet:
         self.columns += [Column(name, label=True, group=group, key=key, least=least) for name in names]
 
     def add_row(self, *cells: str | Text, style: str = "", end_section: bool = False) -> None:
-        """Add a row; cells that are not given are empty."""
+        """Add a row; cells that are not given are empty, and no cell breaks its line."""
         from rich.text import Text
 
         filled = [*cells, *[""] * (len(self.columns) - len(cells))]
-        texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in filled]
+        texts = [Text.from_markup(printable(cell)) if isinstance(cell, str) else cell for cell in filled]
         self.rows.append((texts, style, end_section))
 
     def add_section(self) -> None:

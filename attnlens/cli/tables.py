@@ -22,6 +22,7 @@ _LOWEST = ("▼", "bold red")
 BALANCED = (
     "\nagree: share of channels with beta's sign; kurt: excess kurtosis off the diagonal, farthest from 0 of the layer"
 )
+_LONG = 1e9
 LEGEND = "▲ > 3, △ > 1, · between, ▽ < -1, ▼ < -3"
 
 
@@ -126,5 +127,7 @@ def _farthest(table: StatsTable) -> str:
 
 
 def number(value: float) -> str:
-    """Format a parameter with four digits behind the point; as a power of ten where it would round away."""
+    """Format a parameter with four digits behind the point; with a power of ten where it rounds away or is long."""
+    if abs(value) >= _LONG:
+        return f"{value:.4e}"
     return f"{value:.0e}" if value and abs(value) < 1e-4 else f"{value:.4f}"

@@ -14,6 +14,7 @@ import attnlens
 from attnlens.cli import options
 from attnlens.cli.console import command_line, is_quiet, note, write_stdout
 from attnlens.errors import UsageError
+from attnlens.outputs import Outputs
 
 EXIT_CODES = {"": 0, "time budget": 0, "interrupt": 130, "terminate": 143}
 
@@ -37,7 +38,7 @@ def train_compare(
             "folders; on text:FILE, text:FOLDER, text:PATTERN or text:wikitext-103."
         ),
     ] = "digits",
-    config: Annotated[  # noqa: ARG001  # read by its callback
+    config: Annotated[  # read by its callback
         Path | None,
         typer.Option(
             is_eager=True,
@@ -232,6 +233,10 @@ def train_compare(
     if leads:
         note("loading")  # the first second: torch and others are imported behind it
     options.draw_in(style, figure_width, format_, dpi)
+    if config is not None:
+        from attnlens.training.comparison import RESULTS, default_folder
+
+        Outputs.of(config, force=force).folder(output or default_folder(dataset), RESULTS)
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,

@@ -10,7 +10,7 @@ import typer
 
 import attnlens
 from attnlens.cli import options
-from attnlens.cli.console import note, write_stdout
+from attnlens.cli.console import note, write_lines, write_stdout
 from attnlens.cli.init import choose_initialiser
 from attnlens.cli.sheet import Sheet
 from attnlens.cli.tables import escape, number, print_sheet
@@ -61,8 +61,7 @@ def verify_init(
         write_stdout(json.dumps(report.to_json(), indent=1))
     else:
         print_sheet(verify_table(report))
-        for line in findings(report):
-            write_stdout(line)
+        write_lines(findings(report))
     for item in report.skipped:
         note(f"not compared: {item.name} {item.circuit} {item.reason}".replace("  ", " "))
     if not report.passed:
@@ -76,7 +75,7 @@ def verify_table(report: VerifyReport) -> Sheet:
     products = any(check.circuit in ("qk", "ov") for check in report.checks)
     what = f"{report.fold} products" if products else "depthwise filters"
     table = Sheet(
-        title=f"[bold]{escape(report.model)}[/bold] against {report.init}, {seed}: {what}, {how}",
+        title=f"[bold]{escape(report.model)}[/bold] against {escape(report.init)}, {seed}: {what}, {how}",
         caption="means over heads; worst: largest deviation, of the matrix relative to its "
         "norm, else of α and β in units of their tolerance; of filters without a seed, "
         "of their covariance relative to its norm",

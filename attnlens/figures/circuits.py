@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from attnlens.circuits import Fold, Kind
-from attnlens.figures import gains, heatmaps, profiles, spectra
+from attnlens.figures import gains, heatmaps, profiles, scales, spectra
 from attnlens.figures.drawings import Drawing
 from attnlens.figures.panels import Given
 from attnlens.heads import Array
@@ -29,6 +30,9 @@ def circuit_drawings(
     **about: Any,
 ) -> dict[str, Drawing]:
     """Return what draws the heatmaps, whose corners are read where one is drawn, profile, spectra and any gains."""
+    if _too_small(stats):
+        words = f"Products below {scales.SMALLEST:g} are drawn as zero."
+        about["notes"] = " ".join(filter(None, (about.get("notes"), words)))
 
     def heatmap(circuit: Kind, *, ax: Given | None = None) -> Figure:
         return heatmaps.draw_heatmap(*read().of(circuit), circuit=circuit, fold=fold, ax=ax, **about)
@@ -40,3 +44,9 @@ def circuit_drawings(
         "spectra": partial(spectra.draw_spectra, singular, fold, **about),
         **({"gains": partial(gains.draw_gains, log_gains, **about)} if log_gains else {}),
     }
+
+
+def _too_small(stats: StatsTable) -> bool:
+    """Whether there is a product that is not zero and drawn as zero."""
+    norm, rank = (stats.column(name) for name in ("frobenius_norm", "stable_rank"))
+    return bool(((norm < scales.SMALLEST) & np.isfinite(rank)).any())

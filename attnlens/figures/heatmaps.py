@@ -17,10 +17,12 @@ from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from attnlens.circuits import Fold, Kind
+from attnlens.circuits.factored import exponent_of
 from attnlens.errors import UsageError
 from attnlens.figures import scales, style
 from attnlens.figures.panels import Given, Place, open_panels
 from attnlens.heads import Array
+from attnlens.statistics.corners import fits_float32
 from attnlens.statistics.table import ALL_HEADS
 
 Panels = Mapping[int, Mapping[int | str, Array]]
@@ -47,7 +49,8 @@ class ArcsinhNorm(Normalize):
 
     def __call__(self, value: Any, clip: bool | None = None) -> Any:  # noqa: ARG002  (Normalize's signature)
         """Return the place of ``value`` on the colour map; what lies beyond the limits falls outside [0, 1]."""
-        return 0.5 + np.arcsinh(np.asanyarray(value) / self.linear_width) / (2 * self._half)
+        with np.errstate(over="ignore"):  # beyond all limits
+            return 0.5 + np.arcsinh(np.asanyarray(value) / self.linear_width) / (2 * self._half)
 
     def inverse(self, value: Any) -> Any:
         """Return the entry shown at a place of the colour map."""
@@ -58,7 +61,7 @@ class ArcsinhNorm(Normalize):
 class Mosaic:
     """Every panel in one image, NaN where there is none; lengths are in image pixels, one a matrix entry."""
 
-    image: NDArray[np.float32]
+    image: NDArray[np.floating]
     corners: Mapping[tuple[int, int | str], tuple[int, int]]
     """Top and left pixel of the panel of a layer and head."""
     layer_centres: Mapping[int, float]
@@ -86,7 +89,8 @@ def compose(panels: Panels) -> Mosaic:
             f"a heatmap of {size[1]} x {size[0]} entries is too large to draw (at most {MAX_ENTRIES:,} in all, and "
             f"{MAX_SIDE:,} a side): show a smaller corner of each product, or fewer layers"
         )
-    image = np.full(size, np.nan, dtype=np.float32)
+    wide = any(not fits_float32(panel) for row in panels.values() for panel in row.values())
+    image = np.full(size, np.nan, dtype=np.float64 if wide else np.float32)
     corners = {(layer, head): (tops[layer], lefts[head]) for layer, row in panels.items() for head in row}
     for (layer, head), (top, left) in corners.items():
         panel = panels[layer][head]
@@ -105,12 +109,20 @@ def colour_scale(panels: Panels) -> ArcsinhNorm:
 
     colour = asinh(entry / w) / asinh(clip / w), w the median over panels of a panel's rms. Within +-w the scale is all
     but linear. Beyond, it is logarithmic: products of one model differ in size up to a hundredfold from layer to
-    layer, and a linear scale that suits the largest shows the others as blank.
+    layer, and a linear scale that suits the largest shows the others as blank. Entries too small to be drawn are zero.
     """
     entries = np.concatenate([np.abs(panel).ravel() for row in panels.values() for panel in row.values()])
-    clip = float(np.percentile(entries, CLIP_PERCENTILE)) or float(entries.max()) or 1.0
-    typical = float(np.median([np.sqrt(np.mean(panel**2)) for row in panels.values() for panel in row.values()]))
+    limits = float(np.percentile(entries, CLIP_PERCENTILE)), float(entries.max())
+    clip = next((limit for limit in limits if limit >= scales.SMALLEST), 1.0)
+    typical = float(np.median([_root_mean_square(panel) for row in panels.values() for panel in row.values()]))
     return ArcsinhNorm(max(typical, 1e-3 * clip), clip)
+
+
+def _root_mean_square(panel: NDArray[np.floating]) -> np.floating:
+    """Return the root mean square of entries of any size: that of the entries over a power of two, times it."""
+    exponent = exponent_of(panel)
+    unit = np.ldexp(panel, -exponent)
+    return np.ldexp(np.sqrt(np.mean(unit**2)), exponent)
 
 
 def draw_heatmap(

@@ -24,7 +24,8 @@ _DPI = 100
 def png(figure: Figure) -> str:
     """Return a figure as PNG in base64, as a page holds it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    with style.boxes():
+        figure.savefig(buffer, format="png", dpi=_DPI)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

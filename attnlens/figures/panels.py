@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from attnlens.errors import UsageError
 from attnlens.figures import style
+from attnlens.printable import printable
 
 Given = Axes | Sequence[Any] | Mapping[str, Axes]
 """Axes of a caller: one for a figure of one panel, one a panel in reading order, or some by the panels' names."""
@@ -118,13 +119,15 @@ def open_panels(
     """Return axes for the panels named in ``rows``: the caller's ``ax``, or a new figure's in the current style.
 
     ``heading`` holds text and points, the first in bold, small ones faint; it and ``notes`` are of the screen's style.
-    Raises `UsageError` where ``ax`` does not suit the panels.
+    They and ``legend`` are literal text, of which every character that is not `printable` is escaped. Raises
+    `UsageError` where ``ax`` does not suit the panels.
     """
+    legend = [(handle, printable(text)) for handle, text in legend]
     if ax is not None:
         axes = given_axes([name for row in rows for name in row], ax)
         first = next(iter(axes.values()))
         if len(legend) > 1:
-            first.legend(*zip(*legend, strict=True), loc="best")
+            _add_legend(first, legend, loc="best")
         return Panels(_figure_of(first), axes, True, rows, place)
     if style.current().paper:
         return _of_a_paper(rows, place, legend)
@@ -195,7 +198,7 @@ def _of_a_paper(rows: Sequence[Sequence[str]], place: Place, legend: Legend) -> 
     if len(legend) > 1:
         abreast = columns_of([text for _, text in legend], style.current().width * 72, style.PAPER_POINTS, 24)
         # legends are read row by row, and laid out by columns
-        figure.legend(*zip(*_by_rows(legend, abreast), strict=True), loc="outside upper left", ncols=abreast)
+        _add_legend(figure, _by_rows(legend, abreast), loc="outside upper left", ncols=abreast)
     return Panels(figure, axes, False, rows, place)
 
 
@@ -224,8 +227,8 @@ def _of_a_screen(
         width, height = (size * style.DPI for size in figure.get_size_inches())
         corner = (20 / width, 1 - (heading.height + 8) / height)
         how: dict[str, Any] = {"borderpad": 0, "borderaxespad": 0, "columnspacing": 1.6, "handlelength": 2.4}
-        shown = zip(*_by_rows(legend, abreast), strict=True)
-        figure.legend(*shown, loc="upper left", bbox_to_anchor=corner, ncols=abreast, **how)
+        how |= {"loc": "upper left", "bbox_to_anchor": corner, "ncols": abreast}
+        _add_legend(figure, _by_rows(legend, abreast), **how)
     across_pitch, down_pitch = place.width + place.gap, place.height + place.pitch
     places = {
         name: (place.left + column * across_pitch, top + row * down_pitch)
@@ -234,6 +237,13 @@ def _of_a_screen(
     }
     axes = {name: style.add_axes(figure, *places[name], place.width, place.height) for name in places}
     return Panels(figure, axes, False, rows, place)
+
+
+def _add_legend(owner: Axes | Figure, entries: Legend, **how: Any) -> None:
+    """Add a legend of literal text: no ``$`` begins mathtext, and no ``_`` leaves an entry out, as in matplotlib's."""
+    drawn = owner.legend([handle for handle, _ in entries], [str(place) for place in range(len(entries))], **how)
+    for text, (_, label) in zip(drawn.get_texts(), entries, strict=True):
+        text.set(text=label, parse_math=False)
 
 
 def columns_of(entries: Sequence[str], width: float, points: float, handle: float) -> int:

@@ -40,8 +40,12 @@ class Series:
 
 
 def collect(stats: StatsTable) -> dict[tuple[str, Fold], Series]:
-    """Return the series by column (`COLUMNS`) and fold; products without a diagonal (NaN) are left out."""
-    columns = [stats.column(name) for name in ("layer", "alpha", "beta", "beta_stderr", "identity_share")]
+    """Return the series by column (`COLUMNS`) and fold; products without a diagonal (NaN) are left out.
+
+    What is too small to be drawn is 0.
+    """
+    names = ("layer", "alpha", "beta", "beta_stderr", "identity_share")
+    columns = [scales.drawable(stats.column(name)) for name in names]
     head, circuit, fold = (stats.columns.index(name) for name in ("head", "circuit", "fold"))
     rows: dict[tuple[str, Fold], list[Array]] = {}
     for row, values in zip(stats.rows, np.stack(columns, -1), strict=True):

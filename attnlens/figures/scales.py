@@ -12,6 +12,10 @@ from matplotlib.axes import Axes
 from attnlens.figures.style import DPI, label_step, number
 from attnlens.heads import Array
 
+SMALLEST = 1e-280
+"""Smallest size that is drawn as another than zero: matplotlib takes limits of an axis below 2.2e-287 for none."""
+_SPAN = 1e-300
+"""The same as a share of the largest: beyond, the ratio of two sizes leaves float64."""
 _ENDS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 """First digits of the outermost ticks of scales that are not linear."""
 _ROOM = {"x": 0.16, "y": 0.085}
@@ -28,6 +32,13 @@ def length(axes: Axes, which: str = "x") -> float:
 
 def _apart(axes: Axes, which: str) -> float:
     return max(_ROOM[which], min(0.45, _LABEL[which] / max(length(axes, which), 1.0)))
+
+
+def drawable(values: Array) -> Array:
+    """Return values with 0 for those too small to be drawn: below `SMALLEST`, or nothing beside the largest."""
+    sizes = np.abs(values)
+    least = max(SMALLEST, _SPAN * float(sizes.max(initial=0.0, where=np.isfinite(sizes))))
+    return np.where(sizes < least, 0.0, values)
 
 
 def layer_ticks(layers: Sequence[int], length: float, room: float) -> list[int]:

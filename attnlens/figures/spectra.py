@@ -71,7 +71,8 @@ def draw_lines(
 ) -> None:
     """Draw each layer's spectra ``[head, value]`` into axes, coloured by depth."""
     lines: list[tuple[int, int, Array]] = []
-    largest = max(float(values.max()) for values in spectra.values()) or 1.0
+    largest = max(float(values.max()) for values in spectra.values())
+    largest = largest if largest >= scales.SMALLEST else 1.0
     rank = max(values.shape[-1] for values in spectra.values())
     for layer, values in spectra.items():
         index = np.arange(1, values.shape[-1] + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from attnlens.circuits import Fold, Kind
 from attnlens.figure_styles import SCREEN_DPI, Style, chosen, use
 from attnlens.figure_styles import current as current_style
+from attnlens.printable import printable
 
 DPI = SCREEN_DPI
 """Device pixels an inch that every figure is laid out for."""
@@ -141,7 +143,15 @@ def look() -> Iterator[None]:
 
     Drawing into a caller's axes leaves the caller's settings as they are.
     """
-    with mpl.rc_context(None if current().given else rc_settings()):
+    with boxes(), mpl.rc_context(None if current().given else rc_settings()):
+        yield
+
+
+@contextmanager
+def boxes() -> Iterator[None]:
+    """Draw the font's box for a letter it has not got, without matplotlib's warning of each, which shows it raw."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ |Matplotlib currently does not support", UserWarning)
         yield
 
 
@@ -205,11 +215,12 @@ def pixels(points: float) -> float:
 
 
 def wrapped(text: str, width: float, points: float) -> str:
-    """Break text into lines that fit ``width`` device pixels, by the mean width of a letter of DejaVu Sans.
+    """Break `printable` text into lines that fit ``width`` device pixels, by the mean width of a letter of DejaVu Sans.
 
-    Where the last line would hold a word or two, all lines are made shorter instead.
+    Where the last line would hold a word or two, all lines are made shorter instead. No line break of the text's own
+    is left: the name of a file makes no line.
     """
-    letters = max(20, int(width / pixels(0.57 * points)))
+    text, letters = printable(text), max(20, int(width / pixels(0.57 * points)))
     lines = textwrap.wrap(text, letters)
     if len(lines) > 1 and len(lines[-1]) < 0.3 * letters:
         narrower = (textwrap.wrap(text, fewer) for fewer in range(letters, letters // 2, -1))
@@ -256,7 +267,8 @@ def message_figure(model: str, message: str, ax: Any = None) -> Figure:
         axes: Axes = (
             ax if isinstance(ax, Axes) else next(iter(ax.values() if isinstance(ax, Mapping) else np.ravel(ax)))
         )
-        axes.text(0.5, 0.5, message, ha="center", va="center", wrap=True, transform=axes.transAxes, parse_math=False)
+        how: Any = {"ha": "center", "va": "center", "transform": axes.transAxes, "parse_math": False}
+        axes.text(0.5, 0.5, printable(message), wrap=True, **how)
         axes.set_axis_off()
         figure = axes.get_figure(root=True)
         assert isinstance(figure, Figure)

@@ -232,8 +232,9 @@ def _distances(names: Sequence[str], profiles: Sequence[Profile]) -> list[dict[s
             if any((name, circuit, "identity_share") not in by_key for name in (first, second)):
                 continue
             shares = [by_key[name, circuit, "identity_share"] for name in (first, second)]
+            alphas = np.stack([by_key[name, circuit, "alpha"] for name in (first, second)])
             with np.errstate(divide="ignore"):
-                logs = [np.log10(by_key[name, circuit, "alpha"]) for name in (first, second)]
+                logs = np.log10(np.where(alphas < np.finfo(np.float64).tiny, 0.0, alphas))  # fewer digits are no number
             distances.append(
                 {
                     "first": first,

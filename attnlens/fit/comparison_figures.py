@@ -76,9 +76,10 @@ def draw_comparison(
         for name, axes in panels.axes.items():
             statistic, circuit = name.split()
             shown = [p for p in profiles if (p.circuit, p.statistic) == (circuit, statistic)]
+            values = scales.drawable(np.concatenate([p.values for p in shown] or [np.zeros(1)]))
             for profile in shown:
                 _profile_line(axes, models, profile)
-            value_axis(axes, statistic, np.concatenate([p.values for p in shown] or [np.zeros(1)]))
+            value_axis(axes, statistic, values)
             _depth_axis(axes, panels.is_last(name))
             label_row(panels, name, rows[statistic][paper])
             if not paper or statistic == "alpha":

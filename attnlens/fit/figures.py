@@ -96,7 +96,7 @@ def fit_drawings(sources: Sequence[Source], entries: Sequence[Entry], fold: Fold
     ``share``, of ``qk`` and ``ov``, as in ``"beta ov"``.
     """
     missed = any(not entry.reachable for entry in entries)
-    fits = _Fits(sources, entries, fold)
+    fits = _Fits(sources, _drawable(entries), fold)
     return {
         "fit_profile": partial(
             _grid,
@@ -136,6 +136,22 @@ def fit_drawings(sources: Sequence[Source], entries: Sequence[Entry], fold: Fold
             marks=(_FILLED, _OPEN),
         ),
     }
+
+
+_IN_UNITS_OF_M = (
+    *("alpha", "alpha_low", "alpha_high", "beta", "beta_low", "beta_high"),
+    *("null_sd", "request_alpha", "request_beta"),
+)
+
+
+def _drawable(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Return entries with 0 for what is too small to be drawn."""
+    values = np.array([[getattr(entry, name) for name in _IN_UNITS_OF_M] for entry in entries])
+    shown = scales.drawable(values)
+    if np.array_equal(values, shown):
+        return entries
+    rows = zip(entries, shown.tolist(), strict=True)
+    return [entry.model_copy(update=dict(zip(_IN_UNITS_OF_M, row, strict=True))) for entry, row in rows]
 
 
 def label_row(panels: Panels, name: str, label: str) -> None:
@@ -278,13 +294,13 @@ def _request_axes(name: str) -> Callable[[Axes, Sequence[Entry], bool], None]:
         """Give both axes one scale and one range, so that the line of equality is the diagonal."""
         values = np.array([getattr(entry, field) for entry in entries for field in (name, f"request_{name}")])
         value_axis(axes, name, values, room="x")
+        axes.set_xlim(axes.get_ylim())  # first: zeros alone have no logarithmic scale
         if axes.get_yscale() == "log":
             axes.set_xscale("log")
         elif axes.get_yscale() == "asinh":
             width = axes.yaxis.get_transform().linear_width  # type: ignore[attr-defined]
             axes.set_xscale("asinh", linear_width=width)
         ticks = axes.get_yticks()
-        axes.set_xlim(axes.get_ylim())
         axes.set_xticks(ticks, [style.number(tick) for tick in ticks])
         axes.minorticks_off()
         axes.plot(axes.get_ylim(), axes.get_ylim(), "-", color=style.RULE, linewidth=0.8, zorder=0)

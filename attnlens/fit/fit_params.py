@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 # Where a fit lies beyond the bound of its rank, the request is the one at this share of the bound's cosine.
 _NEAREST_SHARE_OF_BOUND = 0.99
+_SMALLEST_FIT = 1e-300
 
 
 def fit_params(
@@ -175,6 +176,7 @@ def _fit_model(
         stacks: list[_Stack] = []
         gains: list[CircuitGains] = []
         for name, circuit, names, circuits, balanced in _circuits(weights, folds):
+            _check_size(circuits, f"{weights.name}: the entries of the {name} {circuit.upper()} product", names)
             inference = infer(circuits, level=level, seed=seed, of_balanced=balanced)
             stacks.append(_Stack.of(circuits, {**place, "circuit": circuit, "fold": name}, names, inference))
             if circuits.gains is not None:
@@ -192,6 +194,19 @@ def _fit_model(
         raise UnsupportedAttentionError(f"no product of {opened.name} is square: there is no diagonal to fit")
     entries = [entry for name in folds for entry in _entries([s for s in stacks if s.place["fold"] == name])]
     return entries, gains, heads
+
+
+def _check_size(product: FactoredProduct, entries: str, names: Sequence[int | str]) -> None:
+    """Raise `UnsupportedAttentionError` for the first product of a stack, not zero, whose fit float64 does not hold."""
+    unit, exponent = product.unit
+    size = np.sqrt(unit.squared_norm() / product.shape[-1])  # the root of alpha^2 + beta^2, about
+    small = np.atleast_1d((size > 0) & (np.ldexp(size, exponent) < _SMALLEST_FIT))
+    for name in np.flatnonzero(small)[:1]:
+        which = "summed over heads" if names[name] == ALL_HEADS else f"of head {names[name]}"
+        raise UnsupportedAttentionError(
+            f"{entries} {which} are too small to be measured, below {_SMALLEST_FIT:g}: multiply the weights by a power "
+            "of two, which leaves everything but the scale as it is"
+        )
 
 
 def _unread(spec: AttentionSpec, fold: Fold, untraced: str = "") -> str:

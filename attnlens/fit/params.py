@@ -29,6 +29,7 @@ from attnlens.fit.gain_transfer import GainTransfer
 from attnlens.fit.gains import LEVELS, CircuitGains, GainsOption
 from attnlens.heads import Array
 from attnlens.layouts.depthwise.spec import Kernel
+from attnlens.printable import printable_json
 from attnlens.statistics.depth import _Part, relative_depth
 from attnlens.statistics.table import StatsTable, Tabular
 from attnlens.strict_json import parse_json
@@ -188,7 +189,7 @@ class InitParams(Drawn, Tabular, _Part):
 
     def to_json(self) -> str:
         """Return the file's text."""
-        return self.model_dump_json(indent=1, by_alias=True) + "\n"
+        return printable_json(self.model_dump_json(indent=1, by_alias=True)) + "\n"
 
     def select(
         self, circuit: Kind, head: Heads = "each", layer: int | None = None, fold: Fold | None = None

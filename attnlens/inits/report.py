@@ -15,6 +15,7 @@ from attnlens.filters.covariance import covariance_error, relative_distance, sec
 from attnlens.heads import Array, HeadWeights, expand_groups
 from attnlens.inits.folding import coordinates
 from attnlens.inits.plan import ALL_HEADS, FilterLayer, FilterPlan, Layer, Plan, Request
+from attnlens.printable import printable
 from attnlens.statistics.diagonal import alpha_beta
 from attnlens.statistics.inverse import Parameters, realised
 from attnlens.statistics.pairs import offdiagonal_kurtosis
@@ -150,7 +151,7 @@ class InitReport(Tabular):
             lines.append(f"largest relative error of {self._what()}: {self.worst_error:.1e}")
         lines += [f"skipped {' '.join(filter(None, (s.name, s.circuit)))}: {s.reason}" for s in self.skipped]
         lines += [f"{note} ({numbered(layers, 'layer')})" for note, layers in self.notes.items()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _filter_lines(self) -> list[str]:
         count, layers = sum(row.filters for row in self.filters), counted(len(self.filters), "layer")

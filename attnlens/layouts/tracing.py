@@ -37,10 +37,8 @@ _JOINS = frozenset(["cat", "stack"])
 _PRODUCTS = {
     "mm": (0, 1),
     "bmm": (0, 1),
-    "matmul": (0, 1),
     "addmm": (1, 2),
     "baddbmm": (1, 2),
-    "linear": (0, 1),
     "convolution": (0, 1),
 }
 
@@ -195,6 +193,10 @@ class Tracer:
 
         class Follow(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                with self:  # in inference mode operations arrive whole: linear, conv2d, dropout
+                    parts = func.decompose(*args, **(kwargs or {}))
+                if parts is not NotImplemented:
+                    return parts
                 output = func(*args, **(kwargs or {}))
                 tracer.follow(func.overloadpacket.__name__.rstrip("_"), args, output)
                 return output

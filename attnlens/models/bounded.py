@@ -53,6 +53,13 @@ def describe_bounded(name: str, model_args: dict[str, Any]) -> Architecture:
     return Architecture.from_json(_ask({"do": "describe", "name": name, "model_args": model_args}))
 
 
+def names_bounded(name: str, model_args: dict[str, Any]) -> set[str]:
+    """Return the names of the tensors of a timm architecture, built as `describe_bounded` builds it."""
+    if not _bounds(name):
+        return set(on_meta(name, model_args).state_dict())
+    return set(_ask({"do": "name", "name": name, "model_args": model_args})["names"])
+
+
 def check_cheap(name: str, model_args: dict[str, Any]) -> None:
     """Raise `ModelNotFoundError` where an architecture is too costly to be built in this process."""
     if not model_args or not _bounds(name):
@@ -222,8 +229,8 @@ def _limit() -> None:
 def _found(request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "describe":
         return build(request["name"], request["model_args"]).to_json()
-    on_meta(request["name"], request["model_args"])
-    return {}
+    model = on_meta(request["name"], request["model_args"])
+    return {"names": list(model.state_dict())} if request["do"] == "name" else {}
 
 
 def _too_much(request: dict[str, Any], status: int) -> str:

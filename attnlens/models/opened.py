@@ -16,7 +16,7 @@ from attnlens.heads import Array, HeadWeights
 from attnlens.layouts import AttentionSpec, Refusal, read_heads
 from attnlens.layouts.depthwise.read_write import read_filters
 from attnlens.models.architecture import Architecture
-from attnlens.printable import utf8_text
+from attnlens.printable import printable, utf8_data, utf8_text
 from attnlens.threads import beside
 from attnlens.vocabulary import layer_index
 from attnlens.words import counted
@@ -61,7 +61,7 @@ class OpenedModel:
     def __repr__(self) -> str:
         """Say which architecture was opened under which name."""
         layers = counted(len(self.architecture.specs), "attention layer")
-        return f"<OpenedModel {self.name}: {self.architecture.name}, {layers}>"
+        return f"<OpenedModel {printable(self.name)}: {self.architecture.name}, {layers}>"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", utf8_text(self.name))
@@ -75,7 +75,7 @@ class OpenedModel:
     def provenance(self) -> dict[str, Any]:
         """Return the architecture and where its weights are from: the name given and, for a file, size and hash."""
         found = {"architecture": self.architecture.name, **self.source, **self.checkpoint.provenance()}
-        return {name: utf8_text(value) if isinstance(value, str) else value for name, value in found.items()}
+        return {name: utf8_data(value) for name, value in found.items()}
 
     def provenance_beside(self) -> Callable[[], dict[str, Any]]:
         """Begin to hash a local file beside the reading of it; the function returned gives `provenance` at the end.

@@ -8,13 +8,16 @@ table of relative positions has a column for each.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
-from attnlens.errors import UsageError
-from attnlens.models.architecture import check_model_args, modules_counted
+from attnlens.errors import AttnlensError, UsageError
+from attnlens.models.architecture import check_model_args
+from attnlens.models.bounded import names_bounded
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,14 +53,21 @@ def shown_arguments(name: str, given: dict[str, Any], stored: Shapes) -> dict[st
     arguments = check_model_args({**given, **shown}, name)
     if not shown:
         return None
-    try:
-        with torch.device("meta"), modules_counted(name):
-            sized = set(timm.create_model(name, pretrained=False, **arguments).state_dict())
-    except Exception:  # noqa: BLE001  # sizes that the architecture's constructor does not take, in whatever way
+    sized = _names(name, json.dumps(arguments, sort_keys=True))
+    if sized is None:
         return None
     stacks = {key.partition(".")[0] for key in own if re.search(r"\.\d+\.", key)}
     strange = [key for key in stored if key.partition(".")[0] in stacks and key not in sized]
     return None if strange else arguments
+
+
+@cache
+def _names(name: str, arguments: str) -> set[str] | None:
+    """Return the names of a network's tensors; None where its constructor does not take the sizes, or for too long."""
+    try:
+        return names_bounded(name, json.loads(arguments))
+    except AttnlensError:
+        return None
 
 
 def in_words(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from attnlens.circuits import CIRCUITS, FOLDS, FactoredProduct, Fold, Kind
+from attnlens.circuits.factored import exponent_of
 from attnlens.heads import Array, HeadWeights
 from attnlens.inspection import Inspection
 from attnlens.statistics.table import ALL_HEADS
@@ -28,6 +29,8 @@ HEATMAP_BYTES = 2_600_000
 SMALLEST_CORNER = 16
 BINS = 41
 DIGITS = 4
+_ROUNDING, _SMALLEST = 1e-14, 1e-300
+"""Of a value's size, and of any: less is no range of values to count in. Entries below the second are drawn as zero."""
 
 
 def corner_size(inspection: Inspection) -> int:
@@ -87,9 +90,19 @@ def _order(key: Key) -> tuple[int, int, int, float]:
 def _drawn(corner: Array, diagonal: Array | None) -> dict[str, Any]:
     drawn: dict[str, Any] = {"corner": encode(corner)}
     if diagonal is not None:
-        counts, edges = np.histogram(diagonal, bins=BINS)
+        counts, edges = np.histogram(diagonal, bins=BINS, range=_range(diagonal))
         drawn["histogram"] = {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
     return drawn
+
+
+def _range(values: Array) -> tuple[float, float]:
+    """Return the least and the largest value, and more room where the bins between would not be told apart."""
+    low, high = float(values.min()), float(values.max())
+    size = max(abs(low), abs(high))
+    if high - low > max(_ROUNDING * size, _SMALLEST):
+        return low, high
+    room = max(0.5, _ROUNDING * size)
+    return low - room, high + room
 
 
 def encode(matrix: Array) -> dict[str, Any]:
@@ -98,10 +111,14 @@ def encode(matrix: Array) -> dict[str, Any]:
     w is the entries' root mean square and clip the largest modulus, so that nothing is cut off. An entry is kept
     to ``asinh(clip / w) / (2 HALF) * hypot(entry, w)``, about.
     """
-    clip = float(np.abs(matrix).max(initial=0.0)) or 1.0
-    width = float(np.sqrt(np.mean(matrix**2))) or 1.0
-    levels = np.rint(HALF * np.arcsinh(matrix / width) / math.asinh(clip / width)).astype(int) + HALF
+    matrix = matrix if np.abs(matrix).max(initial=0.0) >= _SMALLEST else np.zeros_like(matrix)
+    exponent = int(exponent_of(matrix))
+    unit = np.ldexp(matrix, -exponent)  # whose squares are numbers
+    clip = float(np.abs(unit).max(initial=0.0)) or 1.0
+    width = float(np.sqrt(np.mean(unit**2))) or 1.0
+    levels = np.rint(HALF * np.arcsinh(unit / width) / math.asinh(clip / width)).astype(int) + HALF
     text = _CODES[levels].tobytes().decode()
+    width, clip = (math.ldexp(size, exponent) for size in (width, clip))
     return {"rows": matrix.shape[0], "columns": matrix.shape[1], "width": width, "clip": clip, "text": text}
 
 

@@ -20,6 +20,7 @@ from attnlens.fit.entries import Entry
 from attnlens.fit.fit_params import fit_params
 from attnlens.inspection import Inspection, inspect
 from attnlens.outputs import Outputs
+from attnlens.printable import printable
 from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
 from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, Drawings, corner_size
@@ -57,7 +58,8 @@ class Page(str):
     def __repr__(self) -> str:
         """Say in a line what the page is about; the page itself is the text."""
         size = f"{len(self) / 1e6:.1f} MB of HTML"
-        return f"<Page about {self.inspection.model}: {counted(len(self.inspection.stats), 'row')}, {size}>"
+        model, rows = printable(self.inspection.model), counted(len(self.inspection.stats), "row")
+        return f"<Page about {model}: {rows}, {size}>"
 
     def to_pandas(self) -> pd.DataFrame:
         """Return `rows` as a pandas frame; of a model without attention, those of its filters."""

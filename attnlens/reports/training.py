@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from attnlens.errors import AttnlensError
-from attnlens.state import check_folder, read_state
+from attnlens.state import check_folder, check_listed, read_state
 from attnlens.strict_json import parse_json
 
 T = TypeVar("T", bound=BaseModel)
@@ -91,8 +90,6 @@ class Summary(_Part):
     devices: list[str] = []
     versions: dict[str, str] = {}
     commands: list[str] = []
-    files: dict[str, str] = {}
-    """The sha256 of the files that were written with it."""
 
 
 class Training(_Part):
@@ -125,16 +122,18 @@ def read_training(folder: Path) -> Training:
     kept = [point for point in points if not point.tuning]
     if not kept:
         raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
-    stored = _validated(Summary, _read(summary), str(summary)) if summary.exists() else None
-    if stored is not None and stored.files.get(path.name, _sha256(text)) != _sha256(text):
-        raise ResultsError(
-            f"{path} is not what {summary} was made of: run `attnlens train-compare --resume`, which writes both again"
-        )
-    return Training(folder=folder.name, points=kept, summary=stored)
+    return Training(folder=folder.name, points=kept, summary=_summary(summary, path) if summary.exists() else None)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _summary(summary: Path, results: Path) -> Summary:
+    """Return what the summary says, of these results and as it was written."""
+    found = _validated(Summary, _read(summary), str(summary))
+    again = "run `attnlens train-compare --resume`, which writes both again"
+    try:
+        check_listed(summary, results.name, read_state(results))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{results} cannot be believed beside {summary} ({error}): {again}") from error
+    return found
 
 
 def _read(path: Path) -> str:

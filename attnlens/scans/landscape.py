@@ -17,6 +17,7 @@ from attnlens.circuits import Fold, Kind
 from attnlens.figures import scales, style
 from attnlens.figures.panels import Given, Legend, Place, open_panels
 from attnlens.heads import Array
+from attnlens.printable import printable
 from attnlens.scans.tables import GRID, Curve, Result, curves, model_rows, spread
 from attnlens.words import counted
 
@@ -80,6 +81,7 @@ def draw_landscape(results: Mapping[str, Result], fold: Fold, *, ax: Given | Non
 
 def _groups(named: Mapping[str, str]) -> dict[str, str]:
     """Give the largest groups a name of their own in the legend, and the rest one together."""
+    named = {name: printable(group) for name, group in named.items()}  # an SVG has them as identifiers, too
     counts = Counter(named.values())
     ranked = sorted(counts, key=lambda group: (-counts[group], group))
     keep = ranked if len(ranked) <= len(GROUP_COLOURS) else ranked[: len(GROUP_COLOURS)]

@@ -107,7 +107,7 @@ def _expand(pattern: str, notes: list[str]) -> list[Job]:
 def _of_paths(pattern: str, paths: Sequence[Path], notes: list[str]) -> list[Job]:
     """Make a job of every model folder, and of every weight file that lies in none of these."""
     folders = {path for path in paths if path.is_dir() and _holds_model(path)}
-    files = [path for path in paths if path.is_file() and path.name.endswith((*_WEIGHTS, INDEX_SUFFIX))]
+    files = {path for path in paths if path.is_file() and path.name.endswith((*_WEIGHTS, INDEX_SUFFIX))}
     models = [path for path in paths if path in folders or (path in files and path.parent not in folders)]
     if not models:
         raise ModelNotFoundError(

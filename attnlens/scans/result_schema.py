@@ -14,7 +14,7 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
 _Word = Annotated[str, Field(pattern=r"^[\w.+-]{1,200}$")]
 _Span = Annotated[str, Field(pattern=r"^\d{1,9}(-\d{1,9})?$")]
 _Fold = Literal["raw", "effective", "centred", "balanced"]
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)] | None
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e100, le=1e100)] | None
 _Depth = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Row = tuple[_Count, _Depth, Literal["qk", "ov"], _Fold, _Number, _Number, _Number, _Number, _Number]
 

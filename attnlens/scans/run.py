@@ -16,6 +16,7 @@ from attnlens.atomic import FileSet
 from attnlens.circuits import FOLDS, Fold
 from attnlens.errors import UsageError
 from attnlens.outputs import Outputs
+from attnlens.printable import utf8_text
 from attnlens.provenance import run_provenance
 from attnlens.scans.executors import Executor, WorkerLostError
 from attnlens.scans.local import LocalExecutor
@@ -149,14 +150,19 @@ def scan(
         raise UsageError("--offline and --remote exclude each other: choose one")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is not a number of workers: give 1 or more")
-    plan = plan_scan([patterns] if isinstance(patterns, str) else patterns)
-    outputs = Outputs(force=force)
-    drawn = [] if figure is None else [f"landscape.{figure}"]
-    outputs.folder(output, ("scan.csv", "layers.csv", "scan.json", *drawn))
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    plan = plan_scan(patterns)
     settings = Settings(fold, offline, remote, num_heads, row_order)
     store = Store(Path(output), settings)
+    lists = [pattern for pattern in patterns if pattern.startswith("@")]
+    outputs = Outputs.of(lists, *((job.model, job.checkpoint) for job in plan.jobs), force=force)
+    drawn = [] if figure is None else [f"landscape.{figure}"]
+    outputs.folder(output, ("scan.csv", "layers.csv", "scan.json", *drawn))
     results = {job.name: store.load(job) for job in plan.jobs}
     missing = [job for job in plan.jobs if _wanted(results[job.name], retry_failed)]
+    for job in missing:
+        for suffix in (".json", ".csv"):
+            outputs.spare(store.result_file(job).with_suffix(suffix))
     lost = 0
     if missing:
         with closing(_executor(ray, workers)) as executor:
@@ -166,7 +172,11 @@ def scan(
             lost = run.lost
     whole = {name: result for name, result in results.items() if result is not None}
     assert len(whole) == len(plan.jobs)
-    about = {**run_provenance(), "patterns": list(patterns), **({"command": command} if command else {})}
+    about = {
+        **run_provenance(),
+        "patterns": list(map(utf8_text, patterns)),
+        **({"command": command} if command else {}),
+    }
     scanned = Scan(whole, plan.notes, len(missing), lost)
     with FileSet(outputs.check) as files:
         if figure is not None:

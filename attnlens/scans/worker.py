@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from attnlens.errors import AttnlensError
+from attnlens.printable import printable
 from attnlens.scans.plan import Job
 from attnlens.scans.tables import Result, layer_records
 from attnlens.threads import limited_to
@@ -67,7 +68,7 @@ def measure(job: dict[str, Any], settings: dict[str, Any], cores: int) -> Result
 
 def failed(error: str) -> Result:
     """Return the result of a model that could not be measured."""
-    return {"status": "failed", "error": " ".join(error.split())}
+    return {"status": "failed", "error": printable(" ".join(error.split()))}
 
 
 def span(values: list[int]) -> str:

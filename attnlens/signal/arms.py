@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnlens.errors import UsageError
+from attnlens.printable import utf8_text
 from attnlens.signal.rewire import Rewired, rewire_with_theory_, tokens_of
 from attnlens.signal.variants import KEEP, VARIANTS, accepted_options
 
@@ -92,4 +93,4 @@ def build_network(model: str | None, seed: int, depth: int | None, tokens: int |
         sizes["img_size"] = side * int(network.patch_embed.patch_size[0])
     if sizes:
         built = build(model, seed, sizes)
-    return built.module.double(), "embedded" if model is None else model
+    return built.module.double(), "embedded" if model is None else utf8_text(os.fspath(model))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.circuits import FactoredProduct, Fold, Kind
+from attnlens.circuits.factored import SAFE_EXPONENT, exponent_of
 from attnlens.heads import Array, HeadWeights
 from attnlens.statistics.table import ALL_HEADS
 
@@ -27,39 +28,57 @@ class Corners:
     """The top-left ``size x size`` corners of every product under one fold, kept by `observe` for the heatmaps.
 
     Where they are ``bounded``, the size shrinks with the number of heads: an image has at most `HEATMAP_ENTRIES`.
+    Where ``preferred`` is measured too, ``fold`` becomes that, and what was kept of the other is dropped.
     """
 
     fold: Fold
     size: int
     bounded: bool = False
-    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.float32]]] = field(default_factory=dict, repr=False)
+    preferred: Fold | None = None
+    panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.floating]]] = field(default_factory=dict, repr=False)
     shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict, repr=False)
     _counts: Counter[tuple[Kind, int]] = field(default_factory=Counter, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
+    _widest: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Remember the size before it shrinks."""
+        self._widest = self.size
 
     def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
         """Keep the corners of a stack of products, or of a sum."""
-        if fold == self.fold:
+        with self._lock:
+            if fold == self.preferred:
+                self._turn_to(fold)
+            if fold != self.fold:
+                return
             if self.bounded:
                 self._make_room(circuit, weights.layer, product.shape[0] if len(product.shape) > 2 else 1)
-            self._keep(weights.layer, circuit, product.dense(self.size), product.shape)
+        corners = product.dense(self.size)
+        with self._lock:
+            if fold == self.fold:  # another thread may have turned to the preferred one
+                self._keep(weights.layer, circuit, corners, product.shape)
+
+    def _turn_to(self, fold: Fold) -> None:
+        self.fold, self.preferred, self.size = fold, None, self._widest
+        for held in (self.panels, self.shapes, self._counts):
+            held.clear()
 
     def _make_room(self, circuit: Kind, layer: int, panels: int) -> None:
         """Choose the size for what is to come, too, and cut what is there."""
-        with self._lock:
-            self._counts[circuit, layer] += panels
-            mine = [count for (kind, _), count in self._counts.items() if kind == circuit]
-            largest = min(math.isqrt(HEATMAP_ENTRIES // sum(mine)), HEATMAP_SIDE // max(mine))
-            self.size = min(self.size, max(2, largest))
-            self._cut()
+        self._counts[circuit, layer] += panels
+        mine = [count for (kind, _), count in self._counts.items() if kind == circuit]
+        largest = min(math.isqrt(HEATMAP_ENTRIES // sum(mine)), HEATMAP_SIDE // max(mine))
+        self.size = min(self.size, max(2, largest))
+        self._cut()
 
     def _keep(self, layer: int, circuit: Kind, corners: Array, shape: Sequence[int]) -> None:
         found = {ALL_HEADS: corners} if corners.ndim == 2 else dict(enumerate(corners))
-        with self._lock:
-            kept = self.panels.setdefault((circuit, layer), {})
-            kept.update({head: corner.astype(np.float32) for head, corner in found.items()})
-            self.shapes[circuit, layer] = (shape[-2], shape[-1])
-            self._cut()
+        kept = self.panels.setdefault((circuit, layer), {})
+        for head, corner in found.items():
+            kept[head] = corner.astype(np.float32 if fits_float32(corner) else np.float64)
+        self.shapes[circuit, layer] = (shape[-2], shape[-1])
+        self._cut()
 
     def _cut(self) -> None:
         for kept in self.panels.values():
@@ -72,3 +91,8 @@ class Corners:
         layers = sorted(layer for kind, layer in self.panels if kind == circuit)
         panels = {layer: self.panels[circuit, layer] for layer in layers}
         return panels, {layer: self.shapes[circuit, layer] for layer in layers}
+
+
+def fits_float32(corner: NDArray[np.floating]) -> bool:
+    """Whether float32 holds a corner and the squares of its large entries."""
+    return corner.dtype == np.float32 or abs(int(exponent_of(corner))) <= SAFE_EXPONENT

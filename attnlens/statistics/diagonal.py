@@ -59,6 +59,10 @@ class DiagonalFit:
         """Return the statistics' names in table order."""
         return tuple(f.name for f in fields(cls))
 
+    def times(self, exponent: NDArray[np.int_]) -> DiagonalFit:
+        """Return the fit of 2^exponent M."""
+        return replace(self, **{name: np.ldexp(getattr(self, name), exponent) for name in _IN_UNITS_OF_M})
+
 
 def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFit:
     """Fit alpha and beta of every product in a stack, with the statistics beside them.
@@ -95,7 +99,7 @@ def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFi
     )
     if product.is_square and rows > 1:
         diagonal = _diagonal_statistics(product, squared_norm)
-    fit = DiagonalFit(
+    return DiagonalFit(
         **diagonal,
         identity_cosine_bound=np.full_like(norm, np.sqrt(product.rank_bound / rows)) if rows == cols else undefined,
         frobenius_norm=norm,
@@ -103,8 +107,7 @@ def fit_diagonal(product: FactoredProduct, singular: Array | None) -> DiagonalFi
         stable_rank=stable_rank,
         copying_score=undefined if singular is None or rows != cols else _copying_score(product.eigenvalues()),
         effective_rank=undefined if singular is None else _effective_rank(singular),
-    )
-    return replace(fit, **{name: np.ldexp(getattr(fit, name), exponent) for name in _IN_UNITS_OF_M})
+    ).times(exponent)
 
 
 _IN_UNITS_OF_M = ("alpha", "beta", "beta_stderr", "frobenius_norm", "spectral_norm")

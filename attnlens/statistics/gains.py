@@ -48,7 +48,7 @@ def describe_gains(product: FactoredProduct) -> GainStatistics:
     return GainStatistics(
         row_gain_spread=_spread(np.log(gains.rows), gains.alive_rows),
         column_gain_spread=_spread(np.log(gains.cols), gains.alive_cols),
-        gain_share=_squared_correlation(product.diagonal(), gains.rows * gains.cols) if square else undefined,
+        gain_share=_squared_correlation(product.unit[0].diagonal(), gains.rows * gains.cols) if square else undefined,
         dead_channels=np.asarray((~gains.alive_rows).sum(-1) + (~gains.alive_cols).sum(-1), dtype=np.float64),
         balance_residual=gains.residual,
         offdiagonal_kurtosis=offdiagonal_kurtosis(product) if square else undefined,

@@ -169,7 +169,7 @@ _IN_UNITS_OF_M = (
 def judge_balanced(product: FactoredProduct) -> dict[str, Array]:
     """Return what `infer` says of the products balanced: p-value and likeness of the diagonal, free of scale."""
     unit, _ = product.unit
-    balanced = unit if unit.gains is not None else unit.balanced()
+    balanced, _ = (unit if unit.gains is not None else unit.balanced()).unit
     d = balanced.shape[-1]
     z, p_value = trace_p_value(balanced)
     diagonal = balanced.diagonal()

@@ -40,12 +40,14 @@ def measure_layer(
             if observe is not None:
                 observe(weights, circuit, fold, folded)
             heads: Iterable[int | str] = (ALL_HEADS,) if name == "sum" else range(folded.shape[0])
-            singular = folded.singular_values() if name != "sum" or layer_spectra else None
+            unit, exponent = folded.unit
+            singular = unit.singular_values() if name != "sum" or layer_spectra else None
             if name != "sum" and singular is not None:
-                spectra[weights.layer, circuit, fold] = singular
+                spectra[weights.layer, circuit, fold] = np.ldexp(singular, exponent[..., None])
             if folded.gains is not None:
                 gains[weights.layer, circuit, ALL_HEADS if name == "sum" else "each"] = folded.gains
-            rows += _rows(weights, heads, circuit, fold, (fit_diagonal(folded, singular), describe_gains(folded)))
+            fit = fit_diagonal(unit, singular).times(exponent)
+            rows += _rows(weights, heads, circuit, fold, (fit, describe_gains(folded)))
     return rows, spectra, gains
 
 

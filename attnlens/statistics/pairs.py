@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnlens.circuits import FactoredProduct
+from attnlens.circuits.factored import exponent_of
 from attnlens.heads import Array
 
 _PAIRS = 1 << 15  # pairs of entries M_ij, M_ji looked at one by one: all of them where there are no more
@@ -19,6 +20,7 @@ def offdiagonal_kurtosis(product: FactoredProduct, seed: int = 0) -> Array:
     """Return the excess kurtosis of the off-diagonal entries of every product of a stack, NaN where there are none."""
     if product.shape[-1] < 2:
         return np.full(product.shape[:-2], np.nan)
+    product, _ = product.unit
     ones = np.ones(product.shape[:-1])
     sizes = tuple(side.offdiagonal_squares(ones) for side in (product, product.T))
     return pair_moments(product, sizes, seed)[1]
@@ -51,11 +53,12 @@ class _Pairs:
 
 
 def _moments(pairs: _Pairs) -> tuple[float, float]:
-    entries = pairs.entries
+    exponent = int(exponent_of(pairs.entries))
+    entries = np.ldexp(pairs.entries, -exponent)  # whose fourth powers are numbers
     mean = pairs.mean(entries)
     squares = np.square(entries)
     sums = squares[0] + squares[1]
-    fourth = pairs.mean(np.square(sums, out=sums)) / 4
+    fourth = math.ldexp(pairs.mean(np.square(sums, out=sums)) / 4, 4 * exponent)
     squares = np.square(np.subtract(entries, mean, out=entries), out=squares)
     variance = pairs.mean(squares)
     return fourth, pairs.mean(np.square(squares, out=squares)) / variance**2 - 3 if variance > 0 else math.nan

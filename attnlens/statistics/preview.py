@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from attnlens.printable import printable
 from attnlens.words import counted
 
 WIDTH = 79
@@ -72,7 +73,7 @@ def _ends(rows: Sequence[Sequence[Any]], most: int) -> list[Sequence[Any] | None
 
 
 def _short(value: Any) -> str:
-    text = " ".join(cell(value).split())
+    text = printable(" ".join(cell(value).split()))
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
 
 

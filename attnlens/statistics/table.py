@@ -15,6 +15,7 @@ from attnlens.atomic import write_text_atomic
 from attnlens.csv_text import csv_text
 from attnlens.errors import UsageError
 from attnlens.heads import Array
+from attnlens.printable import printable
 from attnlens.statistics.diagonal import DiagonalFit
 from attnlens.statistics.gains import GainStatistics
 from attnlens.statistics.preview import html_preview, text_preview
@@ -103,7 +104,7 @@ class Tabular:
     def __repr__(self) -> str:
         """Say what this is, and show the first and last rows: what fits a screen."""
         table = self._table()
-        return "\n".join(filter(None, (f"<{self._headline()}>", text_preview(table.columns, table.rows))))
+        return "\n".join(filter(None, (f"<{printable(self._headline())}>", text_preview(table.columns, table.rows))))
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the first and last rows with every column."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from attnlens.printable import printable
 from attnlens.words import counted
+
+_POINT, _DIGIT = "\u2008", "\u2007"
+"""Blanks as wide as a decimal point and as a digit."""
 
 
 def shown(value: float | None) -> str:
@@ -39,20 +46,42 @@ def _positional(value: float | None) -> str:
 
 def _blank(longest: int, text: str) -> str:
     _, point, fraction = text.partition(".")
-    return ("" if point or not longest else "\u2008") + "\u2007" * (longest - len(fraction))
+    return ("" if point or not longest else _POINT) + _DIGIT * (longest - len(fraction))
+
+
+def _printable(value: Any) -> Any:
+    """Return what a template says of a value: text out of files is `printable`, markup of our own as it is."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return printable(value, keep=_POINT + _DIGIT)
+
+
+def _data(value: Any, **how: Any) -> str:
+    """Write as JSON what a page's scripts show, every text in it `printable`."""
+    return json.dumps(_all_printable(value), **how)
+
+
+def _all_printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_printable(key): _all_printable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_all_printable(one) for one in value]
+    return _printable(value)
 
 
 @cache
 def environment() -> Environment:
-    """Return the templates' environment: everything is escaped, and a name a template does not know is an error."""
+    """Return the templates' environment: everything is printable and escaped, and a name it does not know an error."""
     environment = Environment(
         loader=PackageLoader("attnlens", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.policies["json.dumps_function"] = _data
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters.update(shown=shown, counted=counted, aligned=aligned)
     return environment

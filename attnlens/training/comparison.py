@@ -14,8 +14,11 @@ from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError
 from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
+from attnlens.state import sealed
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
+from attnlens.training.data.text import PREFIX as TEXT
+from attnlens.training.data.text import text_files
 from attnlens.training.display import Display, Notes
 from attnlens.training.distributed import Spread, spread
 from attnlens.training.drawings import comparison_drawings
@@ -23,9 +26,10 @@ from attnlens.training.found import TrainComparison
 from attnlens.training.hardware import describe_device, device_named, fixed_attention
 from attnlens.training.ladder import ladder_of
 from attnlens.training.live import Journal, Write
-from attnlens.training.loggers import check_loggers, logging_to
+from attnlens.training.loggers import LOG_FILE, check_loggers, logging_to
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve, stored_options
+from attnlens.training.record_schema import MANIFEST, check_links
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, finite, results_lines, summarise
 from attnlens.training.seen import Seen
@@ -44,7 +48,8 @@ Records = dict[str, list[Record]]
 _FIGURES = tuple(
     f"{name}.{suffix}" for name in ("curves", "structure", "waterfall") for suffix in ("png", "pdf", "svg")
 )
-_RESULTS = ("params.json", "results.jsonl", "summary.csv", "report.md", "summary.json", *_FIGURES)
+RESULTS = ("params.json", "results.jsonl", "structure.jsonl", "summary.csv", "report.md", MANIFEST, *_FIGURES)
+"""Files of a comparison's folder."""
 
 
 def train_compare(
@@ -128,12 +133,14 @@ def train_compare(
     told["tune_lr"] = [tune_lr] if isinstance(tune_lr, int | float) else tune_lr
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
-    outputs = Outputs.of(params, model, checkpoint, force=force)
-    outputs.folder(output, _RESULTS)
-    table = None if table is None else outputs.file(table, ".csv")
-    control = Control(time_budget)
+    check_links(output)
+    texts = text_files(dataset, data_dir=options.data_dir) if dataset.startswith(TEXT) else []
+    outputs = Outputs.of(params, model, checkpoint, dataset, texts, force=force)
     loggers = log or ()
     check_loggers(loggers)
+    outputs.folder(output, (*RESULTS, *([LOG_FILE] if "csv" in loggers else [])))
+    table = None if table is None else outputs.file(table, ".csv")
+    control = Control(time_budget)
     with control.setting_up(), spread() as process, ExitStack() as claims:
         notes = Notes(shown=process.leads and not quiet)
 
@@ -151,6 +158,9 @@ def train_compare(
         say("building every arm once")
         config, data = resolve(options, data, source, on, output, resume=resume)
         config = _agreed(config, process)
+        if save_weights:
+            ended = [Run(arm, seed, config.recipe.lr) for arm in config.arms for seed in range(seeds)]
+            outputs.folder(output, [f"weights/{run.name}.safetensors" for run in ended])
         claims.enter_context(fixed_attention(config))
         control.check()
         store = _store(output, config, stored_options(options, config), process, claims, resume=resume)
@@ -318,7 +328,7 @@ class _Findings:
     source: Source
 
     def write(self, *, figures: bool, ended: bool = False, table: Path | None = None) -> None:
-        """Write every result file as one set; ``summary.json`` names the others with their sha256.
+        """Write every result file as one set; ``summary.json`` names the others and itself with their sha256.
 
         It says ``complete`` only where all has ``ended``: what is written before that is under way. The ``table`` is
         ``summary.csv`` once more.
@@ -345,7 +355,7 @@ class _Findings:
             found = {**summary.to_json(), "complete": ended and summary.complete, "files": files.hashes()}
             if ladder:
                 found["ladder"] = finite([asdict(step) for step in ladder])
-            data = json.dumps(found, indent=1) + "\n"
-            files.write(self.output / "summary.json", methodcaller("write", data.encode()))
+            data = json.dumps(sealed(found), indent=1) + "\n"
+            files.write(self.output / MANIFEST, methodcaller("write", data.encode()))
             if table is not None:
                 files.write(table, methodcaller("write", summary.to_csv().encode()))

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from attnlens.errors import UsageError
+from attnlens.printable import utf8_data
 from attnlens.training.metrics import BALANCED_ACCURACY, Metric
 from attnlens.training.networks.base import Moments, Network, Part
 from attnlens.training.networks.registry import network_of
@@ -161,7 +162,7 @@ class Config(Part):
         names = {stored: name for name, stored in STORED.items()}
         if not isinstance(data, dict):
             return data
-        return {names.get(name, name): value for name, value in data.items() if name != OPTIONS}
+        return {names.get(name, name): utf8_data(value) for name, value in data.items() if name != OPTIONS}
 
     @model_serializer(mode="wrap")
     def _as_stored(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -35,8 +35,9 @@ class Notes:
         kind, now = re.sub(r"[\d,.]+", "", text), time.monotonic()
         if self.shown and (kind != self._kind or now - self._last >= _EVERY):
             self._kind, self._last = kind, now
-            sys.stderr.write(f"{printable(text)}\n")
-            sys.stderr.flush()
+            with suppress(OSError):  # a full stderr stops nothing
+                sys.stderr.write(f"{printable(text)}\n")
+                sys.stderr.flush()
 
 
 class Display:

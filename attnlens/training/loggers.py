@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,8 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from attnlens.atomic import write_text_atomic
 from attnlens.errors import UsageError
+from attnlens.state import read_state
 from attnlens.training.config import Config
+from attnlens.training.record_schema import ResumeError
 from attnlens.training.trainer import Unit
 
 Values = dict[str, float]
@@ -33,21 +38,28 @@ class Logger(Protocol):
         ...
 
 
+LOG_FILE = "log.csv"
+_NAMED = re.compile(r"[\w.+-]+,[0-9]{1,9}\Z")
+"""A run and an epoch"""
+
+
 class CsvLogger:
-    """``log.csv``: a row an epoch of a run; what was not measured is empty. Rows that are there are not repeated."""
+    """``log.csv``: a row an epoch of a run; what was not measured is empty. Rows that are there are not repeated.
+
+    Rows are appended to a file that this process made, which holds the rows that were there: what else had the name
+    (another link to the same file) stays as it was. A row that a kill cut off is left out.
+    """
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.columns = ("run", "epoch", "train_loss", "test_loss", config.metric.field, *_structure_names())
-        path = folder / "log.csv"
-        self.seen: set[tuple[str, int]] = set()
-        if path.is_file():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row.get("run") and (row.get("epoch") or "").isdigit()]
-            self.seen = {(row["run"], int(row["epoch"])) for row in rows}
+        path = folder / LOG_FILE
+        kept = _rows(path, self.columns)
+        self.seen = {(run, int(epoch)) for run, epoch, *_ in kept}
+        begun = io.StringIO()
+        csv.writer(begun).writerows([self.columns, *kept])
+        write_text_atomic(path, begun.getvalue())
         self.file = path.open("a", newline="")
         self.rows = csv.writer(self.file)
-        if not self.file.tell():
-            self.rows.writerow(self.columns)
 
     def write(self, run: str, epoch: int, values: Values) -> None:
         """See `Logger`."""
@@ -59,6 +71,20 @@ class CsvLogger:
     def close(self) -> None:
         """See `Logger`."""
         self.file.close()
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """Return the rows of a log, checked. Raises `ResumeError` for a file that is no log of these columns."""
+    try:
+        text = read_state(path).decode()
+        head, *rows = [row for row in csv.reader(text[: text.rfind("\n") + 1].splitlines()) if row] or [list(columns)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        raise ResumeError(f"{path} cannot be gone on with ({error}): move it away") from error
+    if head != list(columns) or not all(len(row) == len(head) and _NAMED.match(",".join(row[:2])) for row in rows):
+        raise ResumeError(f"{path} has other columns, or rows that no log has: move it away")
+    return rows
 
 
 class TensorBoardLogger:

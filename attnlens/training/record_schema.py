@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from attnlens.errors import AttnlensError
-from attnlens.state import check_folder, read_state, unsealed
+from attnlens.state import check_folder, check_listed, read_state, unsealed
 from attnlens.strict_json import parse_json, within
+from attnlens.training.config import Run
 from attnlens.training.optimizers import Several
 
 if TYPE_CHECKING:
@@ -19,11 +21,27 @@ if TYPE_CHECKING:
 
     from attnlens.training.config import Config
 
-PARTS = ("runs", "checkpoints", "weights")
+PARTS = ("runs", "checkpoints", "weights", "tensorboard", "wandb")
 """Folders below a results folder."""
+MANIFEST = "summary.json"
+"""The file that names the others of its set with their hashes."""
 RESULTS_KEYS = ("config_sha256", "dataset", "data_sha256", "run", "recipe")
 """What every line of ``results.jsonl`` says beside its record."""
+LARGEST = 1e100
+"""No number of a record is larger: a mean of squares of larger ones is none."""
+
+
+def _bounded(value: float) -> float:
+    if abs(value) > LARGEST:
+        raise ValueError(f"{value:g} is no number that is measured")
+    return value
+
+
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, AfterValidator(_bounded)]
+Fit = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_bounded)]
+"""alpha or beta of a layer; NaN where it is not defined"""
 
 
 class ResumeError(AttnlensError):
@@ -31,7 +49,7 @@ class ResumeError(AttnlensError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
 
 class _Provenance(_Part):
@@ -40,29 +58,63 @@ class _Provenance(_Part):
     versions: dict[str, str]
 
 
+class _Fits(_Part):
+    """A number a layer, of one fold."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    qk_alpha: list[Fit]
+    qk_beta: list[Fit]
+    ov_alpha: list[Fit]
+    ov_beta: list[Fit]
+
+    @model_validator(mode="after")
+    def _of_the_same_layers(self) -> _Fits:
+        if len({len(self.qk_alpha), len(self.qk_beta), len(self.ov_alpha), len(self.ov_beta)}) > 1:
+            raise ValueError("it has not as many numbers of one kind as of another")
+        return self
+
+
+class _Structure(_Part):
+    """`attnlens.training.structure.Structure`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    raw: _Fits
+    effective: _Fits
+
+    @model_validator(mode="after")
+    def _of_the_same_layers(self) -> _Structure:
+        if len(self.raw.qk_alpha) != len(self.effective.qk_alpha):
+            raise ValueError("it has not as many layers in one fold as in the other")
+        return self
+
+
 class _Line(_Part):
     """One evaluation of a run, or its divergence."""
 
     arm: str
     seed: Count
-    lr: float
+    lr: Annotated[float, Field(gt=0)]
     tuning: bool
     epoch: Count
     status: Literal["running", "finished", "diverged"]
-    accuracy: float | None = None
-    balanced_accuracy: float | None = None
-    bits_per_byte: float | None = None
-    train_seconds: float
-    models_in_stack: int = Field(ge=1)
+    accuracy: Share | None = None
+    balanced_accuracy: Share | None = None
+    bits_per_byte: Annotated[Number, Field(ge=0)] | None = None
+    test_loss: Number | None = None
+    train_loss: Number | None = None
+    train_seconds: Annotated[Number, Field(ge=0)]
+    models_in_stack: Annotated[Count, Field(ge=1)]
     streams: list[str]
     provenance: _Provenance
-    structure: dict[str, dict[str, list[Annotated[float, Field(allow_inf_nan=True)] | None]]] | None = None
+    structure: _Structure | None = None
 
 
 class _State(_Part):
     """Where a unit of work had got to."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, arbitrary_types_allowed=True)
 
     unit: list[str]
     epoch: Count
@@ -76,21 +128,30 @@ class _State(_Part):
 _Lines = TypeAdapter(list[_Line])
 
 
-def check_records(records: Any, config: Config, where: str) -> list[dict[str, Any]]:
-    """Return the records of one run as they are, having checked what a summary reads in them."""
+def check_records(records: Any, config: Config, where: str, name: str | None = None) -> list[dict[str, Any]]:
+    """Return the records of one run as they are, having checked what a summary reads in them.
+
+    They must be of a run of this comparison, of the run ``name`` where one is given.
+    """
+    again = "delete it to train that run again"
     try:
-        _Lines.validate_python(records)
+        lines = _Lines.validate_python(records)
     except ValidationError as error:
-        raise ResumeError(f"{where}: {_first(error)}: delete it to train that run again") from error
-    if not records:
-        raise ResumeError(f"{where} holds no record: delete it to train that run again")
-    for line in records:
-        if line["arm"] not in config.arms or (line["arm"], line["seed"]) != (records[0]["arm"], records[0]["seed"]):
-            raise ResumeError(f"{where} holds records of {line['arm']!r}, which is another run: delete it")
-        measured = line["status"] == "diverged" or None not in (config.metric.of(line), line.get("structure"))
-        if not measured:
-            title = config.metric.title
-            raise ResumeError(f"{where} holds an epoch without its {title}: delete it to train that run again")
+        raise ResumeError(f"{where}: {_first(error)}: {again}") from error
+    if not lines:
+        raise ResumeError(f"{where} holds no record: {again}")
+    for line, record in zip(lines, records, strict=True):
+        run = Run(line.arm, line.seed, line.lr, line.tuning)
+        if line.arm not in config.arms or run != Run(lines[0].arm, lines[0].seed, lines[0].lr, lines[0].tuning):
+            raise ResumeError(f"{where} holds records of {line.arm!r}, which is another run: delete it")
+        if name not in (None, run.name):
+            raise ResumeError(f"{where} holds the records of {run.name}, which is another run: delete it")
+        if line.lr not in (config.recipe.lr, *config.lr_grid):
+            raise ResumeError(f"{where} holds a learning rate of {line.lr:g}, which is not of this comparison: {again}")
+        if line.status != "diverged" and None in (config.metric.of(record), line.structure):
+            raise ResumeError(f"{where} holds an epoch without its {config.metric.title}: {again}")
+    if any(line.epoch >= later.epoch or line.status != "running" for line, later in pairwise(lines)):
+        raise ResumeError(f"{where}: its epochs do not follow each other: {again}")
     return list(records)
 
 
@@ -110,7 +171,10 @@ def parse_results(path: Path, folder: Path, config: Config) -> dict[str, list[di
     advice = "put the file back as it was, or choose another --output"
     runs: dict[str, list[dict[str, Any]]] = {}
     try:
-        for text in read_state(within(folder, path, ResumeError)).splitlines():
+        content = read_state(within(folder, path, ResumeError))
+        if (folder / MANIFEST).exists():  # one that was kept without it says of nothing what it was
+            check_listed(folder / MANIFEST, path.name, content)
+        for text in content.splitlines():
             line = parse_json(text, constant=float)
             if line["config_sha256"] != config.sha256():
                 raise ResumeError(f"{path} belongs to another configuration: {advice}")
@@ -119,7 +183,7 @@ def parse_results(path: Path, folder: Path, config: Config) -> dict[str, list[di
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): {advice}") from error
     for name, records in runs.items():
-        check_records(records, config, f"{path}, run {name},")
+        check_records(records, config, f"{path}, run {name},", name)
     return {name: records for name, records in runs.items() if records[-1]["status"] != "running"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from attnlens.printable import Markdown, as_code, in_markdown
 from attnlens.training.arms import BASELINE, CONTROLS, PRETRAINED
 from attnlens.training.config import AUGMENTATIONS, Config
 from attnlens.training.ladder import Step, ladder_of
@@ -28,10 +29,10 @@ LrTable = Mapping[str, Mapping[float, float]]
 
 
 def render_report(summary: Summary, tuning: LrTable | None = None) -> str:
-    """Return the report's text."""
+    """Return the report's text, in which names and what records say of themselves are no Markdown."""
     config, metric = summary.config, summary.config.metric
     parts = [
-        f"# {config.dataset}: {', '.join(config.arms)}{_frozen(config)}",
+        f"# {in_markdown(config.dataset)}: {in_markdown(', '.join(config.arms))}{_frozen(config)}",
         _state(summary),
         "## What the intervals allow to say",
         "\n".join(f"- {line}" for line in conclusions(summary)),
@@ -112,12 +113,11 @@ def _frozen(config: Config) -> str:
 
 def _state(summary: Summary) -> str:
     config, ended = summary.config, sum(map(len, summary.finished.values()))
-    conditions = (
-        f"{counted(config.seeds, 'seed')} an arm, {counted(config.recipe.epochs, 'epoch')}, on {config.dataset}"
-    )
+    seeds, epochs = counted(config.seeds, "seed"), counted(config.recipe.epochs, "epoch")
+    conditions = f"{seeds} an arm, {epochs}, on {in_markdown(config.dataset)}"
     parts = [f"{ended} of {counted(summary.expected, 'run')} finished; {conditions}."]
     if config.source_data is not None:
-        words = f"Source: {config.source_data.words}."
+        words = f"Source: {in_markdown(config.source_data.words)}."
         parts.append(words if config.source_data.shared is False else f"**{words}**")
     if not summary.complete:
         parts.append("**Unfinished: everything below changes when the remaining runs are done.**")
@@ -128,8 +128,8 @@ def _state(summary: Summary) -> str:
         )
     for arm, seed, epoch in summary.diverged:
         parts.append(
-            f"**{arm}, seed {seed}, diverged in epoch {epoch}: it is left out of every number below, so they describe "
-            "the seeds that finished.**"
+            f"**{in_markdown(arm)}, seed {seed}, diverged in epoch {epoch}: it is left out of every number below, so "
+            "they describe the seeds that finished.**"
         )
     if config.commonest is not None:
         parts.append(
@@ -301,7 +301,7 @@ def _conditions(summary: Summary) -> str:
         ["training time", f"{summary.train_seconds:.0f} s over all runs, evaluation not counted"],
         ["device", "; ".join(summary.devices)],
         ["versions", ", ".join(f"{name} {version}" for name, version in summary.versions.items())],
-        ["command", "; ".join(f"`{command}`" for command in summary.commands)],
+        ["command", Markdown("; ".join(map(as_code, summary.commands)))],
         ["config sha256", config.sha256()],
     ]
     rows[5:5] = [[f"arm {arm}", start] for arm, start in config.starts.items()]
@@ -365,7 +365,7 @@ def _limits(summary: Summary) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)])
+    return "\n".join([*lines, *(f"| {' | '.join(map(in_markdown, row))} |" for row in rows)])
 
 
 def _interval(mean: Mean, show: Callable[[float], str]) -> str:

@@ -81,7 +81,7 @@ class Summary:
         """Return JSON-ready data; what is not a number is null."""
         data = {
             "schema": "attnlens.train-compare",
-            "schema_version": 1,
+            "schema_version": 2,
             "metric": self.config.metric.field,
             "lower_is_better": self.config.metric.lower_is_better,
             "config": json.loads(self.config.model_dump_json()),

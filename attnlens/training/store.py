@@ -13,6 +13,7 @@ from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atom
 from attnlens.checkpoints.pickles import load_pickle
 from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
+from attnlens.printable import utf8_data
 from attnlens.state import read_state, sealed
 from attnlens.strict_json import parse_json
 from attnlens.training.config import OPTIONS, Config, Run
@@ -59,6 +60,7 @@ class Store:
                 sweep(folder / part)
             store = cls.open(folder, config, resume=resume, told=told)
             store.restore_runs()
+            store.load_runs()  # what cannot be gone on with is met before anything else is written
             yield store
 
     @classmethod
@@ -83,7 +85,7 @@ class Store:
         if told is None:  # written again: what stands there stays
             told = (stored_config(self.folder) or {}).get(OPTIONS)
         text |= {} if told is None else {OPTIONS: dict(told)}
-        write_text_atomic(self.folder / "config.json", json.dumps(text, indent=1) + "\n")
+        write_text_atomic(self.folder / "config.json", json.dumps(utf8_data(text), indent=1) + "\n")
 
     def limit_stack(self, models: int) -> None:
         """Note that no stack of more models is trained from now on, nor when the comparison is resumed."""
@@ -108,7 +110,7 @@ class Store:
             data = parse_runs(path, self.folder)
             if data.get("config") != self.config.sha256():
                 raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
-            runs[path.stem] = check_records(data["records"], self.config, str(path))
+            runs[path.stem] = check_records(data["records"], self.config, str(path), path.stem)
         return runs
 
     def restore_runs(self) -> None:
@@ -192,8 +194,9 @@ def _check(folder: Path, config: Config, stored: dict[str, Any] | None, *, resum
     sha256, limit = stored.pop("sha256", None), stored.pop(STACK_LIMIT, None)
     if not (limit is None or (type(limit) is int and limit >= 1)):
         raise UsageError(f"{folder / 'config.json'}: {STACK_LIMIT} is {limit!r}, no number of models: remove it")
-    if sha256 != config.sha256():
-        changed = config.differences(stored) or ["the file was edited"]
+    changed = config.differences(stored)
+    if changed or sha256 != config.sha256():
+        changed = changed or ["the file was edited"]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(
             f"{folder} holds another comparison: {'; '.join(changed[:3])}{more}. Repeat the first command with "

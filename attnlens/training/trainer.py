@@ -385,6 +385,7 @@ class _Training:
             metadata = network.exported()
             if wired := self.wiring.describe():
                 metadata = {"network": f"{network.module}, {wired}"}
+            metadata = {**metadata, "config_sha256": session.config.sha256()}
             for number, run in enumerate(self.unit):
                 if not self._diverged(self.records[number]):
                     session.store.save_weights(run, self.stack.state(number), metadata | session.trained_on(run))

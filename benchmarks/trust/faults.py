@@ -21,7 +21,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is imported: a forked child has no threads of its parent's
 
-
+AT_ONCE = 2 * (os.cpu_count() or 1)  # more and a command's 60 seconds are too few for the load alone
 ALL_DISKS = "inspect,fit-params,init,compare,compose,signal,report,scan,train-compare,caches"
 
 
@@ -78,11 +78,14 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     warm()
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")  # of attnlens; matplotlib has found its own
     chosen = {title: part for title, part in parts(given, work).items() if title in (given.only or [title])}
-    forked = {}
+    found: dict[str, Any] = {}
+    titles: dict[int, str] = {}
     for title, part in chosen.items():
+        if len(titles) == AT_ONCE:
+            ended(titles, work, found)
         (work / title).mkdir()
-        forked[title] = os.fork()
-        if forked[title] == 0:
+        pid = os.fork()
+        if pid == 0:
             code = 1
             try:
                 (work / f"{title}.json").write_text(json.dumps(part()))
@@ -91,12 +94,20 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
                 traceback.print_exc()
             finally:
                 os._exit(code)
-    found: dict[str, Any] = {}
-    for title, pid in forked.items():
-        _, status = os.waitpid(pid, 0)
-        found[title] = json.loads((work / f"{title}.json").read_text()) if status == 0 else {"wrong": ["it broke off"]}
-        sys.stderr.write(f"{title}: {found[title]}\n")
-    return found
+        titles[pid] = title
+    while titles:
+        ended(titles, work, found)
+    return {title: found[title] for title in chosen}
+
+
+def ended(titles: dict[int, str], work: Path, found: dict[str, Any]) -> None:
+    """Wait for one of the parts that are on their way, by process, and keep its counts."""
+    pid = 0
+    while pid not in titles:
+        pid, status = os.wait()
+    title = titles.pop(pid)
+    found[title] = json.loads((work / f"{title}.json").read_text()) if status == 0 else {"wrong": ["it broke off"]}
+    sys.stderr.write(f"{title}: {found[title]}\n")
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -51,6 +52,11 @@ GEMMA = {
 def state_file(data: dict[str, Any]) -> bytes:
     """Return a JSON file of state with a digest that is right."""
     return json.dumps(sealed({name: value for name, value in data.items() if name != DIGEST})).encode()
+
+
+def summary_file(data: dict[str, Any], results: bytes) -> bytes:
+    """Return a summary that names its results, with a digest that is right."""
+    return state_file({**data, "files": {"results.jsonl": hashlib.sha256(results).hexdigest()}})
 
 
 @cache
@@ -220,7 +226,8 @@ def tar(files: dict[str, bytes]) -> bytes:
 
 def record(arm: str, seed: int, epoch: int, **changes) -> dict:
     """Return one evaluation of a run as `train-compare` writes it."""
-    structure = {fold: {"qk_alpha": [0.5, 0.6], "qk_beta": [0.1, 0.2]} for fold in ("raw", "effective")}
+    fits = {"qk_alpha": [0.5, 0.6], "qk_beta": [0.1, 0.2], "ov_alpha": [0.3, 0.4], "ov_beta": [-0.1, 0.0]}
+    structure = {"raw": fits, "effective": fits}
     return {
         "arm": arm,
         "seed": seed,
@@ -268,8 +275,8 @@ def results() -> dict[str, bytes]:
     }
     return {
         "config.json": json.dumps(config).encode(),
-        "results.jsonl": results_lines(CONFIG, runs).encode(),
-        "summary.json": json.dumps(summarise(CONFIG, runs).to_json()).encode(),
+        "results.jsonl": (lines := results_lines(CONFIG, runs).encode()),
+        "summary.json": summary_file(summarise(CONFIG, runs).to_json(), lines),
         "checkpoints/default-1.pt": pth(state),
         **{
             f"runs/{name}.json": state_file({"config": CONFIG.sha256(), "records": lines})

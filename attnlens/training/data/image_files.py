@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from attnlens.checkpoints.tars import bounded_members, members
 from attnlens.errors import AttnlensError
 from attnlens.printable import printable
 from attnlens.strict_json import within
@@ -33,6 +34,10 @@ EXPANDS = 32
 ALLOWANCE = 64 << 20
 _ENDS = 3
 """Times a tar may be read at its end: once for each of a header, and what stands in front of and behind it."""
+_DAMAGE = (
+    *(EOFError, OSError, ValueError, OverflowError, RuntimeError, MemoryError, LookupError, TypeError),
+    *(tarfile.TarError, lzma.LZMAError, zlib.error),
+)
 
 Read = tuple[str, bytes]
 _COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
@@ -110,8 +115,11 @@ def tar_files(path: Path) -> Iterator[Read]:
     try:
         # in stored order, and as a stream: seeking back in xz decompresses it again, and a length that is declared is
         # read as far as there is anything
-        with _content(path) as content, tarfile.open(fileobj=content, mode="r|") as archive:
-            for member in archive:
+        with (
+            _content(path) as content,
+            tarfile.open(fileobj=content, mode="r|", tarinfo=bounded_members()) as archive,
+        ):
+            for member in members(archive):
                 parts = PurePosixPath(member.name)
                 if parts.is_absolute() or ".." in parts.parts or "\0" in member.name:
                     raise DatasetError(f"{path} holds {member.name!r}, a path outside the archive: it is not read")
@@ -122,7 +130,7 @@ def tar_files(path: Path) -> Iterator[Read]:
                     stream = archive.extractfile(member)
                     assert stream is not None
                     yield str(parts), stream.read()
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError, OverflowError) as error:
+    except _DAMAGE as error:
         raise DatasetError(f"{path} cannot be read as a tar ({error}): fetch it again") from error
 
 

@@ -153,7 +153,7 @@ def load_text(name: str, *, data_dir: Path | None = None) -> Text:
     pattern = name.removeprefix(PREFIX)
     if pattern == WIKITEXT:
         return _wikitext(data_dir)
-    paths = _files(pattern if data_dir is None else str(data_dir / pattern), name)
+    paths = text_files(name, data_dir=data_dir)
     total = sum(path.stat().st_size for path in paths)
     if total > _LARGEST:
         raise DatasetError(f"{name} holds {total} bytes, more than {_LARGEST} can be read: name fewer files")
@@ -170,7 +170,12 @@ def load_text(name: str, *, data_dir: Path | None = None) -> Text:
     return Text(_title(pattern), train, test, len(paths), "the last tenth of the bytes is the test part")
 
 
-def _files(pattern: str, name: str) -> list[Path]:
+def text_files(name: str, *, data_dir: Path | None = None) -> list[Path]:
+    """Return the files of a text, none of one that the package datasets keeps. Raises `UsageError` without any."""
+    pattern = name.removeprefix(PREFIX)
+    if pattern == WIKITEXT:
+        return []
+    pattern = pattern if data_dir is None else str(data_dir / pattern)
     path = Path(pattern)
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]

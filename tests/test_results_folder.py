@@ -1,0 +1,295 @@
+"""The folder of a comparison that somebody changed: what is read back is what was measured, or is refused by name."""
+
+import csv
+import json
+import os
+import shutil
+
+import pytest
+
+import attnlens
+from attnlens.errors import AttnlensError
+from attnlens.reports.training import ResultsError, read_training
+from attnlens.state import SEALED_FROM, check_listed, manifest_of, sealed
+from attnlens.training.record_schema import ResumeError, check_records
+from tests.training_setup import compare, config, small, write_source
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def ended(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ended") / "c"
+    compare(source, folder, options=small(source, seeds=1, epochs=1))
+    return folder
+
+
+@pytest.fixture
+def folder(ended, tmp_path):
+    return shutil.copytree(ended, tmp_path / "c")
+
+
+@pytest.fixture
+def again(source, folder):
+    """Go on with the comparison of the folder."""
+
+    def resume(**changes):
+        given = {"seeds": 1, "epochs": 1, **changes}
+        how = {name: given.pop(name) for name in ("log", "save_weights", "force", "table") if name in given}
+        return compare(source, folder, options=small(source, **given), resume=True, **how)
+
+    return resume
+
+
+def edited_lines(path, change):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
+
+
+def refused(call, message, folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(AttnlensError, match=message):
+        call()
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+@pytest.mark.parametrize("change", [{"accuracy": 0.999}, {"accuracy": 1e6}, {"lr": 0.5}, {"train_seconds": "5"}])
+def test_results_that_were_edited_are_no_runs(change, folder, again):
+    shutil.rmtree(folder / "runs")
+    edited_lines(folder / "results.jsonl", lambda line: {**line, **change})
+    refused(again, r"results\.jsonl cannot be read \(it is not what summary\.json was made of\)", folder)
+
+
+def test_results_that_were_left_alone_are_runs(folder, again):
+    before = (folder / "summary.csv").read_bytes()
+    shutil.rmtree(folder / "runs")
+    assert again().findings.complete
+    assert (folder / "summary.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("summary.json", {"files": {}}, "it was changed after it was written"),
+        ("summary.json", {"arms": {}}, "it was changed after it was written"),
+        ("summary.json", {"schema_version": 3}, "it was changed after it was written"),
+        ("config.json", {"seeds": 50}, r"seeds is 1, was 50"),
+        ("config.json", {"data_sha256": "0" * 64}, r"data_sha256 is .*, was '0000"),
+    ],
+)
+def test_a_file_that_says_of_itself_what_it_is_not_is_refused(name, change, message, folder, again):
+    shutil.rmtree(folder / "runs")
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refused(again, message, folder)
+
+
+def test_the_page_believes_no_edited_summary(folder):
+    path = folder / "summary.json"
+    assert read_training(folder).summary.arms["default"].value.n == 1
+    data = json.loads(path.read_text())
+    for edited in ({**data, "complete": False}, {**data, "files": {}}, {**data, "sha256": "0" * 64}):
+        path.write_text(json.dumps(edited))
+        with pytest.raises(ResultsError, match="it was changed after it was written"):
+            read_training(folder)
+    without = {name: value for name, value in data.items() if name != "sha256"}
+    path.write_text(json.dumps(without))
+    with pytest.raises(ResultsError, match="it was changed after it was written"):
+        read_training(folder)
+
+
+def test_a_manifest_of_an_older_version_has_no_digest(tmp_path):
+    path = tmp_path / "summary.json"
+    for told in ({}, {"schema_version": SEALED_FROM - 1}):
+        path.write_text(json.dumps(told))
+        check_listed(path, "a", b"anything")
+        path.write_text(json.dumps({**told, "files": {"a": "0" * 64}}))
+        with pytest.raises(ValueError, match=r"not what summary\.json was made of"):
+            check_listed(path, "a", b"anything")
+    path.write_text(json.dumps(sealed({"schema_version": SEALED_FROM})))
+    assert manifest_of(path) == {"schema_version": SEALED_FROM}
+    for odd in ("[]", '{"files": []}', '{"files": {"a": 1}}', '{"schema_version": []}', "{"):
+        path.write_text(odd)
+        with pytest.raises(ValueError, match=r"summary\.json"):
+            check_listed(path, "a", b"anything")
+
+
+FITS = {name: [0.5, float("nan")] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}
+RECORD = {
+    "arm": "default", "seed": 1, "lr": 1e-3, "tuning": False, "epoch": 2, "status": "finished", "accuracy": 0.5,
+    "train_seconds": 3, "models_in_stack": 1, "streams": [],
+    "provenance": {"device": "cpu", "command": "c", "versions": {}},
+    "structure": {"raw": FITS, "effective": FITS},
+}  # fmt: skip
+
+
+def test_a_record_is_taken_as_it_is():
+    assert check_records([RECORD], config(), "here", "default-1") == [RECORD]
+    diverged = {**RECORD, "status": "diverged", "accuracy": None, "structure": None}
+    assert check_records([{**RECORD, "epoch": 0, "status": "running"}, diverged], config(), "here")[1] == diverged
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"accuracy": value} for value in ("0.5", -0.1, 1.1, 1e308, None, True)),
+        *({"train_seconds": value} for value in ("5", -1, 1e308, None)),
+        *({"models_in_stack": value} for value in ("1", 0, 1.5, True)),
+        *({"lr": value} for value in (0.5, 0.0, "1e-3")),
+        *({"tuning": value} for value in ("false", 0, None)),
+        *({"seed": value} for value in ("1", -1, 1 << 31, 1.0)),
+        *({"epoch": value} for value in ("2", -1, 1.5)),
+        *({"arm": value} for value in ("other", None, 1)),
+        *({"status": value} for value in ("done", None)),
+        *({"streams": value} for value in ("", [1], None)),
+        *({"provenance": value} for value in ({}, None, {"device": 1, "command": "", "versions": {}})),
+        {"structure": {"raw": FITS}},
+        {"structure": {"raw": FITS, "effective": FITS, "other": FITS}},
+        {"structure": {"raw": FITS, "effective": {**FITS, "qk_beta": [0.5]}}},
+        {"structure": {"raw": FITS, "effective": {name: [0.5] for name in FITS}}},
+        *({"structure": {"raw": FITS, "effective": {**FITS, "ov_beta": [0.5, odd]}}} for odd in (None, "1", 1e308)),
+        *({"test_loss": value} for value in ("1", 1e308, float("inf"))),
+    ],
+    ids=lambda change: json.dumps(change)[:60],
+)
+def test_a_record_that_is_none_is_named_and_no_internal_error(change):
+    with pytest.raises(ResumeError, match=r"^here.*(delete it|train that run again)"):
+        check_records([{**RECORD, **change}], config(), "here", "default-1")
+
+
+@pytest.mark.parametrize("name", ["mimetic-1", "default-0", "tune-default-0.001-1"])
+def test_the_records_of_one_run_are_no_other_runs(name):
+    with pytest.raises(ResumeError, match=r"holds the records of default-1, which is another run"):
+        check_records([RECORD], config(), "here", name)
+
+
+def test_epochs_follow_each_other():
+    first = {**RECORD, "epoch": 1, "status": "running"}
+    assert len(check_records([first, RECORD], config(), "here")) == 2
+    for lines in ([RECORD, first], [first, first], [{**first, "status": "finished"}, RECORD]):
+        with pytest.raises(ResumeError, match="do not follow each other"):
+            check_records(lines, config(), "here")
+
+
+def test_the_file_of_one_run_under_the_name_of_another_is_refused(folder, again):
+    shutil.copy(folder / "runs" / "default-0.json", folder / "runs" / "mimetic-0.json")
+    refused(again, r"mimetic-0\.json holds the records of default-0", folder)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "results.jsonl", "log.csv", "structure.jsonl", "runs/x.json"])
+def test_a_pipe_stops_nothing_but_the_command(name, folder, again):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    (folder / "report.md").write_text("mine")
+    with pytest.raises(AttnlensError, match="a pipe or a device"):
+        again(log=["csv"])
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "log.csv", "tensorboard", "tensorboard/mimetic-0", "wandb"])
+def test_a_link_out_is_refused_before_what_it_leads_to_is_read(name, folder, again, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(outside)
+    for force in (False, True):
+        with pytest.raises(AttnlensError, match="is a link that leaves"):
+            again(force=force, log=["csv"])
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["structure.jsonl", "report.md", "summary.csv", "log.csv", "weights/default-0.safetensors"]
+)
+def test_what_others_wrote_stays(name, folder, again):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("my own notes\n")
+    refused(lambda: again(log=["csv"], save_weights=True), "was not written by attnlens", folder)
+
+
+@pytest.mark.parametrize("name", ["structure.jsonl", "log.csv", "weights/default-0.safetensors", "curves.png"])
+def test_a_folder_where_a_file_goes_is_named_with_what_to_do(name, folder, again):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir(parents=True)
+    refused(
+        lambda: again(log=["csv"], save_weights=True), f"{name} is a folder, where a file goes: take it away", folder
+    )
+
+
+def test_own_files_are_replaced(source, tmp_path):
+    given = small(source, seeds=1, epochs=1)
+    compare(source, tmp_path / "d", options=given, log=["csv"], save_weights=True)
+    for path in (tmp_path / "d" / "runs").iterdir():
+        path.unlink()
+    compare(source, tmp_path / "d", options=given, log=["csv"], save_weights=True, resume=True)
+    assert (tmp_path / "d" / "weights" / "default-0.safetensors").is_file()
+
+
+def test_a_log_is_gone_on_with_in_a_file_of_its_own(source, tmp_path):
+    given, folder = small(source, seeds=1, epochs=1), tmp_path / "d"
+    compare(source, folder, options=given, log=["csv"])
+    log, other = folder / "log.csv", tmp_path / "other"
+    whole = log.read_bytes()
+    head, first, *_ = whole.decode().splitlines()
+    log.write_text(f"{head}\n{first}\ndefault-0,1,0.5")  # the rest was cut off by a kill
+    os.link(log, other)
+    (folder / "runs" / "default-0.json").unlink()
+    (folder / "runs" / "mimetic-0.json").unlink()
+    compare(source, folder, options=given, log=["csv"], resume=True)
+    rows = list(csv.reader(log.read_text().splitlines()))
+    assert sorted(row[:2] for row in rows[1:]) == [
+        ["default-0", "0"],
+        ["default-0", "1"],
+        ["mimetic-0", "0"],
+        ["mimetic-0", "1"],
+    ]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert other.read_text().endswith("default-0,1,0.5")
+
+
+ROWS = {
+    "a digit of another kind": "x,\u00b2,1,1,1,1,1,1,1",
+    "too few": "x,1",
+    "a long number": "x," + "9" * 5000 + ",1,1,1,1,1,1,1",
+    "a formula": "=cmd(),1,1,1,1,1,1,1,1",
+    "a long field": "x,1," + "9" * 200_000,
+    "an open quote": '"x,1',
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_log_of_rows_that_are_none_is_named(kind, source, tmp_path):
+    given, folder = small(source, seeds=1, epochs=1), tmp_path / "d"
+    compare(source, folder, options=given, log=["csv"])
+    with (folder / "log.csv").open("a", encoding="utf-8") as file:
+        file.write(ROWS[kind] + "\n")
+    with pytest.raises(AttnlensError, match=r"log\.csv (has other columns, or rows that|cannot be gone on with)"):
+        compare(source, folder, options=given, log=["csv"], resume=True)
+
+
+def test_a_text_that_is_trained_on_is_no_output(tmp_path):
+    text = "layer,head,circuit,fold,alpha\n" + "0,1,2,3,4\n" * 4000
+    (tmp_path / "my.csv").write_text(text)
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "report.md").write_text("\n## What the intervals allow to say\n" + text)
+    given = {"model": "gpt-tiny", "seeds": 1, "epochs": 1, "arms": "default", "quiet": True, "force": True}
+    with pytest.raises(AttnlensError, match=r"my\.csv is what this command reads"):
+        attnlens.train_compare(
+            dataset=f"text:{tmp_path}/my.*", table=tmp_path / "my.csv", output=tmp_path / "p", **given
+        )
+    for dataset in (f"text:{tmp_path}/o", f"text:{tmp_path}/o/*.md"):
+        with pytest.raises(AttnlensError, match=r"report\.md is what this command reads"):
+            attnlens.train_compare(dataset=dataset, output=tmp_path / "o", **given)
+    assert (tmp_path / "my.csv").read_text() == text
+
+
+def test_the_options_that_are_read_are_no_output(run, tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps({"seeds": 1, "epochs": 1}))
+    done = run("train-compare", "--config", f"{tmp_path}/params.json", "-o", tmp_path, "--force")
+    assert done.code != 0
+    assert "params.json is what this command reads" in done.err
+    assert json.loads((tmp_path / "params.json").read_text()) == {"seeds": 1, "epochs": 1}
