@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from benchmarks.trust import payloads, seeds
 from benchmarks.trust.guard import Case, Link
+from benchmarks.trust.handmade_sizes import sized
 from benchmarks.trust.mutations import zip_of
 
 
@@ -30,6 +31,7 @@ def handmade() -> list[Case]:
         *_images(),
         *_claims(),
         *_results(),
+        *sized(),
     ]
 
 
