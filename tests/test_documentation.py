@@ -230,7 +230,8 @@ def test_the_page_of_comparisons_names_the_arms_and_the_defaults_of_each_network
 
 def claims() -> dict[str, list[str]]:
     """Return what pages say with numbers that the code or a file of results holds, by page."""
-    from attnlens.checkpoints import archives, converted
+    from attnlens.checkpoints import archives, converted, tars
+    from attnlens.checkpoints.open import LONGEST_NAME
     from attnlens.cli.train_compare import EXIT_CODES
     from attnlens.filters.statistics import DRAWS
     from attnlens.fit.params import VERSION
@@ -297,6 +298,8 @@ def claims() -> dict[str, list[str]]:
             f"members may hold {expanded} its length, and {archives.ALLOWANCE >> 20} MiB",
             f"at most {bounded.SECONDS} seconds of processor time and {bounded.MEMORY >> 20} MiB",
             f"at most {bounded.CHEAP_SECONDS} seconds and {bounded.CHEAP_MEMORY >> 20} MiB",
+            f"a tar's member have at most {tars.LARGEST_HEADER >> 10} KiB each",
+            f"a tensor's name has at most {LONGEST_NAME:,} characters",
             f"tar may expand {image_files.EXPANDS}-fold and {image_files.ALLOWANCE >> 20} MiB",
             f"at most {MOST_MODULES:,} modules",
             f"is above {LARGEST_ARGUMENT:,}",
@@ -310,8 +313,8 @@ def claims() -> dict[str, list[str]]:
         ],
         "docs/trust-faults.md": [
             (
-                f"{faults['kills']} kills ({kills['inspect']} each of inspect, fit-params and init, "
-                f"{kills['train-compare']} of train-compare), {faults['kills_in_processes_of_their_own']} of them"
+                f"{faults['kills']} kills ({', '.join(f'{number} of {name}' for name, number in kills.items())}), "
+                f"{faults['kills_in_processes_of_their_own']} of them"
             ),
             f"{faults['half_files_or_lost_ones']} half or lost files",
             f"{faults['kills_before_writing']} came before writing, {faults['kills_while_writing']} while a file",
@@ -326,6 +329,8 @@ def claims() -> dict[str, list[str]]:
                 f"{parts['two_comparisons']} pairs of comparisons, {parts['inputs_that_vanish']} inputs and "
                 f"{parts['folders_that_vanish']} cases of folders that vanish, {parts['hub']} of a hub"
             ),
+            f"{parts['failing_writes']} steps of writing of eight commands and {parts['failing_comparisons']} checks",
+            f"{faults['parts']['ranks_killed']['kills']} ranks of torchrun",
         ],
     }
 

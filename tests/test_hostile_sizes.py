@@ -240,3 +240,18 @@ def test_the_scanned_files_are_no_results(tmp_path):
         attnlens.scan(f"@{output}/scan.csv", output, workers=1, fold="raw", force=True)
     attnlens.scan(str(models), tmp_path / "t", workers=1, fold="raw")
     assert json.loads((tmp_path / "t" / "scan.json").read_text())["provenance"]["patterns"] == [str(models)]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_later_layer_that_lacks_a_tensor_is_named(suffix, quantised, tmp_path):
+    """Of a network that names tell, the first layer is looked at for what it is; the others may hold less."""
+    state = {"h.0.attn.c_attn.weight": (12, 4), "h.0.attn.c_proj.weight": (4, 4), "h.0.ln_1.weight": (4,)}
+    state |= {"h.1.attn.c_attn.weight": (12, 4)}
+    weights = {name: np.ones(shape, np.float32) for name, shape in state.items()}
+    path = tmp_path / f"m{suffix}"
+    save_file(weights, path) if suffix == ".safetensors" else np.savez(path, **weights)
+    if quantised:
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 8}}))
+    with pytest.raises(CheckpointError, match=r"h\.1\.attn\.c_proj\.weight is missing"):
+        attnlens.inspect(path, num_heads=2)

@@ -37,8 +37,9 @@ def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Ac
     order = (known, f"as model_type {model_type} has them") if known else None
     title = path.name if path.is_dir() else title_of(path)
     opened = _by_names(weights, num_heads, title, {"model": path.name}, str(path), _asked(access) or order)
-    codes = [name for spec in opened.architecture.specs for name in spec.tensors() if _is_one_byte(opened, name)]
-    if quantised and codes:
+    named = (name for spec in opened.architecture.specs for name in spec.tensors()) if quantised else ()
+    codes = [name for name in named if name in opened.checkpoint and _is_one_byte(opened, name)]
+    if codes:
         raise CheckpointError(
             f"the config.json beside {path} says that the weights are quantised, and {codes[0]} has no scales: give "
             "the model it was quantised from"
