@@ -78,7 +78,7 @@ def test_the_headers_in_front_of_a_member_are_bounded(kind, tmp_path):
         open_checkpoint(path)
     with pytest.raises(DatasetError, match=r"cannot be read as a tar"):
         list(tar_files(path))
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 10  # of the 20 that are promised, for two readers
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
