@@ -255,3 +255,18 @@ def test_a_later_layer_that_lacks_a_tensor_is_named(suffix, quantised, tmp_path)
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 8}}))
     with pytest.raises(CheckpointError, match=r"h\.1\.attn\.c_proj\.weight is missing"):
         attnlens.inspect(path, num_heads=2)
+
+
+@pytest.mark.parametrize("value", [1e-320, 1e-285, 0.0, 1e99])
+def test_a_landscape_is_drawn_of_numbers_of_any_size(value, tmp_path):
+    (tmp_path / "m").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(attnlens.__file__).parent / "embedded" / name, tmp_path / "m")
+    scanned = attnlens.scan(str(tmp_path / "m"), tmp_path / "s", workers=1, fold="raw")
+    for result in scanned.results.values():
+        result["table"] = [
+            [*row[:4], *(value if isinstance(one, float) else one for one in row[4:])] for row in result["table"]
+        ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scanned.figure("raw").savefig(io.BytesIO())

@@ -117,6 +117,7 @@ def _lines(axes: Axes, found: Sequence[Curve], groups: Mapping[str, str]) -> Non
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.set_xlabel("relative depth")
     values = np.concatenate([curve.value for curve in found]) if found else np.zeros(1)
+    values = scales.drawable(values)
     scales.arcsinh_axis(axes, values, linear_width=_linear_width(values))
 
 
@@ -131,7 +132,7 @@ def _points(axes: Axes, results: Mapping[str, Result], fold: Fold, groups: Mappi
         if found[group]:
             points: Any = {"markersize": 4, "markeredgewidth": 0.4, "markeredgecolor": "white", "alpha": 0.85}
             axes.plot(*np.array(found[group]).T, marker, color=colour, gid=f"points {group}", **points)
-    every = np.array([point for points in found.values() for point in points]).reshape(-1, 2)
+    every = scales.drawable(np.array([point for points in found.values() for point in points]).reshape(-1, 2))
     axes.axhline(0, color=style.FAINT, linewidth=0.7, zorder=0.5)
     axes.axvline(0, color=style.FAINT, linewidth=0.7, zorder=0.5)
     axes.set_xlabel("QK beta / alpha (arcsinh)")
