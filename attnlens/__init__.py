@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as typing's: its import alone takes as long as Python's start
 
 if TYPE_CHECKING:  # for type checkers; a test holds these names to `_PUBLIC`
     from attnlens.composition import Composition as Composition
@@ -55,9 +54,11 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604  # each is text
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'attnlens' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"attnlens.{_HOME[name]}"), name)
 
 

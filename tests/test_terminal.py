@@ -272,6 +272,27 @@ def test_ctrl_c_says_what_is_left_behind(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "module", ["attnlens.cli.program", "pathlib", "attnlens.threads", "typer", "attnlens.cli.inspect"]
+)
+def test_ctrl_c_while_a_module_is_imported_ends_in_one_line(tmp_path, module):
+    code = f"""if True:
+        import sys
+        class Pressed:
+            def find_spec(self, name, *rest):
+                if name == {module!r}:
+                    raise KeyboardInterrupt
+        [sys.modules.pop(name) for name in ("pathlib",) if name in sys.modules]
+        sys.meta_path.insert(0, Pressed())
+        from attnlens.cli import main
+        main()"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "attnlens: interrupted: no file was written\n"
+
+
 def test_what_was_written_is_counted_by_file_as_far_as_it_is_there(tmp_path, monkeypatch):
     from attnlens import atomic
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from attnlens import __version__
+from attnlens.cli.console import Interrupted
 
 COMMANDS = {
     "inspect": "Fit every head and filter covariance: table, CSV, JSON, figures.",
@@ -46,6 +47,12 @@ class _Group(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002  # typer's signature
         return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:  # typer would make an exit without a word of it
+            raise Interrupted from stopped
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  # typer's signature
         with formatter.section("Commands"):
@@ -91,20 +98,17 @@ def load_command(name: str) -> Any:
 
 
 def _with_common(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with ``--quiet`` and ``--debug`` among its options; `main` does what the latter says."""
-    from attnlens.cli.console import Interrupted, quietly
+    """Return the command with ``--quiet`` and ``--debug`` among its options; `program` does what the latter says."""
+    from attnlens.cli.console import quietly
     from attnlens.cli.options import Debug, Quiet
     from attnlens.figure_styles import current, use
     from attnlens.threads import keep_memory
 
     @wraps(command)
-    def run(*, quiet: bool, debug: bool, **options: Any) -> None:  # noqa: ARG001  # read by main, where errors arrive
-        try:
-            keep_memory()
-            with quietly(quiet), use(current()):  # a command may settle on another style of figures
-                command(**options)
-        except KeyboardInterrupt as stopped:  # typer would make an exit without a word of it
-            raise Interrupted from stopped
+    def run(*, quiet: bool, debug: bool, **options: Any) -> None:  # noqa: ARG001  # read where errors arrive
+        keep_memory()
+        with quietly(quiet), use(current()):  # a command may settle on another style of figures
+            command(**options)
 
     plain = signature(command, eval_str=True)
     common = {"quiet": Quiet, "debug": Debug}
