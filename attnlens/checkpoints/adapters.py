@@ -52,7 +52,7 @@ class _Beside(Checkpoint):
     """The tensors of a base and of its adapter, under the base's names."""
 
     def __init__(self, base: Checkpoint, adapter: Checkpoint) -> None:
-        self.base, self.adapter = base, adapter
+        self.base, self.adapter, self.behind = base, adapter, (base, adapter)
         self.metadata, self.title = base.metadata, base.title
         modules = {name.rpartition(".")[0] for name in base}
         self.own = {name.removeprefix(_FRONT): name for name in adapter}
@@ -61,10 +61,6 @@ class _Beside(Checkpoint):
     def provenance(self) -> dict[str, Any]:
         """Return the base's provenance and the adapter's."""
         return {**self.base.provenance(), "adapter": self.adapter.provenance()}
-
-    def size(self) -> int:
-        """Return the bytes on disk."""
-        return self.base.size() + self.adapter.size()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ class Checkpoint(Mapping[str, Any]):
     """How tensors are made of stored ones, where they are not stored themselves."""
     keys_in_front: Mapping[str, str] = {}
     """By name, the keys of dictionaries that stand in front of a name in its state dict, each with a dot behind it."""
+    behind: Collection[Checkpoint] = ()
+    """The checkpoints this one reads from."""
 
     def provenance(self) -> dict[str, Any]:
         """Return where the weights came from, JSON-ready; for a file its name, size and sha256."""
@@ -45,13 +47,17 @@ class Checkpoint(Mapping[str, Any]):
 
     def size(self) -> int:
         """Return the bytes on disk, 0 where nothing is on disk."""
-        return 0
+        return sum(source.size() for source in self.behind)
 
     def check(self) -> None:
         """Raise `CheckpointError` where what is on disk is not what was opened, as it was then."""
+        for source in self.behind:
+            source.check()
 
     def let_go(self) -> None:
         """Give back the memory of what was read, where that is a view of the file and nobody keeps one."""
+        for source in self.behind:
+            source.let_go()
 
     def expect(self, names: Iterable[str]) -> None:
         """Take note of which tensors will be asked for, where reading several together saves something."""

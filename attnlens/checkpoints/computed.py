@@ -48,6 +48,7 @@ class AppliedWeights(View):
 
     def __init__(self, plan: Plan, how: str) -> None:
         self._stored, self._made, self._refused, self._how = plan.stored, plan.made, plan.refused, how
+        self.behind = (plan.stored,)
         gone = plan.hidden
         self._names = dict.fromkeys([*(n for n in plan.stored if n not in gone), *plan.made, *plan.refused])
         self.metadata = plan.stored.metadata
@@ -60,14 +61,6 @@ class AppliedWeights(View):
     def provenance(self) -> dict[str, Any]:
         """Return the origin's provenance, and how tensors were computed."""
         return {**self._stored.provenance(), **({"computed": list(self.computed)} if self.computed else {})}
-
-    def size(self) -> int:
-        """Return the bytes on disk."""
-        return self._stored.size()
-
-    def let_go(self) -> None:
-        """Give back the memory of what was read."""
-        self._stored.let_go()
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which of its tensors will be asked for."""

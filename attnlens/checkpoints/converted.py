@@ -36,7 +36,7 @@ class ConvertedWeights(Checkpoint):
 
     def __init__(self, tensors: Mapping[str, Any], origin: Checkpoint, how: str) -> None:
         self._tensors = tensors
-        self._origin = origin
+        self._origin, self.behind = origin, (origin,)
         self.how = how
 
     def provenance(self) -> dict[str, Any]:
@@ -51,10 +51,6 @@ class ConvertedWeights(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a converted tensor."""
         return tuple(self._tensors[name].shape)
-
-    def check(self) -> None:
-        """Raise `CheckpointError` where the origin is not what was opened."""
-        self._origin.check()
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the tensors' names after conversion."""
@@ -79,10 +75,6 @@ class PrefixedWeights(ConvertedWeights):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor stored as prefix + name."""
         return self._origin.shape(self._tensors[name])
-
-    def let_go(self) -> None:
-        """Give back the memory of what was read."""
-        self._origin.let_go()
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which of its tensors will be asked for."""

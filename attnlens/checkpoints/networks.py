@@ -41,7 +41,7 @@ class ChosenNetwork(View):
     """One network of a file under its own names; where the file holds several, the provenance says which it is."""
 
     def __init__(self, origin: Checkpoint, networks: tuple[Network, ...], chosen: Network, *, asked: bool) -> None:
-        self.origin = origin
+        self.origin, self.behind = origin, (origin,)
         self._names = chosen.tensors
         self.metadata, self.computed = origin.metadata, origin.computed
         self.networks = networks
@@ -69,17 +69,9 @@ class ChosenNetwork(View):
             which["networks"] = [network.name for network in self.networks]
         return {**self.origin.provenance(), **which}
 
-    def size(self) -> int:
-        """Return the bytes on disk."""
-        return self.origin.size()
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
         return self.origin.shape(self._names[name])
-
-    def let_go(self) -> None:
-        """Give back the memory of what was read."""
-        self.origin.let_go()
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell the file which of its tensors will be asked for."""

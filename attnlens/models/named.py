@@ -150,24 +150,16 @@ class HeadsOf(Checkpoint):
     """A checkpoint whose tensors can be asked for by head too: ``name[3]`` is ``name`` at index 3 of its first axis."""
 
     def __init__(self, origin: Checkpoint) -> None:
-        self._origin = origin
+        self._origin, self.behind = origin, (origin,)
         self.metadata = origin.metadata
 
     def provenance(self) -> dict[str, Any]:
         """Return the origin's provenance."""
         return self._origin.provenance()
 
-    def size(self) -> int:
-        """Return the bytes on disk."""
-        return self._origin.size()
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor or of one head's part of it."""
         return _lens_shape(name, self._origin)
-
-    def let_go(self) -> None:
-        """Give back the memory of what was read."""
-        self._origin.let_go()
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which of its tensors will be asked for."""

@@ -35,7 +35,7 @@ class RenamedWeights(View):
     """The tensors of a checkpoint, or blocks of their rows, under other names; each is read when it is asked for."""
 
     def __init__(self, origin: Checkpoint, names: dict[str, tuple[str, slice]], how: str) -> None:
-        self._origin = origin
+        self._origin, self.behind = origin, (origin,)
         self._names = names
         self._how = how
         self.metadata, self.title = origin.metadata, origin.title
@@ -43,10 +43,6 @@ class RenamedWeights(View):
     def provenance(self) -> dict[str, Any]:
         """Return the origin's provenance, and how its tensors were renamed."""
         return {**self._origin.provenance(), "converted": self._how}
-
-    def size(self) -> int:
-        """Return the bytes on disk."""
-        return self._origin.size()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""

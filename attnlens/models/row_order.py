@@ -169,24 +169,16 @@ class ReorderedRows(Checkpoint):
     """A checkpoint whose packed projections and their biases are read in the order [role, head, dim]."""
 
     def __init__(self, origin: Checkpoint, rows: Mapping[str, tuple[NDArray[np.intp], int]], order: str) -> None:
-        self.origin, self._rows, self._order = origin, rows, order
+        self.origin, self.behind, self._rows, self._order = origin, (origin,), rows, order
         self.metadata, self.computed, self.title = origin.metadata, origin.computed, origin.title
 
     def provenance(self) -> dict[str, Any]:
         """Return the origin's provenance and the order its packed rows were read in."""
         return {**self.origin.provenance(), "row_order": self._order}
 
-    def size(self) -> int:
-        """Return the bytes on disk."""
-        return self.origin.size()
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
         return self.origin.shape(name)
-
-    def let_go(self) -> None:
-        """Give back the memory of what was read."""
-        self.origin.let_go()
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell the origin which tensors will be asked for."""
