@@ -6,19 +6,24 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
+from attnlens.checkpoints.adapters import base_of
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
-from attnlens.errors import ModelNotFoundError, UsageError
+from attnlens.checkpoints.packed import CONFIGURATIONS
+from attnlens.checkpoints.shards import read_index
+from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.models.catalogue import Entry, load_catalogue
 from attnlens.patterns import matching_paths
 from attnlens.printable import utf8_text
 from attnlens.words import counted
 
 _WEIGHTS = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES)
+_COMMENT = re.compile(r"(^|(?<=\s))#.*")
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -54,7 +59,8 @@ def plan_scan(patterns: Sequence[str]) -> Plan:
     A pattern is a name that `inspect` takes (``vit_base_patch16_224``, ``hf-hub:org/name``), a shell pattern over
     timm's pretrained names (``vit_*dinov2*``; without a dot it matches the architecture, all tags), a path or a glob
     (``runs/**``, see `matching_paths`) over model folders and weight files, ``ARCHITECTURE=GLOB`` for weight files that
-    do not say what they are of, or ``@FILE``, a list with a pattern a line and comments behind ``#``.
+    do not say what they are of, or ``@FILE``, a list with a pattern a line and comments behind a ``#`` that begins
+    a word.
 
     Raises `ModelNotFoundError` for a pattern that matches nothing, `UsageError` for a list that cannot be read.
     """
@@ -75,12 +81,12 @@ def _listed(patterns: Iterable[str]) -> Iterator[str]:
             yield pattern
             continue
         try:
-            lines = Path(pattern[1:]).read_text().splitlines()
+            lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"the list {pattern[1:]} cannot be read ({error}): give @FILE with a pattern a line"
             ) from error
-        for line in (line.partition("#")[0].strip() for line in lines):
+        for line in (_COMMENT.sub("", line).strip() for line in lines):
             if line.startswith("@"):
                 raise UsageError(f"{pattern[1:]} names another list, {line}: give both on the command line")
             if line:
@@ -166,14 +172,36 @@ def _entries() -> tuple[Entry, ...]:
 
 
 def stamp(path: Path) -> str:
-    """Digest names, sizes and times of the files a model on disk is read from."""
-    folder = path if path.is_dir() else path.parent
-    names = sorted(file.name for file in folder.iterdir()) if path.is_dir() else ["config.json", path.name]
+    """Digest names, sizes and times of the files a model on disk is read from.
+
+    The time of a file's last change of any kind is among them: one that is replaced by a copy with its old time, of
+    its length, is another file.
+    """
     digest = hashlib.sha256()
-    for name in names:
-        if name == "config.json" or name.endswith((*_WEIGHTS, INDEX_SUFFIX)):
-            file = folder / name
-            if file.is_file():
-                status = file.stat()
-                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    for file in sorted(_read_from(path, set())):
+        status = file.stat()
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        digest.update(f"{file} {status.st_size} {times}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def _read_from(path: Path, found: set[Path]) -> set[Path]:
+    """Add the files a model is read from: its weights, what describes them, the shards of an index, an adapter's base.
+
+    What cannot be read is left to the reading of the model, which says so.
+    """
+    folder = path if path.is_dir() else path.parent
+    weights = folder.iterdir() if path.is_dir() else [path]
+    files = {file for file in weights if file.name.endswith((*_WEIGHTS, INDEX_SUFFIX))}
+    files |= {folder / name for name in CONFIGURATIONS}
+    for index in [file for file in files if file.name.endswith(INDEX_SUFFIX)]:
+        with suppress(CheckpointError):
+            files |= {folder / shard for shard in read_index(index)[0].values()}
+    new = {file for file in files if file.is_file()} - found
+    found |= new
+    if path.is_dir() and new and (folder / "adapter_config.json") in new:
+        with suppress(CheckpointError):
+            base = Path(base_of(folder))
+            if base.name and base.exists():
+                _read_from(base, found)
+    return found
