@@ -70,8 +70,8 @@ class Store:
     def _identity(self, job: Job) -> dict[str, Any]:
         """Return what a result must be of to be believed; the name is only what this scan calls the model."""
         same = {name: value and utf8_text(value) for name, value in asdict(job).items() if name != "name"}
-        asked = {name: getattr(self._settings, name) for name in ("num_heads", "row_order")}
-        return {**SCHEMA, **same, "fold": self._settings.fold, **{k: v for k, v in asked.items() if v is not None}}
+        asked = {name: getattr(self._settings, name) for name in ("fold", "num_heads", "row_order")}
+        return {**SCHEMA, **same, **asked}
 
     def save_tables(
         self, results: Mapping[str, Result], provenance: dict[str, Any], files: FileSet | None = None
