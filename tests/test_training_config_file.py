@@ -56,6 +56,12 @@ def test_a_file_by_hand_names_options_as_the_command_does(run, source, tmp_path)
         ('{"sha256": "x", "dataset": "digits"}', "is of a version that kept no options"),
         ('{"epochs": "many"}', "Invalid value for '--epochs'"),
         ('{"config": "x.json"}', "names config, which is no option"),
+        ('{"data_dir": {}}', "gives data_dir as {}: give text, a number or a list of them"),
+        ('{"dataset": []}', "gives dataset as []"),
+        ('{"arms": [[]]}', "gives arms as [[]]"),
+        ('{"arms": ["default", {"a": 1}]}', 'gives arms as ["default", {"a": 1}]'),
+        ('{"epochs": true}', "gives epochs as true"),
+        ('{"resume": "no"}', 'gives resume as "no": give true or false'),
     ],
 )
 def test_what_is_no_file_of_options_is_refused_in_a_line(run, tmp_path, content, message):

@@ -227,7 +227,23 @@ def from_json(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     unknown = next((name for name in named if name not in known), None)
     if unknown is not None:
         raise UsageError(f"--config {path} names {unknown}, which is no option: choose from {', '.join(known)}")
-    return {name: _as_text(value) for name, value in named.items() if value is not None and value != []}
+    values = {name: value for name, value in named.items() if value is not None}
+    for name, value in values.items():
+        if not _fits(value, known[name]):
+            kind = "true or false" if known[name].is_flag else "text, a number or a list of them"
+            raise UsageError(f"--config {path} gives {name} as {json.dumps(value)[:80]}: give {kind}")
+    return {name: _as_text(value) for name, value in values.items() if value != []}
+
+
+def _fits(value: Any, parameter: Any) -> bool:
+    """Whether a JSON value can be meant for an option; an empty list is one where nothing is the default."""
+    if parameter.is_flag or isinstance(value, bool):
+        return bool(parameter.is_flag) and isinstance(value, bool)
+    if not isinstance(value, list):
+        return isinstance(value, str | int | float)
+    parts = [part for item in value for part in (item if isinstance(item, list) else [item])]
+    plain = all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in parts)
+    return plain and (bool(parts) or (value == [] and parameter.default is None))
 
 
 def _as_text(value: Any) -> Any:
