@@ -8,12 +8,14 @@ from typing import Any
 
 from attnlens.checkpoints.applied import as_applied
 from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.low_rank import FRONT
 from attnlens.checkpoints.open import open_stored
 from attnlens.errors import CheckpointError
 from attnlens.strict_json import read_json, within
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_FRONT = "base_model.model."
+_BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` with which PEFT leaves the base model as it is."""
 
 
 def base_of(folder: Path) -> str:
@@ -45,6 +47,13 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
             "merge_and_unload), save the result with save_pretrained, and give that folder"
         )
     config = _config(folder)
+    drawn = config.get("init_lora_weights")
+    if (drawn.lower() if isinstance(drawn, str) else drawn) not in _BASE_KEPT:
+        raise CheckpointError(
+            f"{folder} was trained with init_lora_weights {drawn!r}, which changes the base model: merge it (peft's "
+            "merge_and_unload) and give the merged model, or save it as plain LoRA (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
     return as_applied(both, lambda: {"adapter": config})
 
 
@@ -55,7 +64,7 @@ class _Beside(Checkpoint):
         self.base, self.adapter = base, adapter
         self.metadata, self.title = base.metadata, base.title
         modules = {name.rpartition(".")[0] for name in base}
-        self.own = {name.removeprefix(_FRONT): name for name in adapter}
+        self.own = {name.removeprefix(FRONT): name for name in adapter}
         self.homes = {name: any(_prefixes(name, modules)) for name in self.own}
 
     def provenance(self) -> dict[str, Any]:
