@@ -121,8 +121,7 @@ class _Stated:
         ends = (f"^{name}", name, *(name[dot.end() :] for dot in re.finditer(r"\.", name)))
         stated = [self._alphas[end] for end in ends if end in self._alphas]
         _, alpha = min(stated, key=lambda known: known[0], default=(0, self.config.get("lora_alpha")))
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= sys.float_info.max
-        if not number or rank < 1:
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or rank < 1 or abs(alpha) > sys.float_info.max:
             return None
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
