@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import attnlens
 from attnlens.checkpoints import open_checkpoint
 from attnlens.checkpoints.adapters import with_adapter
-from attnlens.errors import CheckpointError
+from attnlens.errors import CheckpointError, ModelNotFoundError
 
 LAYERS = [f"model.layers.{i}.self_attn.{name}" for i in (0, 1, 10) for name in ("q_proj", "k_proj")]
 
@@ -105,3 +106,31 @@ def test_peft_changes_the_base_where_it_is_said_to(way, kept):
     config = peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=way)
     after = peft.inject_adapter_in_model(config, model)[0].base_layer.weight.detach().numpy()
     assert np.array_equal(before, after) == kept
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_an_adapter_whose_base_is_an_adapter_is_refused_in_one_line(tmp_path, length):
+    for i in range(length):
+        (tmp_path / f"{i}").mkdir()
+        config = {"base_model_name_or_path": str(tmp_path / f"{(i + 1) % length}")}
+        (tmp_path / f"{i}" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="which is an adapter itself: merge that one first"):
+        attnlens.inspect(tmp_path / "0")
+
+
+def test_an_adapter_whose_base_is_called_like_a_scheme_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "local-dir:a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": "local-dir:a"}')
+    with pytest.raises(ModelNotFoundError, match=r"local-dir:a has no config\.json"):
+        attnlens.inspect("a")
+
+
+@pytest.mark.parametrize(
+    "base", ["a" * 300, "x/" * 3000, "x\0y", "", 7], ids=["long", "deep", "null", "empty", "number"]
+)
+def test_a_base_that_no_file_can_be_called_is_not_there(tmp_path, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ModelNotFoundError, match="which is no folder or file here: merge it"):
+        attnlens.inspect(tmp_path)

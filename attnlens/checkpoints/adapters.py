@@ -11,7 +11,7 @@ from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.low_rank import FRONT
 from attnlens.checkpoints.open import open_stored
 from attnlens.errors import CheckpointError
-from attnlens.strict_json import read_json, within
+from attnlens.strict_json import read_json, there, within
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -19,9 +19,19 @@ _BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def base_of(folder: Path) -> str:
-    """Return the name of an adapter's base model, empty where its configuration names none."""
+    """Return the name of an adapter's base model, empty where its configuration names none.
+
+    Raises `CheckpointError` for a base that is an adapter itself: bases of bases may go in a circle.
+    """
     base = _config(folder).get("base_model_name_or_path")
-    return base if isinstance(base, str) else ""
+    if not base or not isinstance(base, str):
+        return ""
+    if there((Path(base) / "adapter_config.json").is_file) and not there((Path(base) / "config.json").is_file):
+        raise CheckpointError(
+            f"{folder} is a PEFT adapter of {base}, which is an adapter itself: merge that one first (peft's "
+            "merge_and_unload), and name the merged model as the base"
+        )
+    return base
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -35,7 +45,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     """Return the weights of ``base`` with the adapter of a folder merged into them. Raises `CheckpointError`."""
-    found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    found = next((folder / name for name in _FILES if there((folder / name).is_file)), None)
     if found is None:
         raise CheckpointError(f"{folder} holds no {' or '.join(_FILES)}: give the whole folder of the adapter")
     adapter = open_stored(within(folder, found, CheckpointError))

@@ -16,6 +16,7 @@ from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.models.catalogue import Entry, load_catalogue
 from attnlens.patterns import matching_paths
 from attnlens.printable import utf8_text
+from attnlens.strict_json import there
 from attnlens.words import counted
 
 _WEIGHTS = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES)
@@ -106,8 +107,8 @@ def _expand(pattern: str, notes: list[str]) -> list[Job]:
 
 def _of_paths(pattern: str, paths: Sequence[Path], notes: list[str]) -> list[Job]:
     """Make a job of every model folder, and of every weight file that lies in none of these."""
-    folders = {path for path in paths if path.is_dir() and _holds_model(path)}
-    files = {path for path in paths if path.is_file() and path.name.endswith((*_WEIGHTS, INDEX_SUFFIX))}
+    folders = {path for path in paths if there(path.is_dir) and _holds_model(path)}
+    files = {path for path in paths if there(path.is_file) and path.name.endswith((*_WEIGHTS, INDEX_SUFFIX))}
     models = [path for path in paths if path in folders or (path in files and path.parent not in folders)]
     if not models:
         raise ModelNotFoundError(
@@ -167,13 +168,13 @@ def _entries() -> tuple[Entry, ...]:
 
 def stamp(path: Path) -> str:
     """Digest names, sizes and times of the files a model on disk is read from."""
-    folder = path if path.is_dir() else path.parent
-    names = sorted(file.name for file in folder.iterdir()) if path.is_dir() else ["config.json", path.name]
+    folder = path if there(path.is_dir) else path.parent
+    names = sorted(file.name for file in folder.iterdir()) if there(path.is_dir) else ["config.json", path.name]
     digest = hashlib.sha256()
     for name in names:
         if name == "config.json" or name.endswith((*_WEIGHTS, INDEX_SUFFIX)):
             file = folder / name
-            if file.is_file():
+            if there(file.is_file):
                 status = file.stat()
                 digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
