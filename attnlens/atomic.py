@@ -234,6 +234,8 @@ def claimed(path: Path, taken: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    if "\0" in os.fspath(path):
+        raise OutputError(f"cannot write {path}: no name holds a null character. Choose another")
     try:
         yield
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from attnlens.errors import OutputError, UsageError
 from attnlens.state import read_state
-from attnlens.strict_json import parse_json, read_json
+from attnlens.strict_json import parse_json, read_json, there
 
 HEAD = 1 << 16
 """Bytes of a file that are looked at for who wrote it."""
@@ -63,7 +63,7 @@ class Outputs:
     def file(self, given: str | os.PathLike[str], suffix: str) -> Path:
         """Return where a file of one kind goes. Raises `UsageError` and `OutputError` where it may not go there."""
         path = Path(given)
-        if os.fspath(given).endswith(("/", os.sep)) or path.is_dir():
+        if os.fspath(given).endswith(("/", os.sep)) or there(path.is_dir):
             raise UsageError(f"{given} is a folder: give a file to write, as {path / f'NAME{suffix}'}")
         if path.suffix != suffix and path.suffix in _FILE_SUFFIXES:
             raise UsageError(f"{path} is named as another kind of file: give a name that ends in {suffix}")
@@ -72,9 +72,9 @@ class Outputs:
     def folder(self, path: str | os.PathLike[str], names: Iterable[str] = ()) -> Path:
         """Return the folder that several files go to; ``names`` are those of them that are known beforehand."""
         path = Path(path)
-        if path.is_file():
+        if there(path.is_file):
             raise UsageError(f"{path} is a file: give a folder, which several files are written into")
-        if path.suffix in _FILE_SUFFIXES and not path.is_dir():
+        if path.suffix in _FILE_SUFFIXES and not there(path.is_dir):
             raise UsageError(f"{path} is named as a file: give a folder, which several files are written into")
         for name in names:
             self.check(path / name)
@@ -82,9 +82,9 @@ class Outputs:
 
     def check(self, path: Path) -> Path:
         """Return a path that may be written. Raises `UsageError` for an input, `OutputError` for a file of others."""
-        if path.is_dir():
+        if there(path.is_dir):
             raise OutputError(f"{path} is a folder, where a file goes: take it away, or choose another place")
-        if not path.is_file():
+        if not there(path.is_file):
             return path
         self.spare(path)
         if not self.force and not is_ours(path):
@@ -158,16 +158,14 @@ def _claimed(folder: Path, record: dict[str, Any]) -> bool:
             return bool(read_json(folder / FOLDER_MANIFEST) == record)
         except (OSError, ValueError):
             return False
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}. Choose a folder you can write to") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"cannot write {folder}: {reason}. Choose a folder you can write to") from error
     return True
 
 
 def _is_path(value: Any) -> bool:
-    try:
-        return isinstance(value, str | os.PathLike) and Path(value).exists()
-    except (OSError, ValueError):  # too long a name, a null character
-        return False
+    return isinstance(value, str | os.PathLike) and there(Path(value).exists)
 
 
 def _files(value: Any) -> list[Path]:
@@ -179,7 +177,7 @@ def _files(value: Any) -> list[Path]:
     for told in (text, text.partition(":")[2], text.partition("=")[2], text.removeprefix("@")):
         if told and _is_path(told):
             path = Path(told)
-            if path.is_dir():
+            if there(path.is_dir):
                 return [one for one in path.iterdir() if _INPUT.search(one.name)]
             return [path, *_beside(path)]
     return []
@@ -195,7 +193,7 @@ def _beside(path: Path) -> list[Path]:
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
 

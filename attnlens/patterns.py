@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from pathlib import Path
 
+from attnlens.strict_json import there
+
 _MAGIC = re.compile(r"[*?[]")
 _ANY_DEPTH = "**"
 
@@ -25,27 +27,30 @@ def matching_paths(pattern: str) -> list[Path]:
     parts = path.parts[1:] if path.anchor else path.parts
     single = [part for part, before in zip(parts, (None, *parts), strict=False) if not part == before == _ANY_DEPTH]
     found = sorted(set(_expanded(Path(path.anchor), single)))
-    return [match for match in found if match.is_dir()] if pattern.endswith((os.sep, "/")) else found
+    return [match for match in found if there(match.is_dir)] if pattern.endswith((os.sep, "/")) else found
 
 
-def _expanded(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    if not parts:
-        if os.path.lexists(folder):
-            yield folder
-        return
-    first, *rest = parts
-    if first == _ANY_DEPTH:
-        for below in _walked(folder):
-            yield from _expanded(below, rest)
-            if not rest:
-                yield from (below / entry.name for entry in _entries(below) if not entry.name.startswith("."))
-    elif _MAGIC.search(first):
-        fits = re.compile(translate(first)).match
-        for entry in _entries(folder):
-            if fits(entry.name) and (first.startswith(".") or not entry.name.startswith(".")):
-                yield from _expanded(folder / entry.name, rest)
-    else:
-        yield from _expanded(folder / first, rest)
+def _expanded(top: Path, parts: Sequence[str]) -> Iterator[Path]:
+    waiting = [(top, 0)]
+    while waiting:
+        folder, done = waiting.pop()
+        if done == len(parts):
+            if os.path.lexists(folder):
+                yield folder
+            continue
+        first, rest = parts[done], done + 1
+        if first == _ANY_DEPTH:
+            for below in _walked(folder):
+                waiting.append((below, rest))
+                if rest == len(parts):
+                    yield from (below / entry.name for entry in _entries(below) if not entry.name.startswith("."))
+        elif _MAGIC.search(first):
+            fits = re.compile(translate(first)).match
+            names = (entry.name for entry in _entries(folder))
+            shown = (name for name in names if first.startswith(".") or not name.startswith("."))
+            waiting.extend((folder / name, rest) for name in shown if fits(name))
+        else:
+            waiting.append((folder / first, rest))
 
 
 def _walked(folder: Path) -> Iterator[Path]:
@@ -53,7 +58,7 @@ def _walked(folder: Path) -> Iterator[Path]:
     waiting = [folder]
     while waiting:
         here = waiting.pop()
-        if here.is_dir():
+        if there(here.is_dir):
             yield here
         waiting.extend(
             here / entry.name

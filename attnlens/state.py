@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlens.errors import AttnlensError
-from attnlens.strict_json import parse_json
+from attnlens.strict_json import parse_json, there
 
 LARGEST = 1 << 30
 """Bytes of a file of state that is read: a million evaluations take less."""
@@ -32,7 +32,7 @@ def check_folder(folder: Path, refusal: type[AttnlensError], parts: Sequence[str
     neither file nor folder (a pipe, whose opening may never return, or a device) is refused. A folder that is not
     there is in order.
     """
-    home = _resolved(folder, refusal) if folder.is_dir() else folder
+    home = _resolved(folder, refusal) if there(folder.is_dir) else folder
     for place in (folder, *(folder / name for name in parts)):
         for path in _entries(place, refusal):
             if path.is_symlink() and not _resolved(path, refusal).is_relative_to(home):
@@ -101,7 +101,7 @@ def _digest(data: dict[str, Any]) -> str:
 
 
 def _entries(place: Path, refusal: type[AttnlensError]) -> list[Path]:
-    if not place.is_dir():
+    if not there(place.is_dir):
         return []
     try:
         return sorted(place.iterdir())

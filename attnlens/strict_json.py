@@ -53,6 +53,17 @@ def within(folder: Path, path: Path, refusal: type[AttnlensError]) -> Path:
     return path
 
 
+def there(look: Callable[[], bool]) -> bool:
+    """Return what a look at the disk finds, as ``path.is_file``: False for a name that no file can have.
+
+    Such is one that is too long, or below what may not be entered: there `pathlib` raises.
+    """
+    try:
+        return look()
+    except (OSError, ValueError):
+        return False
+
+
 def finite_or_none(value: Any) -> Any:
     """Return a value that strict JSON can hold: a float that is NaN or infinite becomes None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -149,3 +149,29 @@ def test_a_header_that_numpy_does_not_write_is_refused_before_it_is_parsed(text,
     content = text.encode()
     with pytest.raises(ValueError, match="its header is"):
         array_header(io.BytesIO(b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda c: c.conj().imag,
+        lambda c: c.conj(),
+        lambda c: torch._neg_view(c.conj()),
+        lambda c: torch._neg_view(c.real),
+    ],
+    ids=["imaginary part of a conjugate", "conjugate", "negative conjugate", "negative"],
+)
+def test_a_tensor_stored_before_its_sign_was_turned_has_its_sign(tmp_path, turned, legacy):
+    whole = torch.randn(4, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    content = {"w": turned(whole), "v": torch.ones(3)}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    checkpoint = open_checkpoint(tmp_path / "x.pth")
+    for name, stored in content.items():
+        np.testing.assert_array_equal(checkpoint[name].numpy(), stored.resolve_conj().resolve_neg().numpy())
+
+
+def test_a_sign_turned_of_numbers_that_torch_never_turns_is_refused(tmp_path):
+    torch.save({"w": torch._neg_view(torch.ones(3, dtype=torch.bool))}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"turns the sign of numbers of type torch\.bool"):
+        open_checkpoint(tmp_path / "x.pth")

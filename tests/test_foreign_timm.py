@@ -309,3 +309,17 @@ def test_numbers_of_every_type_reach_the_conversion(kind):
     values = np.array([[0.0, 1.0, -2.0, 0.5]]).astype(getattr(ml_dtypes, kind, kind))
     found = _torch_state({"weight": values})["weight"]
     assert found.double().tolist() == values.astype(np.float64).tolist()
+
+
+@pytest.mark.parametrize(("kind", "read"), [(">f4", True), (">f2", True), ("f16", True), ("U8", False)])
+def test_numbers_that_torch_does_not_hold_are_converted_or_refused_in_one_line(tmp_path, kind, read):
+    state = timm.create_model("vit_tiny_patch16_224", depth=1).state_dict()
+    arrays = {f"visual.trunk.{name}": value.numpy().astype(kind) for name, value in state.items()}
+    np.savez(tmp_path / "a.npz", **arrays)
+    if not read:
+        with pytest.raises(attnlens.AttnlensError):
+            attnlens.inspect("vit_tiny_patch16_224", tmp_path / "a.npz", model_args={"depth": 1})
+        return
+    found = attnlens.inspect("vit_tiny_patch16_224", tmp_path / "a.npz", model_args={"depth": 1})
+    stored = arrays["visual.trunk.blocks.0.attn.qkv.weight"].astype(np.float64)
+    np.testing.assert_array_equal(np.concatenate(list(found.heads(0).W_Q.swapaxes(1, 2))), stored[:192])

@@ -37,7 +37,9 @@ def test_without_links_a_pattern_matches_what_glob_does(pattern, absolute, tree)
     assert {path for path in found if path != Path()} == {path for path in expected if path != Path()}
 
 
-@pytest.mark.parametrize("pattern", ["", "\0", "a\0/**", "absent/**", "top.txt/**", "top.txt/*"])
+@pytest.mark.parametrize(
+    "pattern", ["", "\0", "a\0/**", "absent/**", "top.txt/**", "top.txt/*", "x/" * 3000, "a" * 300]
+)
 @pytest.mark.usefixtures("tree")
 def test_what_is_no_path_matches_nothing(pattern):
     assert matching_paths(pattern) == []

@@ -8,18 +8,30 @@ from typing import Any
 
 from attnlens.checkpoints.applied import as_applied
 from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.low_rank import FRONT
 from attnlens.checkpoints.open import open_stored
 from attnlens.errors import CheckpointError
-from attnlens.strict_json import read_json, within
+from attnlens.strict_json import read_json, there, within
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_FRONT = "base_model.model."
+_BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` with which PEFT leaves the base model as it is."""
 
 
 def base_of(folder: Path) -> str:
-    """Return the name of an adapter's base model, empty where its configuration names none."""
+    """Return the name of an adapter's base model, empty where its configuration names none.
+
+    Raises `CheckpointError` for a base that is an adapter itself: bases of bases may go in a circle.
+    """
     base = _config(folder).get("base_model_name_or_path")
-    return base if isinstance(base, str) else ""
+    if not base or not isinstance(base, str):
+        return ""
+    if there((Path(base) / "adapter_config.json").is_file) and not there((Path(base) / "config.json").is_file):
+        raise CheckpointError(
+            f"{folder} is a PEFT adapter of {base}, which is an adapter itself: merge that one first (peft's "
+            "merge_and_unload), and name the merged model as the base"
+        )
+    return base
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -33,7 +45,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     """Return the weights of ``base`` with the adapter of a folder merged into them. Raises `CheckpointError`."""
-    found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    found = next((folder / name for name in _FILES if there((folder / name).is_file)), None)
     if found is None:
         raise CheckpointError(f"{folder} holds no {' or '.join(_FILES)}: give the whole folder of the adapter")
     adapter = open_stored(within(folder, found, CheckpointError))
@@ -45,6 +57,13 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
             "merge_and_unload), save the result with save_pretrained, and give that folder"
         )
     config = _config(folder)
+    drawn = config.get("init_lora_weights")
+    if (drawn.lower() if isinstance(drawn, str) else drawn) not in _BASE_KEPT:
+        raise CheckpointError(
+            f"{folder} was trained with init_lora_weights {drawn!r}, which changes the base model: merge it (peft's "
+            "merge_and_unload) and give the merged model, or save it as plain LoRA (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
     return as_applied(both, lambda: {"adapter": config})
 
 
@@ -55,7 +74,7 @@ class _Beside(Checkpoint):
         self.base, self.adapter, self.behind = base, adapter, (base, adapter)
         self.metadata, self.title = base.metadata, base.title
         modules = {name.rpartition(".")[0] for name in base}
-        self.own = {name.removeprefix(_FRONT): name for name in adapter}
+        self.own = {name.removeprefix(FRONT): name for name in adapter}
         self.homes = {name: any(_prefixes(name, modules)) for name in self.own}
 
     def provenance(self) -> dict[str, Any]:

@@ -114,9 +114,9 @@ def _filtered(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> 
     if filter_fn is None:
         raise CheckpointError(f"timm has no checkpoint_filter_fn for {name}")
     _check_size(name, model, checkpoint)
-    state = _torch_state(checkpoint)
     takes_model = len(inspect.signature(filter_fn).parameters) > 1  # a few take the state dict alone
     with _told(f"timm's checkpoint_filter_fn for {name}"):
+        state = _torch_state(checkpoint)
         found = filter_fn(state, model) if takes_model else filter_fn(state)
     return {key: value for key, value in found.items() if hasattr(value, "is_meta") and not value.is_meta}
 
@@ -178,8 +178,8 @@ def _torch_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     found = {}
     for name, value in checkpoint.items():
         if isinstance(value, np.ndarray):
-            plain = value.astype(np.float32) if value.dtype.isbuiltin == 2 else value  # 2: of ml_dtypes
-            found[name] = torch.from_numpy(np.array(plain))
+            plain = np.float32 if value.dtype.isbuiltin == 2 else value.dtype.newbyteorder("=")  # 2: of ml_dtypes
+            found[name] = torch.from_numpy(value.astype(plain))
         else:
             found[name] = value
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attnlens.checkpoints.base import INDEX_SUFFIX
 from attnlens.errors import CheckpointError
+from attnlens.strict_json import there
 
 SUFFIXES = {".safetensors": "safetensors", ".npz": "npz"} | dict.fromkeys(
     (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".th", ".jit", ".torchscript"), "torch"
@@ -120,5 +121,5 @@ def _archive_kind(path: Path, named: str) -> str:
 def refuse_folder(folder: Path) -> None:
     """Raise `CheckpointError` for a folder of a training library that is no model folder, with what converts it."""
     for pattern, what, command in _FOLDERS:
-        if next(folder.glob(pattern), None) is not None:
+        if there(folder.is_dir) and next(folder.glob(pattern), None) is not None:
             raise CheckpointError(f"{folder} is {what}: make one file of it with `{command}`")

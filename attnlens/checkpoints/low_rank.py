@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,14 @@ import numpy as np
 
 from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.computed import Plan, Values
+from attnlens.errors import CheckpointError
 
 # Adapters of low rank: ends of the names of A and B, in loralib, PEFT and kohya's files.
 _LOW_RANK = re.compile(r"^(?P<stem>.+?)\.(?P<end>lora_A|lora_down)(?P<kind>(\.\w+)?\.weight|)$")
+_NAMES = re.compile(r"(\^?[\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
+"""A key of PEFT's ``alpha_pattern`` that is the end of a module's name, or behind ``^`` the whole of it."""
+FRONT = "base_model.model."
+"""What PEFT puts in front of the names of a model's modules."""
 _MERGE = ": merge it (peft's merge_and_unload, loralib's eval()) and save the merged weights without it"
 
 
@@ -22,7 +28,7 @@ def adapted(stored: Checkpoint, about: Callable[[], Mapping[str, Any]]) -> Check
     The scale is that of the file (``alpha``, ``scaling``) or of the ``adapter`` that ``about`` holds.
     """
     plan = Plan(stored)
-    stated: Any = None
+    stated: _Stated | None = None
     bases: dict[str, str] = {}
     for name in stored:
         if name.endswith((".base_layer.weight", ".base_layer.bias")):
@@ -38,20 +44,19 @@ def adapted(stored: Checkpoint, about: Callable[[], Mapping[str, Any]]) -> Check
             plan.refused[target] = f"has several adapters beside it ({seen[target]}, {name}){_MERGE}"
         elif low:
             seen[target] = name
-            stated = about().get("adapter") if stated is None else stated
-            config = stated if isinstance(stated, dict) else {}
-            _low_rank(plan, low, bases.get(target, target), config)
+            stated = stated or _Stated(about().get("adapter"))
+            _low_rank(plan, low, bases.get(target, target), stated)
     for name in stored:
         if ".ia3_l" in name:
             _ia3(plan, name, bases)
     return plan.view("adapters merged")
 
 
-def _low_rank(plan: Plan, found: re.Match[str], base: str, config: Mapping[str, Any]) -> None:
+def _low_rank(plan: Plan, found: re.Match[str], base: str, stated: _Stated) -> None:
     """Add scale B A to W; with a magnitude (DoRA) rescale its rows to that length."""
     stored, stem, a = plan.stored, found["stem"], found[0]
     b = f"{stem}.{found['end'].replace('_A', '_B').replace('down', 'up')}{found['kind']}"
-    target, layer = f"{stem}.weight", stem
+    target = f"{stem}.weight"
     if base not in stored or b not in stored:
         plan.refused[target] = f"has an adapter {a} beside it, and not all that belongs to it{_MERGE}"
         return
@@ -59,14 +64,14 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, config: Mapping[str, 
     alpha = next((n for n in (f"{stem}.alpha", f"{stem}.lora_alpha") if n in stored), None)
     scaling = f"{stem}.scaling" if f"{stem}.scaling" in stored else None
     rank = low[0] if low else 0
-    scale = _stated_scale(config, layer, rank)
+    scale = stated.scale(stem, rank)
     if alpha is None and scaling is None and scale is None:
         plan.refused[target] = (
             f"has an adapter beside it ({a}, {b}) whose scale alpha / r is not in the file{_MERGE}; a PEFT folder with "
             "its adapter_config.json states the scale"
         )
         return
-    turned = bool(config.get("fan_in_fan_out"))
+    turned = bool(stated.config.get("fan_in_fan_out"))
     rows, columns = shape[::-1] if turned and len(shape) == 2 else shape if len(shape) == 2 else (0, 0)
     if len(low) != 2 or len(high) != 2 or (high[0], high[1], low[1]) != (rows, low[0], columns):
         plan.refused[target] = (
@@ -91,15 +96,34 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, config: Mapping[str, 
     plan.make(target, parts, shape, merged)
 
 
-def _stated_scale(config: Mapping[str, Any], layer: str, rank: int) -> float | None:
-    """Return alpha / r, or alpha / sqrt(r), that an ``adapter_config.json`` states for a layer; None without one."""
-    alpha: Any = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern")
-    for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
-        alpha = own if layer == pattern or layer.endswith(f".{pattern}") else alpha
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or rank < 1:
-        return None
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+class _Stated:
+    """What an ``adapter_config.json`` states of scales; nothing where there is none."""
+
+    def __init__(self, config: Any) -> None:
+        self.config: Mapping[str, Any] = config if isinstance(config, dict) else {}
+        self._alphas: dict[str, tuple[int, Any]] = {}
+        patterns = self.config.get("alpha_pattern")
+        for order, (pattern, alpha) in enumerate(patterns.items() if isinstance(patterns, dict) else ()):
+            names = _NAMES.fullmatch(pattern)
+            if names is None:
+                raise CheckpointError(
+                    f"the adapter_config.json states alpha of the modules {pattern!r}, and expressions out of files "
+                    "are not run: merge the adapter (peft's merge_and_unload) and give the merged model"
+                )
+            self._alphas.setdefault(names[1].replace("\\", ""), (order, alpha))
+
+    def scale(self, layer: str, rank: int) -> float | None:
+        """Return alpha / r, or alpha / sqrt(r), of a layer; None where it is not stated.
+
+        Of ``alpha_pattern``, as PEFT reads it, the first is taken whose names are the layer's, or its end at a dot.
+        """
+        name = layer.rpartition(FRONT)[2]
+        ends = (f"^{name}", name, *(name[dot.end() :] for dot in re.finditer(r"\.", name)))
+        stated = [self._alphas[end] for end in ends if end in self._alphas]
+        _, alpha = min(stated, key=lambda known: known[0], default=(0, self.config.get("lora_alpha")))
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or rank < 1 or abs(alpha) > sys.float_info.max:
+            return None
+        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
 def _ia3(plan: Plan, name: str, bases: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from attnlens.checkpoints.packed import open_packed
 from attnlens.checkpoints.shards import ShardedFile
 from attnlens.checkpoints.torch_files import TorchFile
 from attnlens.errors import CheckpointError
-from attnlens.strict_json import read_json, within
+from attnlens.strict_json import read_json, there, within
 
 
 def open_checkpoint(path: str | os.PathLike[str], network: str | None = None) -> Checkpoint:
@@ -30,7 +30,7 @@ def open_checkpoint(path: str | os.PathLike[str], network: str | None = None) ->
     of another format, or a pickle that only code could read, `UsageError` for a network it does not hold.
     """
     path = Path(path)
-    if path.is_file() and _kind(path) in PACKED:
+    if there(path.is_file) and _kind(path) in PACKED:
         opened = open_packed(path, network, open_stored)
         return as_read(opened.stored, opened.network, opened.folder)
     return as_read(open_stored(path), network, path.parent)
@@ -43,10 +43,10 @@ def as_read(stored: Checkpoint, network: str | None = None, folder: Path | None 
 
 def open_stored(path: Path) -> Checkpoint:
     """Open the tensors of a file as they are stored."""
-    if not path.is_file():
-        if path.is_dir():
+    if not there(path.is_file):
+        if there(path.is_dir):
             refuse_folder(path)
-        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give {ACCEPTED}")
+        raise CheckpointError(f"{path} is {'a folder' if there(path.is_dir) else 'not there'}: give {ACCEPTED}")
     kind = _kind(path)
     try:
         if kind not in _FORMATS:
@@ -81,7 +81,7 @@ def _beside(folder: Path | None) -> dict[str, Any]:
     """Return what a model's configuration and an adapter's in the same folder say; nothing where there is none."""
     found: dict[str, Any] = {}
     for name, key in (("config.json", "quantization_config"), ("adapter_config.json", "adapter")):
-        if folder is None or not (folder / name).is_file():
+        if folder is None or not there((folder / name).is_file):
             continue
         try:
             data = read_json(within(folder, folder / name, CheckpointError))

@@ -29,6 +29,7 @@ from attnlens.checkpoints.formats import SUFFIXES, kind_of
 from attnlens.checkpoints.tars import bounded_members
 from attnlens.checkpoints.tars import members as members_of
 from attnlens.errors import CheckpointError, UsageError, first_line
+from attnlens.strict_json import there
 from attnlens.words import counted
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
@@ -85,7 +86,7 @@ def open_packed(path: Path, wanted: str | None, opener: Callable[[Path], Checkpo
     assert isinstance(stored, _File)
     stored.held_in, stored.member = outer, member
     config = folder / CONFIGURATIONS[0]
-    if config.is_file():
+    if there(config.is_file):
         stored.metadata = {**stored.metadata, config.name: config.read_text("utf-8", "replace")}
     return Opened(stored, folder, network)
 

@@ -60,6 +60,8 @@ _LARGEST_KEY = 1 << 60
 """Integers beyond may be chosen to share a hash: they are no keys of a checkpoint."""
 _MOST_AXES = 64
 """Of a tensor; numpy has as many."""
+BITS = ("neg", "conj")
+"""What torch says of a tensor whose numbers are stored before their sign, or their imaginary part's, is turned."""
 _DICTS = frozenset(("collections OrderedDict", "builtins dict", "collections defaultdict", "collections Counter"))
 
 
@@ -95,13 +97,17 @@ class StorageRef:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor as a view of a stored run; ``dtype`` names torch's type where the run has none of its own."""
+    """A tensor as a view of a stored run; ``dtype`` names torch's type where the run has none of its own.
+
+    ``bits`` are those of `BITS` that are set: what the numbers of the run stand for is not what they are.
+    """
 
     storage: StorageRef
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str | None = None
+    bits: tuple[str, ...] = ()
 
 
 class UpToEnd:
@@ -347,9 +353,9 @@ def _made(function: Any, arguments: Any) -> Any:
         plain = given[1] in (Global("torch Tensor"), Global("torch.nn.parameter Parameter"))
         return _made(given[0], given[2]) if plain else Inert(_text(given[1]))
     if name in ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"):
-        return _tensor(given[:4])
+        return _tensor(given[:4], bits=given[6:])
     if name == "torch._utils _rebuild_tensor_v3" and len(given) > 6:
-        return _tensor(given[:4], _text(given[6]))
+        return _tensor(given[:4], _text(given[6]), given[7:])
     return Inert(name)
 
 
@@ -357,7 +363,11 @@ def _text(value: Any) -> str:
     return value.name if isinstance(value, Global) else type(value).__name__
 
 
-def _tensor(parts: tuple[Any, ...], dtype: str | None = None) -> TensorRef:
+def _tensor(parts: tuple[Any, ...], dtype: str | None = None, bits: tuple[Any, ...] = ()) -> TensorRef:
+    """Return a tensor of storage, offset, shape and stride; ``bits`` holds the dictionary of those set, or nothing."""
+    told = bits[0] if bits and bits[0] is not None else {}
+    if len(bits) > 1 or not isinstance(told, dict) or not told.keys() <= {*BITS}:
+        raise pickle.UnpicklingError("it describes a tensor in a way that is not used")
     storage, offset, shape, stride = parts
     if len(shape) > _MOST_AXES or len(stride) > _MOST_AXES:
         raise pickle.UnpicklingError(f"it holds a tensor of more than {_MOST_AXES} axes")
@@ -366,4 +376,4 @@ def _tensor(parts: tuple[Any, ...], dtype: str | None = None) -> TensorRef:
         raise pickle.UnpicklingError("it describes a tensor in a way that is not used")
     if len(shape) != len(stride):
         raise pickle.UnpicklingError("it describes a tensor in a way that is not used")
-    return TensorRef(storage, offset, tuple(shape), tuple(stride), dtype)
+    return TensorRef(storage, offset, tuple(shape), tuple(stride), dtype, tuple(bit for bit in BITS if told.get(bit)))

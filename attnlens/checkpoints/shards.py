@@ -10,7 +10,7 @@ from typing import Any
 
 from attnlens.checkpoints.base import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, Checkpoint
 from attnlens.errors import CheckpointError
-from attnlens.strict_json import parse_json, within
+from attnlens.strict_json import parse_json, there, within
 from attnlens.words import counted
 
 TRANSFORMERS_FILES = (
@@ -30,7 +30,7 @@ class ShardedFile(Checkpoint):
         self._shard_of, self._digest = read_index(path)
         folder, names = path.parent, sorted(set(self._shard_of.values()))
         self._paths = {name: within(folder, folder / name, CheckpointError) for name in names}
-        absent = [name for name, shard in self._paths.items() if not shard.is_file()]
+        absent = [name for name, shard in self._paths.items() if not there(shard.is_file)]
         if absent:
             raise CheckpointError(
                 f"{path} lists {counted(len(self._paths), 'shard')} and {', '.join(absent[:3])} "

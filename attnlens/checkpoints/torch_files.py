@@ -116,6 +116,8 @@ class TorchFile(_File):
 
     def _check(self) -> None:
         """Refuse tensors that are larger than the file they came from, or reach out of the run they are a view of."""
+        import torch
+
         total = 0
         if any(begin + length > self._status.st_size for begin, length in self._places.values()):
             raise ValueError("a run of its numbers reaches out of the file")
@@ -123,6 +125,8 @@ class TorchFile(_File):
             if not isinstance(ref, TensorRef):
                 continue
             kind, size = _dtype(ref.storage, ref.dtype), self._status.st_size
+            if ref.bits and not (kind.is_complex or kind in (torch.float16, torch.float32, torch.float64)):
+                raise TypeError(f"it turns the sign of numbers of type {kind}")
             claimed = math.prod(ref.shape) * kind.itemsize
             total += claimed
             if claimed > size or total > TIED * size:
@@ -146,7 +150,9 @@ class TorchFile(_File):
             empty = torch.empty(0, dtype=kind)
             run = whole[begin : begin + length]
             misplaced = begin % kind.itemsize  # torch reads numbers only where their width divides their place
-            return empty.set_(run.clone() if misplaced else run, ref.offset, ref.shape, ref.stride)
+            found = empty.set_(run.clone() if misplaced else run, ref.offset, ref.shape, ref.stride)
+            found = found.neg() if "neg" in ref.bits else found
+            return found.conj_physical() if "conj" in ref.bits else found
 
     def _ref(self, name: str) -> TensorRef:
         ref = self._tensors[name]

@@ -12,6 +12,7 @@ import typer
 from attnlens.cli import options
 from attnlens.cli.console import command_line, note, write_stdout
 from attnlens.errors import UsageError
+from attnlens.strict_json import there
 
 
 def init(
@@ -51,7 +52,7 @@ def init(
         write_stdout(json.dumps({"init": name, "seed": seed} if report is None else report.to_json(), indent=1))
     else:
         write_stdout(f"default, seed {seed}: timm's own draw" if report is None else str(report))
-    if model is not None and Path(model).is_dir() and of_transformers(Path(model)):
+    if model is not None and there(Path(model).is_dir) and of_transformers(Path(model)):
         note(f"wrote {output} and config.json, to be loaded by: from_pretrained({str(output.parent)!r})")
     else:
         note(f"wrote {output}, to be loaded by: timm.create_model({_call(model, arguments, output)})")
@@ -99,7 +100,7 @@ def _call(model: str | None, arguments: dict[str, Any], output: Path) -> str:
     """Write the arguments of the timm call that loads a file."""
     from attnlens.models.open import EMBEDDED
 
-    name = f"local-dir:{EMBEDDED}" if model is None else f"local-dir:{model}" if Path(model).is_dir() else model
+    name = f"local-dir:{EMBEDDED}" if model is None else f"local-dir:{model}" if there(Path(model).is_dir) else model
     return ", ".join(
         [repr(name), *(f"{key}={value!r}" for key, value in arguments.items()), f"checkpoint_path={str(output)!r}"]
     )

@@ -161,7 +161,7 @@ class InitParams(Drawn, Tabular, _Part):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # no text, or a null character in the name
             raise ParamsError(f"cannot read {path}: {error}") from error
         return cls.parse(text, str(path))
 

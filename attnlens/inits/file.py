@@ -19,7 +19,7 @@ from attnlens.models.architecture import check_model_args
 from attnlens.models.open import EMBEDDED
 from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
-from attnlens.strict_json import read_json
+from attnlens.strict_json import read_json, there
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,11 +40,11 @@ class Built(NamedTuple):
 def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
     """Build a network with its library's own draw under ``seed``: a timm name, a model folder, or the shipped ViT."""
     folder = EMBEDDED if model is None else Path(model.removeprefix("local-dir:"))
-    if folder.is_dir() and of_transformers(folder):
+    if there(folder.is_dir) and of_transformers(folder):
         if model_args:
             raise UsageError(f"--model-arg goes to timm, and {folder} is a model of transformers: edit its config.json")
         return Built(build_pretrained(folder, seed), "", {})
-    if folder.is_dir():
+    if there(folder.is_dir):
         architecture, whole, given = _folder_network(folder / "config.json")
         resolved = {**given, **model_args}
         module = build_model(f"local-dir:{folder}" if whole else architecture, seed, resolved)
@@ -142,5 +142,5 @@ def params_record(params: Any) -> dict[str, Any] | None:
     path = Path(params)
     try:
         return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ParamsError(f"cannot read {path}: {error}") from error

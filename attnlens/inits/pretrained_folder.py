@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attnlens.atomic import FileSet
 from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.inits.apply import seeded
-from attnlens.strict_json import read_json
+from attnlens.strict_json import read_json, there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def save_pretrained(model: PreTrainedModel, output: str | os.PathLike[str], meta
     beside = path.parent / "config.json"
     model.config.architectures = [type(model).__name__]
     config = model.config.to_json_string()
-    if beside.exists() and not _same(beside, config):
+    if there(beside.exists) and not _same(beside, config):
         raise UsageError(f"{beside} is there and describes another model: name a file in another folder with --output")
     state = revert_weight_conversion(model, dict(model.state_dict()))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}

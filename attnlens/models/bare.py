@@ -15,7 +15,7 @@ from attnlens.models.named import HeadsOf, describe_lens, describe_named, lens_l
 from attnlens.models.opened import Access, OpenedModel, Weights
 from attnlens.models.row_order import CONFIGURED
 from attnlens.models.weights import is_weight_name, parse_object, title_of, weights_in, weights_of
-from attnlens.strict_json import within
+from attnlens.strict_json import there, within
 from attnlens.words import counted
 
 
@@ -26,16 +26,17 @@ def open_bare(model: Any, checkpoint: Weights | None, num_heads: int, access: Ac
         weights = weights_of(given, access)
         return _by_names(weights, num_heads, "state dict", {"model": "state dict"}, "the state dict", _asked(access))
     path = Path(given) if isinstance(given, str | os.PathLike) else None
-    if path is None or (model is not None and checkpoint is not None) or not (path.is_dir() or is_weight_name(path)):
+    folder = path is not None and there(path.is_dir)
+    if path is None or (model is not None and checkpoint is not None) or not (folder or is_weight_name(path)):
         raise UsageError(
             "--num-heads goes with a weight file alone: a model that is named, a live module or the shipped ViT "
             "says itself how many heads it has"
         )
-    weights = open_checkpoint(weights_in(path) if path.is_dir() else path, access.network)
-    model_type, quantised = _config_of(weights, path if path.is_dir() else path.parent)
+    weights = open_checkpoint(weights_in(path) if folder else path, access.network)
+    model_type, quantised = _config_of(weights, path if folder else path.parent)
     known = CONFIGURED.get(model_type)
     order = (known, f"as model_type {model_type} has them") if known else None
-    title = path.name if path.is_dir() else title_of(path)
+    title = path.name if folder else title_of(path)
     opened = _by_names(weights, num_heads, title, {"model": path.name}, str(path), _asked(access) or order)
     named = (name for spec in opened.architecture.specs for name in spec.tensors()) if quantised else ()
     codes = [name for name in named if name in opened.checkpoint and _is_one_byte(opened, name)]
@@ -59,7 +60,7 @@ def _config_of(weights: Checkpoint, folder: Path) -> tuple[str, bool]:
     """Return the model_type of the config.json beside weights, and whether it says that they are quantised."""
     config = folder / "config.json"
     packed_with = weights.metadata.get("config.json")
-    if packed_with is None and not config.is_file():
+    if packed_with is None and not there(config.is_file):
         return "", False
     try:
         text = within(folder, config, CheckpointError).read_bytes() if packed_with is None else packed_with.encode()

@@ -28,7 +28,7 @@ from attnlens.models.sizes import in_words, shown_arguments
 from attnlens.models.transformers import describe_transformers, told_model_type
 from attnlens.models.undress import LiveWeights
 from attnlens.models.weights import alone_in, is_weight_name, parse_object, title_of, weights_in, weights_of
-from attnlens.strict_json import within
+from attnlens.strict_json import there, within
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -116,13 +116,13 @@ def _as_configured(model: Any, checkpoint: Any, num_heads: int, access: Access) 
     """
     by_names = partial(open_bare, model, checkpoint, num_heads, access)
     given = checkpoint if model is None else model
-    both = model is not None and checkpoint is not None
-    if both or access.row_order is not None or not isinstance(given, str | os.PathLike) or not Path(given).exists():
+    alone = (model is None or checkpoint is None) and access.row_order is None
+    path = Path(given) if alone and isinstance(given, str | os.PathLike) else None
+    if path is None or not there(path.exists):
         return by_names()
-    path = Path(given)
-    folder = path if path.is_dir() else path.parent
-    packed = path.is_file() and "config.json" in open_checkpoint(path, access.network).metadata
-    if not packed and not (folder / "config.json").is_file():
+    folder = path if there(path.is_dir) else path.parent
+    packed = there(path.is_file) and "config.json" in open_checkpoint(path, access.network).metadata
+    if not packed and not there((folder / "config.json").is_file):
         return by_names()
     try:
         opened = fitting(_open(path, None, access))
@@ -180,9 +180,10 @@ def _open(
     if scheme in ("hf-hub", "hf_hub"):
         return _open_hub(rest, checkpoint, name, access, given)
     path = Path(name)
-    if path.is_dir():
+    if there(path.is_dir):
         return _open_folder(path, checkpoint, f"local-dir:{name}", given, access)
-    if is_weight_name(path) and (path.is_file() or os.sep in name or path.suffix != ".pt"):  # timm has tags named pt
+    tag = path.suffix == ".pt" and os.sep not in name  # timm has tags named pt
+    if is_weight_name(path) and (not tag or there(path.is_file)):
         if checkpoint is not None:
             raise UsageError(f"{name} and --checkpoint {checkpoint} are both files: MODEL must name the architecture")
         return _open_file(path, "MODEL", given, access)
@@ -279,15 +280,15 @@ def _open_folder(
     folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any], access: Access
 ) -> OpenedModel:
     config = within(folder, folder / "config.json", CheckpointError)
-    if not config.is_file():
+    if not there(config.is_file):
         refuse_folder(folder)
-        if (folder / "adapter_config.json").is_file():
+        if there((folder / "adapter_config.json").is_file):
             return _open_adapter(folder, checkpoint, name, given, access)
-        if (folder / "model_index.json").is_file():
+        if there((folder / "model_index.json").is_file):
             raise ModelNotFoundError(
                 f"{folder} is a pipeline of diffusers: give one of its parts, as {folder / 'unet'}"
             )
-        alone = alone_in(folder) if checkpoint is None and folder.is_dir() else None
+        alone = alone_in(folder) if checkpoint is None and there(folder.is_dir) else None
         if alone is not None and "architecture" in open_checkpoint(alone, access.network).metadata:
             return _open_file(alone, "MODEL", given, access)
         raise ModelNotFoundError(
@@ -305,12 +306,12 @@ def _open_adapter(
     from attnlens.checkpoints.adapters import base_of, with_adapter
 
     base = base_of(folder)
-    if checkpoint is not None or not base or not Path(base).exists():
+    if checkpoint is not None or not base or not there(Path(base).exists):
         raise ModelNotFoundError(
             f"{folder} is a PEFT adapter of {base or 'a base that it does not name'}, which is no folder or file here: "
             "merge it (peft's merge_and_unload), save the result with save_pretrained, and give that folder"
         )
-    opened = _open(base, None, access, given)
+    opened = _open(Path(base).absolute(), None, access, given)  # what is there, under whatever name
     merged = with_adapter(opened.checkpoint, folder)
     return replace(opened, name=folder.resolve().name, checkpoint=merged, source={"model": name, "base": base})
 
@@ -322,7 +323,7 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
     """
     checkpoint = open_checkpoint(path, access.network)
     named, config = checkpoint.metadata.get("architecture"), path.parent / "config.json"
-    if named and ("model_args" in checkpoint.metadata or not config.is_file()):  # else a card's words, not a name
+    if named and ("model_args" in checkpoint.metadata or not there(config.is_file)):  # else a card's words, not a name
         model_args = {**parse_object(checkpoint.metadata.get("model_args", "{}").encode(), path), **given}
         architecture = describe_architecture(named, model_args)
         return OpenedModel(title_of(path), architecture, checkpoint, {"model": path.name}, timm_args=model_args)
@@ -332,7 +333,7 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
         return _described_by(
             parse_object(packed_with.encode(), where), where, title_of(path), checkpoint, {"model": path.name}, given
         )
-    if config.is_file():
+    if there(config.is_file):
         config = within(path.parent, config, CheckpointError)
         return _configured(config, title_of(path), checkpoint, {"model": path.name}, given)
     lens = of_lens(checkpoint, title_of(path), {"model": path.name})

@@ -17,7 +17,7 @@ from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
 from attnlens.models.opened import Access, Weights
-from attnlens.strict_json import parse_json, within
+from attnlens.strict_json import parse_json, there, within
 
 _SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS, *PACKED_SUFFIXES)
 
@@ -62,7 +62,7 @@ def weights_in(folder: Path) -> Path:
     from attnlens.checkpoints.hub import WEIGHT_FILES
 
     names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = next((folder / name for name in names if there((folder / name).is_file)), None)
     if found is None:
         raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
     return within(folder, found, CheckpointError)
@@ -71,7 +71,7 @@ def weights_in(folder: Path) -> Path:
 def alone_in(folder: Path) -> Path | None:
     """Return the weight file, or index of shards, of a folder that holds one; None where it holds none or several."""
     indices = [path for path in folder.iterdir() if path.name.endswith(INDEX_SUFFIX)]
-    files = indices or [path for path in folder.iterdir() if path.is_file() and is_weight_name(path)]
+    files = indices or [path for path in folder.iterdir() if there(path.is_file) and is_weight_name(path)]
     return within(folder, files[0], CheckpointError) if len(files) == 1 else None
 
 

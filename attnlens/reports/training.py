@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from attnlens.errors import AttnlensError
 from attnlens.state import check_folder, check_listed, read_state
-from attnlens.strict_json import parse_json
+from attnlens.strict_json import parse_json, there
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -122,7 +122,7 @@ def read_training(folder: Path) -> Training:
     kept = [point for point in points if not point.tuning]
     if not kept:
         raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
-    return Training(folder=folder.name, points=kept, summary=_summary(summary, path) if summary.exists() else None)
+    return Training(folder=folder.name, points=kept, summary=_summary(summary, path) if there(summary.exists) else None)
 
 
 def _summary(summary: Path, results: Path) -> Summary:

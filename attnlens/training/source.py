@@ -15,6 +15,7 @@ from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.layouts import read_heads
 from attnlens.models.open import EMBEDDED
 from attnlens.models.weights import parse_object
+from attnlens.strict_json import there
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
@@ -156,7 +157,7 @@ def _seen(model: str | None, opened: OpenedModel) -> tuple[Seen, ...] | None:
         return read(opened.checkpoint.metadata[METADATA_KEY])
     folder = EMBEDDED if model is None else Path(str(model).removeprefix("local-dir:"))
     config = folder / "config.json"
-    if not config.is_file():
+    if not there(config.is_file):
         return None
     return read(parse_object(config.read_bytes(), config).get(METADATA_KEY))
 

@@ -15,7 +15,7 @@ from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.printable import utf8_data
 from attnlens.state import read_state, sealed
-from attnlens.strict_json import parse_json
+from attnlens.strict_json import parse_json, there
 from attnlens.training.config import OPTIONS, Config, Run
 from attnlens.training.record_schema import (
     PARTS,
@@ -119,7 +119,7 @@ class Store:
         Runs that had not ended are in neither, and begin anew. Raises `ResumeError`.
         """
         path = self.folder / "results.jsonl"
-        if (self.folder / "runs").exists() or not path.exists():
+        if there((self.folder / "runs").exists) or not there(path.exists):
             return
         for name, records in parse_results(path, self.folder, self.config).items():
             self.save_records(name, records)
@@ -135,7 +135,7 @@ class Store:
     def load_checkpoint(self, unit: str) -> dict[str, Any] | None:
         """Return where a unit of work had got to, on the CPU; None where it had not begun."""
         path = self._checkpoint(unit)
-        if not path.is_file():
+        if not there(path.is_file):
             return None
         try:
             state = check_state(load_pickle(path, CheckpointError), path)
@@ -160,7 +160,7 @@ class Store:
 
     def _check_there(self) -> None:
         """Refuse a folder that was removed meanwhile: writing on would make one that holds only the later runs."""
-        if not (self.folder / "config.json").is_file():
+        if not there((self.folder / "config.json").is_file):
             raise OutputError(f"{self.folder} was removed while the comparison ran: start it again from its first run")
 
     def _checkpoint(self, unit: str) -> Path:
@@ -171,7 +171,7 @@ def stored_config(folder: Path) -> dict[str, Any] | None:
     """Return the configuration a folder holds, None where it holds none. Raises `ResumeError`."""
     check_links(folder)
     path = folder / "config.json"
-    if not path.exists():
+    if not there(path.exists):
         return None
     try:
         data = parse_json(read_state(path))

@@ -21,7 +21,7 @@ from typing import IO, Any
 from attnlens.checkpoints.tars import bounded_members, members
 from attnlens.errors import AttnlensError
 from attnlens.printable import printable
-from attnlens.strict_json import within
+from attnlens.strict_json import there, within
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF")
@@ -92,7 +92,7 @@ def opened(name: str, item: Read, budget: Budget) -> Iterator[Any]:
 def folder_files(folder: Path) -> Iterator[Read]:
     """Yield the images below a folder, what is hidden without its content; a link that leaves it is refused."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        if path.suffix.lower() in SUFFIXES and there(path.is_file):
             name = path.relative_to(folder).as_posix()
             if hidden(name):
                 yield name, b""

@@ -15,6 +15,7 @@ from attnlens.atomic import write_atomic
 from attnlens.checkpoints.archives import DAMAGED_ARRAY
 from attnlens.errors import OutputError, UsageError
 from attnlens.printable import printable
+from attnlens.strict_json import there
 from attnlens.training.data.cache import read_decoded, write_decoded
 from attnlens.training.data.decoding import pixels_of
 from attnlens.training.data.folders import TEST_FOLDERS, split_of
@@ -53,14 +54,14 @@ def load_dataset(
     cache = cache or _default_folder("decoded")
     if name.startswith("hfds/"):
         return _hfds(name, data_dir, image_size, say)
-    path = (data_dir / name) if data_dir is not None and (data_dir / name).exists() else Path(name)
-    if path.is_dir():
+    path = (data_dir / name) if data_dir is not None and there((data_dir / name).exists) else Path(name)
+    if there(path.is_dir):
         say(f"reading the names of the files in {path}")
         key, names = _folder_key(path, image_size)
         if names:
             split_of(name_of(path), names)  # what is no data set is refused before hours of decoding
         return _cached(cache, name_of(path), key, lambda: folder_files(path), image_size, say)
-    if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
+    if there(path.is_file) and path.name.lower().endswith(TAR_SUFFIXES):
         say(f"hashing {path}")
         key = f"{_file_sha256(path)}-{image_size}"
         return _cached(cache, name_of(path), key, lambda: tar_files(path), image_size, say, packed=True)
@@ -102,7 +103,7 @@ def _cifar(name: str, root: Path) -> Images:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         train, test = (kind(str(root), train=part, download=True) for part in (True, False))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise DatasetError(
             f"{name} is not in {root} and could not be downloaded ({error}): put torchvision's files there, or train "
             "on a folder of images or on --dataset digits"
@@ -210,7 +211,7 @@ def _folder_key(folder: Path, image_size: int | None) -> tuple[str, list[str]]:
     """Return what stands for the content of a folder, and the names of the images in it."""
     listing, names = hashlib.sha256(), []
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if there(path.is_file):
             status, name = path.stat(), path.relative_to(folder).as_posix()
             listing.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
             if path.suffix.lower() in SUFFIXES and not hidden(name):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from attnlens.errors import UsageError
 from attnlens.patterns import matching_paths
-from attnlens.strict_json import within
+from attnlens.strict_json import there, within
 from attnlens.training.data.image_files import DatasetError
 from attnlens.training.data.on_device import Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, generator
@@ -177,14 +177,14 @@ def text_files(name: str, *, data_dir: Path | None = None) -> list[Path]:
         return []
     pattern = pattern if data_dir is None else str(data_dir / pattern)
     path = Path(pattern)
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if there(path.is_dir):
+        files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and there(file.is_file)]
         files = [within(path, file, DatasetError) for file in files]
         hint = f"it holds no file ending in {', '.join(SUFFIXES)}"
-    elif path.is_file():
+    elif there(path.is_file):
         files, hint = [path], ""
     else:
-        files = [match for match in matching_paths(pattern) if match.is_file()]
+        files = [match for match in matching_paths(pattern) if there(match.is_file)]
         hint = "there is no such file or folder, and no file matches it as a pattern"
     if not files:
         raise UsageError(f"--dataset {name}: {hint}. Name a text file, a folder of them, or {PREFIX}{WIKITEXT}")
