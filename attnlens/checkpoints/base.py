@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -137,6 +138,14 @@ class _OnDisk:
 
 class _File(_OnDisk, Checkpoint):
     """A checkpoint that is one file on disk."""
+
+    def _check_empty(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor without entries whose other axes are longer than the file: no bytes bound what it says."""
+        if 0 in shape and math.prod(filter(None, shape)) > self._status.st_size:
+            raise CheckpointError(
+                f"{name} in {self.path} has no entries, and its shape {list(shape)} is beyond the "
+                f"{self._status.st_size} bytes of the file: save the file without it"
+            )
 
 
 class ModuleWeights(Checkpoint):

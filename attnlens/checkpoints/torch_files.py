@@ -73,6 +73,9 @@ class TorchFile(_File):
             raise CheckpointError(f"{path} holds names that are no text: corrupt, or not plain data")
         if not any(isinstance(value, TensorRef) for value in self._tensors.values()):
             raise CheckpointError(f"{path} holds {_outline(root)}, and holds no tensors: save model.state_dict()")
+        for name, value in self._tensors.items():
+            if isinstance(value, TensorRef):
+                self._check_empty(name, value.shape)
         self.metadata = _stated(root)
 
     def _read_root(self) -> Any:
