@@ -137,6 +137,18 @@ def test_no_tensor_has_a_name_of_a_thousand_letters(kind, suffix, tmp_path):
     assert time.process_time() - began < 2
 
 
+@pytest.mark.parametrize(
+    "words", ["qkv", "c_attn", "query", "to_q", "q.weight.", "lora_A.", ".parametrizations.a", "1."]
+)
+def test_long_names_of_projections_take_no_square_of_their_length(words, tmp_path):
+    long = (words * LONGEST_NAME)[: LONGEST_NAME - 10]
+    save_file({f"{number}.{long}-": np.ones((1, 1), np.float32) for number in range(400)}, tmp_path / "x.safetensors")
+    began = time.process_time()
+    with pytest.raises(AttnlensError, match="named like q, k, v"):
+        attnlens.inspect(tmp_path / "x.safetensors", num_heads=1)
+    assert time.process_time() - began < 3  # 18 where each place of a name is a beginning of its own
+
+
 def test_a_name_of_a_thousand_letters_is_read(tmp_path):
     save_file({"x" * LONGEST_NAME: np.ones((2, 2), np.float32)}, tmp_path / "x.safetensors")
     assert list(open_checkpoint(tmp_path / "x.safetensors")) == ["x" * LONGEST_NAME]

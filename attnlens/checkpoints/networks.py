@@ -21,10 +21,10 @@ _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _AROUND = ("module.", "_forward_module.", "base_model.model.")
 """What DataParallel, DDP, Fabric and PEFT put in front of every name."""
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?)([._]|$)|ema$", re.IGNORECASE)
-_PROJECTIONS = re.compile(
-    r"(^|\.)(\w*qkv\w*|in_proj\w*|[qkv]|kv|qk|w[qkv]|\w*(query|q_proj|q_lin|to_q|to_qk|c_attn)\w*)(\.|$)"
-)
-"""Names of what projects tokens to queries, keys or values."""
+_PROJECTIONS = frozenset(("q", "k", "v", "kv", "qk", "wq", "wk", "wv"))
+_IN_PROJECTIONS = ("qkv", "query", "q_proj", "q_lin", "to_q", "c_attn")
+"""Names, and parts of names, of what projects tokens to queries, keys or values."""
+_WORD = re.compile(r"\w+")
 _MOST = 32
 """Networks of a file that are told apart."""
 
@@ -197,9 +197,20 @@ def networks_of(origin: Iterable[str], keys: Mapping[str, str]) -> tuple[Network
     return tuple(found)
 
 
+def _projects(name: str) -> bool:
+    """Whether a part of a dotted name is that of a projection of attention, in steps that grow with its length."""
+    parts = name.split(".")
+    if not _PROJECTIONS.isdisjoint(parts):
+        return True
+    if "in_proj" not in name and not any(word in name for word in _IN_PROJECTIONS):
+        return False
+    words = filter(_WORD.fullmatch, parts)
+    return any(part.startswith("in_proj") or any(word in part for word in _IN_PROJECTIONS) for part in words)
+
+
 def _stacked(names: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, tuple[_Stack, str]]:
     """Return the stack of every projection of attention; without one, of the weights in the largest stacks."""
-    found = {name: _stack_of(name, keys.get(old, "")) for name, old in names.items() if _PROJECTIONS.search(name)}
+    found = {name: _stack_of(name, keys.get(old, "")) for name, old in names.items() if _projects(name)}
     if found:
         return found
     found = {name: _stack_of(name, keys.get(old, "")) for name, old in names.items() if name.endswith(".weight")}
