@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 
 import attnlens
 from attnlens.checkpoints import open_checkpoint
+from attnlens.checkpoints.low_rank import adapted
+from attnlens.checkpoints.memory import StateDict
 from attnlens.checkpoints.open import LONGEST_NAME
 from attnlens.checkpoints.tars import LARGEST_HEADER
 from attnlens.errors import AttnlensError, CheckpointError
@@ -282,3 +284,14 @@ def test_a_landscape_is_drawn_of_numbers_of_any_size(value, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scanned.figure("raw").savefig(io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "alpha"),
+    [({}, 10**4000), ({"lora_A.weight": (0, 4), "lora_B.weight": (4, 0), "alpha": (1,)}, None)],
+)
+def test_adapters_without_a_scale_that_is_a_number_are_refused(shapes, alpha):
+    shapes = {"weight": (4, 4), "lora_A.weight": (2, 4), "lora_B.weight": (4, 2)} | shapes
+    stored = StateDict({f"a.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()})
+    with pytest.raises(CheckpointError, match=r"^a\.weight has .* adapter"):
+        adapted(stored, lambda: {"adapter": {"lora_alpha": alpha}})["a.weight"]

@@ -15,6 +15,9 @@ from attnlens.checkpoints.computed import Plan, Values
 _LOW_RANK = re.compile(r"^(?P<stem>.+?)\.(?P<end>lora_A|lora_down)(?P<kind>(\.\w+)?\.weight|)$")
 _MERGE = ": merge it (peft's merge_and_unload, loralib's eval()) and save the merged weights without it"
 
+LARGEST_ALPHA = 1e9
+"""Below it is the alpha of an adapter's configuration; of JSON an integer may be beyond float64."""
+
 
 def adapted(stored: Checkpoint, about: Callable[[], Mapping[str, Any]]) -> Checkpoint:
     """Return the weights with what stands beside them merged: W + scale B A, DoRA's magnitudes, IA3's vectors.
@@ -68,7 +71,7 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, config: Mapping[str, 
         return
     turned = bool(config.get("fan_in_fan_out"))
     rows, columns = shape[::-1] if turned and len(shape) == 2 else shape if len(shape) == 2 else (0, 0)
-    if len(low) != 2 or len(high) != 2 or (high[0], high[1], low[1]) != (rows, low[0], columns):
+    if rank < 1 or len(low) != 2 or len(high) != 2 or (high[0], high[1], low[1]) != (rows, low[0], columns):
         plan.refused[target] = (
             f"has shape {shape}, and its adapter shapes {high} and {low}, which do not multiply{_MERGE}"
         )
@@ -97,7 +100,7 @@ def _stated_scale(config: Mapping[str, Any], layer: str, rank: int) -> float | N
     patterns = config.get("alpha_pattern")
     for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
         alpha = own if layer == pattern or layer.endswith(f".{pattern}") else alpha
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or rank < 1:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < LARGEST_ALPHA or rank < 1:
         return None
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
