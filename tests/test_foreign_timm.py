@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import attnlens
 from attnlens.checkpoints import open_checkpoint
+from attnlens.checkpoints.memory import StateDict
 from attnlens.errors import CheckpointError
 from attnlens.layouts import read_heads
 from attnlens.models.open import open_model
@@ -300,7 +301,9 @@ def test_the_conversion_shows_in_the_provenance_of_an_inspection(tmp_path):
     assert len(found.layers) == 3
 
 
-@pytest.mark.parametrize("kind", ["float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "int64", "bool"])
+@pytest.mark.parametrize(
+    "kind", ["float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "int64", "bool", ">f4", ">i8", ">f8", "longdouble"]
+)
 def test_numbers_of_every_type_reach_the_conversion(kind):
     import ml_dtypes
 
@@ -309,3 +312,20 @@ def test_numbers_of_every_type_reach_the_conversion(kind):
     values = np.array([[0.0, 1.0, -2.0, 0.5]]).astype(getattr(ml_dtypes, kind, kind))
     found = _torch_state({"weight": values})["weight"]
     assert found.double().tolist() == values.astype(np.float64).tolist()
+
+
+@pytest.mark.parametrize("kind", [">f4", "longdouble"])
+def test_arrays_of_types_that_torch_has_not_got_are_converted(kind, tmp_path):
+    model = Model(tmp_path, "vit_tiny_patch16_224")
+    arrays = {f"visual.trunk.{name}": value.numpy().astype(kind) for name, value in model.state().items()}
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert model.check(tmp_path / "a.npz")["converted"] == "timm checkpoint_filter_fn"
+    assert model.check({name.removeprefix("visual.trunk."): value for name, value in arrays.items()})["state_dict"]
+
+
+def test_what_no_tensor_can_be_made_of_is_told_in_one_line():
+    from attnlens.checkpoints.converted import convert
+
+    text = StateDict({"visual.trunk.x": np.array(["text"])})
+    with pytest.raises(CheckpointError, match=r"checkpoint_filter_fn .* cannot read this file either \(TypeError"):
+        convert("vit_tiny_patch16_224", SMALL, text)
