@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -82,6 +83,15 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed
 
 
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return what is said of a file that cannot be opened."""
+    more = ": raise the limit, `ulimit -n 65536`" if error.errno in _TOO_MANY else ""
+    return CheckpointError(f"cannot read {path}: {error.strerror or error}{more}")
+
+
 class _OnDisk:
     """A file on disk, held to be the one that was opened.
 
@@ -119,7 +129,13 @@ class _OnDisk:
         try:
             self._compare(self.path.stat())
         except OSError as error:
-            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        """Return what is said where a file that was opened cannot be read again."""
+        if error.errno in _TOO_MANY:
+            return unreadable(self.path, error)
+        return CheckpointError(f"{self.path} was removed while it was read ({error.strerror})")
 
     def _compare(self, now: os.stat_result) -> None:
         if _identity(now) != _identity(self._status):
@@ -132,7 +148,7 @@ class _OnDisk:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
+            raise self._unreadable(error) from error
         self.check()
 
 
