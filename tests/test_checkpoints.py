@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -175,3 +178,46 @@ def test_a_sign_turned_of_numbers_that_torch_never_turns_is_refused(tmp_path):
     torch.save({"w": torch._neg_view(torch.ones(3, dtype=torch.bool))}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"turns the sign of numbers of type torch\.bool"):
         open_checkpoint(tmp_path / "x.pth")
+
+
+def test_more_shards_than_files_that_may_be_open_are_told_by_the_limit(tmp_path):
+    names = [f"{number}.weight" for number in range(90)]
+    for name in names:
+        save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in names}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    code = (
+        "import resource, sys; from attnlens.checkpoints import open_checkpoint; import numpy, ml_dtypes, safetensors;"
+        "stored = open_checkpoint(sys.argv[1]); stored['0.weight']; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); kept = [*stored.values()]"
+    )
+    script = [sys.executable, "-c", code, tmp_path / "m.safetensors.index.json"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert re.search(r"CheckpointError: cannot read /.*Too many open files: raise the limit, `ulimit -n", done.stderr)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("kind", ["sparse", "quantised"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tensors_beside_one_of_a_kind_that_is_not_read_are_read(kind, legacy, tmp_path):
+    other = (
+        torch.eye(5).to_sparse() if kind == "sparse" else torch.quantize_per_tensor(torch.ones(7), 0.5, 0, torch.qint32)
+    )
+    tensors = {"a": torch.arange(12.0), "other": other, "b": torch.arange(4.0, dtype=torch.float64)}
+    torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    found = open_checkpoint(tmp_path / "x.pt")
+    assert [found[name].tolist() for name in "ab"] == [tensors[name].tolist() for name in "ab"]
+    with pytest.raises(
+        CheckpointError, match=r"^other in .* is stored as torch\._utils\._rebuild_\w+, which is not read"
+    ):
+        found["other"]
+
+
+@pytest.mark.parametrize("front", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_network_that_is_stored_twice_is_refused_by_name(front, last, tmp_path):
+    plain = {f"blocks.{n}.attn.{name}.weight": torch.ones(9, 3) for n in range(2) for name in ("qkv", "proj")}
+    wrapped = {front + name: 2 * tensor for name, tensor in plain.items()}
+    torch.save({**wrapped, **plain} if last else {**plain, **wrapped}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight and \S+ are .* stored twice"):
+        open_checkpoint(tmp_path / "x.pt")

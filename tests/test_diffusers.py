@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError
+from attnlens.errors import CheckpointError, ModelNotFoundError, UnsupportedAttentionError
 from attnlens.layouts import read_heads
 from attnlens.models.open import open_model
 
@@ -149,3 +149,51 @@ def test_both_sides_of_an_autoencoder_are_read_where_their_names_are_alike(tmp_p
     for spec in opened.architecture.specs:
         heads = read_heads(spec, opened.checkpoint)
         np.testing.assert_array_equal(heads.W_V[0].T, tensors[f"{spec.path}.to_v.weight"])
+
+
+def write_block(folder, config, shapes=None, path="down_blocks.0.attn1"):
+    """Write a folder of one attention module, 8 wide, some of its weights of other shapes."""
+    shapes = dict.fromkeys(("to_q", "to_k", "to_v", "to_out.0"), (8, 8)) | (shapes or {})
+    tensors = {f"{path}.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **config}))
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "UNet2DModel"])
+@pytest.mark.parametrize("size", [5.0, 0, "", [], [5.0], {}, True, "8", -1, 10**4000, [[8]]])
+def test_numbers_of_heads_that_are_none_are_refused(name, size, tmp_path):
+    write_block(tmp_path, {"_class_name": name, "attention_head_dim": size})
+    with pytest.raises(ModelNotFoundError, match=r"gives .* as the heads of down_blocks\.0\.attn1, which is 8 wide"):
+        open_model(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({}, 8),
+        ({"attention_head_dim": None}, 8),
+        ({"num_attention_heads": None, "attention_head_dim": 2}, 2),
+        ({"num_attention_heads": 4, "attention_head_dim": 0}, 4),
+        ({"_class_name": "UNet2DModel"}, 1),
+        ({"_class_name": "UNet2DModel", "attention_head_dim": None}, 1),
+        ({"_class_name": "UNet2DModel", "attention_head_dim": 2}, 4),
+    ],
+)
+def test_numbers_of_heads_that_are_left_out_are_those_of_diffusers(config, heads, tmp_path):
+    write_block(tmp_path, config)
+    (spec,) = open_model(tmp_path, None).architecture.specs
+    assert spec.q.heads == heads
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v", "to_out.0"])
+@pytest.mark.parametrize("shape", [(), (8,), (0, 8), (8, 0), (8, 8, 2)])
+def test_weights_that_are_no_matrices_are_refused_by_name(name, shape, tmp_path):
+    write_block(tmp_path, {}, {name: shape})
+    with pytest.raises(CheckpointError, match=rf"^down_blocks\.0\.attn1\.{name}\.weight has shape .*; a matrix"):
+        open_model(tmp_path, None)
+
+
+@pytest.mark.parametrize("part", ["²", "٣", "²2"])
+def test_parts_of_a_path_may_be_digits_of_any_script(part, tmp_path):
+    write_block(tmp_path, {}, path=f"a.{part}.blocks.3")
+    assert [spec.path for spec in open_model(tmp_path, None).architecture.specs] == [f"a.{part}.blocks.3"]

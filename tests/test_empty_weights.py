@@ -1,13 +1,17 @@
 """Weights with an axis of no length: each way of reading them ends in one line that names the tensor."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.layers import Attention
 
 import attnlens
+from attnlens.checkpoints.codes import dequantised
+from attnlens.checkpoints.memory import StateDict
 from attnlens.errors import CheckpointError, UnsupportedAttentionError, UsageError
 from tests.conftest import random_heads
 
@@ -67,3 +71,39 @@ def test_heads_hold_no_weight_without_entries(axis, emptied, named):
         changes[name] = np.zeros(shape)
     with pytest.raises(UnsupportedAttentionError, match=rf"{named} has no entries, its shape is \["):
         heads.replace(**changes)
+
+
+LONG = 120_000_000
+SEPARATE = {f"l.0.attn.{role}_proj.weight": (LONG, 0) for role in "qkv"} | {"l.0.attn.o_proj.weight": (0, LONG)}
+PACKED = {"l.0.attn.qkv.weight": (3 * LONG, 0), "l.0.attn.proj.weight": (0, LONG)}
+SCALES = {"l.0.attn.qkv.weight_scale": (1,)}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
+@pytest.mark.parametrize(
+    ("shapes", "order"),
+    [(SEPARATE, None), (PACKED, None), (PACKED, "head,dim,qkv"), (PACKED | SCALES, None)],
+)
+def test_an_empty_tensor_longer_than_its_file_is_refused_by_name(suffix, shapes, order, tmp_path):
+    """Its length takes no bytes: what is made for each of its rows would be of any size."""
+    path, tensors = tmp_path / f"x{suffix}", {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if suffix == ".safetensors":
+        save_file(tensors, path)
+    elif suffix == ".pth":
+        torch.save(tensors, path)
+    else:
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    tracemalloc.start()
+    with pytest.raises(
+        CheckpointError, match=rf"^{next(iter(shapes))[:8]}\S* in .* is beyond the \d+ bytes of the file"
+    ):
+        attnlens.inspect(path, num_heads=4, row_order=order)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
+def test_one_scale_is_spread_over_blocks_of_any_size():
+    codes, scales = np.ones((3, 5), np.float32), np.array([[1.0, 2.0, 3.0]])
+    stored = StateDict({"a.weight": codes, "a.weight_scale_inv": scales})
+    found = dequantised(stored, lambda: {"quantization_config": {"weight_block_size": [10**18, 2]}})
+    np.testing.assert_array_equal(found["a.weight"], [[1, 1, 2, 2, 3]] * 3)

@@ -17,6 +17,7 @@ from attnlens.layouts.flags import FLAGS
 from attnlens.models.open import open_model
 from attnlens.models.transformers.describe import families
 
+FILE = "model.safetensors"
 BERT = {"model_type": "bert", "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"model_type": "gpt2", "n_embd": 6, "n_layer": 2, "n_head": 2}
 
@@ -280,3 +281,21 @@ def test_every_family_names_only_known_flags():
         for stack in family.stacks:
             named = {*stack.flags, *stack.flags_set.values(), *stack.flags_unset.values(), *stack.flags_stored.values()}
             assert named <= set(FLAGS), family.name
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim"])
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "gemma2", "vit", "clip"])
+def test_numbers_beyond_all_sizes_are_refused_by_their_field(model_type, name, tmp_path):
+    stack = families()[model_type].stacks[0]
+    prefix, head = f"{stack.within}", {"layer": 0, "before": 0, "last": 0}
+    save_file(
+        {prefix + one.format(**head): torch.ones(6, 6) for one in {*stack.projections().values()}}, tmp_path / FILE
+    )
+    depth = stack.depth if isinstance(stack.depth, str) else stack.depth[0]
+    given = {stack.width: 6, stack.heads: 2, depth: 1}
+    field = {"hidden_size": stack.width, "num_attention_heads": stack.heads, "num_hidden_layers": depth}.get(name, name)
+    sizes = {**given, field: 10**4299}
+    config = {"model_type": model_type, **({stack.section: sizes} if stack.section else sizes)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelNotFoundError, match=rf"{field} in .* is 1000.* where a number from 1 to 2147483647 is"):
+        attnlens.inspect(tmp_path)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import attnlens
 from attnlens.checkpoints import open_checkpoint
+from attnlens.checkpoints.memory import StateDict
 from attnlens.errors import CheckpointError
 from attnlens.layouts import read_heads
 from attnlens.models.open import open_model
@@ -300,7 +301,9 @@ def test_the_conversion_shows_in_the_provenance_of_an_inspection(tmp_path):
     assert len(found.layers) == 3
 
 
-@pytest.mark.parametrize("kind", ["float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "int64", "bool"])
+@pytest.mark.parametrize(
+    "kind", ["float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "int64", "bool", ">f4", ">i8", ">f8", "longdouble"]
+)
 def test_numbers_of_every_type_reach_the_conversion(kind):
     import ml_dtypes
 
@@ -323,3 +326,20 @@ def test_numbers_that_torch_does_not_hold_are_converted_or_refused_in_one_line(t
     found = attnlens.inspect("vit_tiny_patch16_224", tmp_path / "a.npz", model_args={"depth": 1})
     stored = arrays["visual.trunk.blocks.0.attn.qkv.weight"].astype(np.float64)
     np.testing.assert_array_equal(np.concatenate(list(found.heads(0).W_Q.swapaxes(1, 2))), stored[:192])
+
+
+@pytest.mark.parametrize("kind", [">f4", "longdouble"])
+def test_arrays_of_types_that_torch_has_not_got_are_converted(kind, tmp_path):
+    model = Model(tmp_path, "vit_tiny_patch16_224")
+    arrays = {f"visual.trunk.{name}": value.numpy().astype(kind) for name, value in model.state().items()}
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert model.check(tmp_path / "a.npz")["converted"] == "timm checkpoint_filter_fn"
+    assert model.check({name.removeprefix("visual.trunk."): value for name, value in arrays.items()})["state_dict"]
+
+
+def test_what_no_tensor_can_be_made_of_is_told_in_one_line():
+    from attnlens.checkpoints.converted import convert
+
+    text = StateDict({"visual.trunk.x": np.array(["text"])})
+    with pytest.raises(CheckpointError, match=r"checkpoint_filter_fn .* cannot read this file either \(TypeError"):
+        convert("vit_tiny_patch16_224", SMALL, text)

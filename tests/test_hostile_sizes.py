@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 
 import attnlens
 from attnlens.checkpoints import open_checkpoint
+from attnlens.checkpoints.low_rank import adapted
+from attnlens.checkpoints.memory import StateDict
 from attnlens.checkpoints.open import LONGEST_NAME
 from attnlens.checkpoints.tars import LARGEST_HEADER
 from attnlens.errors import AttnlensError, CheckpointError
@@ -135,6 +137,18 @@ def test_no_tensor_has_a_name_of_a_thousand_letters(kind, suffix, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds a name of \d+ characters"):
         open_checkpoint(path)
     assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "words", ["qkv", "c_attn", "query", "to_q", "q.weight.", "lora_A.", ".parametrizations.a", "1."]
+)
+def test_long_names_of_projections_take_no_square_of_their_length(words, tmp_path):
+    long = (words * LONGEST_NAME)[: LONGEST_NAME - 10]
+    save_file({f"{number}.{long}-": np.ones((1, 1), np.float32) for number in range(400)}, tmp_path / "x.safetensors")
+    began = time.process_time()
+    with pytest.raises(AttnlensError, match="named like q, k, v"):
+        attnlens.inspect(tmp_path / "x.safetensors", num_heads=1)
+    assert time.process_time() - began < 3  # 18 where each place of a name is a beginning of its own
 
 
 def test_a_name_of_a_thousand_letters_is_read(tmp_path):
@@ -270,3 +284,14 @@ def test_a_landscape_is_drawn_of_numbers_of_any_size(value, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scanned.figure("raw").savefig(io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "alpha"),
+    [({}, 10**4000), ({"lora_A.weight": (0, 4), "lora_B.weight": (4, 0), "alpha": (1,)}, None)],
+)
+def test_adapters_without_a_scale_that_is_a_number_are_refused(shapes, alpha):
+    shapes = {"weight": (4, 4), "lora_A.weight": (2, 4), "lora_B.weight": (4, 2)} | shapes
+    stored = StateDict({f"a.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()})
+    with pytest.raises(CheckpointError, match=r"^a\.weight has .* adapter"):
+        adapted(stored, lambda: {"adapter": {"lora_alpha": alpha}})["a.weight"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,6 +89,15 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed
 
 
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return what is said of a file that cannot be opened."""
+    more = ": raise the limit, `ulimit -n 65536`" if error.errno in _TOO_MANY else ""
+    return CheckpointError(f"cannot read {path}: {error.strerror or error}{more}")
+
+
 class _OnDisk:
     """A file on disk, held to be the one that was opened.
 
@@ -124,7 +135,13 @@ class _OnDisk:
         try:
             self._compare(self.path.stat())
         except OSError as error:
-            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        """Return what is said where a file that was opened cannot be read again."""
+        if error.errno in _TOO_MANY:
+            return unreadable(self.path, error)
+        return CheckpointError(f"{self.path} was removed while it was read ({error.strerror})")
 
     def _compare(self, now: os.stat_result) -> None:
         if _identity(now) != _identity(self._status):
@@ -137,12 +154,20 @@ class _OnDisk:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(f"{self.path} was removed while it was read ({error.strerror})") from error
+            raise self._unreadable(error) from error
         self.check()
 
 
 class _File(_OnDisk, Checkpoint):
     """A checkpoint that is one file on disk."""
+
+    def _check_empty(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor without entries whose other axes are longer than the file: no bytes bound what it says."""
+        if 0 in shape and math.prod(filter(None, shape)) > self._status.st_size:
+            raise CheckpointError(
+                f"{name} in {self.path} has no entries, and its shape {list(shape)} is beyond the "
+                f"{self._status.st_size} bytes of the file: save the file without it"
+            )
 
 
 class ModuleWeights(Checkpoint):

@@ -101,6 +101,8 @@ def _block_sizes(shape: tuple[int, ...], scales: tuple[int, ...], block: Any) ->
 
 
 def _spread(scales: Values, shape: tuple[int, ...], block: tuple[int, int]) -> Values:
-    """Return scales of blocks for every entry; the last blocks may be cut."""
+    """Return scales of blocks for every entry; the last blocks may be cut, and one block may be of any size."""
     grid = scales.reshape(-1, 1) if scales.ndim < 2 else scales
-    return np.repeat(np.repeat(grid, block[0], 0), block[1], 1)[: shape[0], : shape[1]]
+    for axis, length in enumerate(block):
+        grid = grid if grid.shape[axis] == 1 else np.repeat(grid, length, axis)
+    return np.broadcast_to(grid[: shape[0], : shape[1]], shape)

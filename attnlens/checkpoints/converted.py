@@ -168,21 +168,24 @@ def _filter_of(name: str, model_args: dict[str, Any]) -> tuple[nn.Module, Callab
 
 
 def _torch_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint as a torch tensor, bfloat16 and float8 included."""
+    """Return every tensor of a checkpoint as a torch tensor; types that torch has not got are converted."""
     import torch
 
     if isinstance(checkpoint, SafetensorsFile):
         from safetensors.torch import load_file
 
         return dict(load_file(checkpoint.path))
-    found = {}
-    for name, value in checkpoint.items():
-        if isinstance(value, np.ndarray):
-            plain = np.float32 if value.dtype.isbuiltin == 2 else value.dtype.newbyteorder("=")  # 2: of ml_dtypes
-            found[name] = torch.from_numpy(value.astype(plain))
-        else:
-            found[name] = value
-    return found
+    return {
+        name: torch.from_numpy(np.array(value, _plain_type(value.dtype))) if isinstance(value, np.ndarray) else value
+        for name, value in checkpoint.items()
+    }
+
+
+def _plain_type(kind: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type that torch shares with numpy: for those of ml_dtypes float32, for a longdouble float64."""
+    if kind.isbuiltin == 2:  # of ml_dtypes
+        return np.dtype(np.float32)
+    return np.dtype(np.float64) if kind.kind == "f" and kind.itemsize > 8 else kind.newbyteorder("=")
 
 
 def _check_size(name: str, model: nn.Module, checkpoint: Checkpoint) -> None:

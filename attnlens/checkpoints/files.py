@@ -41,6 +41,8 @@ class SafetensorsFile(_File):
         header.pop("__metadata__", None)
         self._start = 8 + length
         self._header: dict[str, dict[str, Any]] = header
+        for name in header:
+            self._check_empty(name, self.shape(name))
 
     @cached_property
     def _bytes(self) -> NDArray[np.uint8]:
@@ -127,6 +129,7 @@ class NpzFile(_File):
                 raise ValueError(f"its type is {kind.str[:20]}")
             if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > member.file_size:
                 raise ValueError(f"{member.file_size} bytes claim to hold an array of shape {shape}")
+            self._check_empty(name, shape)
             with self._archive.open(member) as file:
                 yield file
         except DAMAGED_ARRAY as error:

@@ -73,7 +73,7 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, stated: _Stated) -> N
         return
     turned = bool(stated.config.get("fan_in_fan_out"))
     rows, columns = shape[::-1] if turned and len(shape) == 2 else shape if len(shape) == 2 else (0, 0)
-    if len(low) != 2 or len(high) != 2 or (high[0], high[1], low[1]) != (rows, low[0], columns):
+    if rank < 1 or len(low) != 2 or len(high) != 2 or (high[0], high[1], low[1]) != (rows, low[0], columns):
         plan.refused[target] = (
             f"has shape {shape}, and its adapter shapes {high} and {low}, which do not multiply{_MERGE}"
         )

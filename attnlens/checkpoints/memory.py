@@ -40,8 +40,8 @@ class StateDict(Checkpoint):
 
 
 def _as_torch(value: Any) -> Any:
-    """Return a numpy array of plain numbers as a torch tensor, and anything else as it is."""
+    """Return a numpy array of numbers of torch's types as a torch tensor, and anything else as it is."""
     import torch
 
-    plain = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
-    return torch.from_numpy(value) if plain else value
+    plain = isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.isnative
+    return torch.from_numpy(value) if plain and value.dtype.itemsize <= 8 else value

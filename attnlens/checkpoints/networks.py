@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnlens.checkpoints.base import Checkpoint, View
-from attnlens.errors import UsageError
+from attnlens.errors import CheckpointError, UsageError
 
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"))
 _AROUND = ("module.", "_forward_module.", "base_model.model.")
 """What DataParallel, DDP, Fabric and PEFT put in front of every name."""
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?)([._]|$)|ema$", re.IGNORECASE)
-_PROJECTIONS = re.compile(
-    r"(^|\.)(\w*qkv\w*|in_proj\w*|[qkv]|kv|qk|w[qkv]|\w*(query|q_proj|q_lin|to_q|to_qk|c_attn)\w*)(\.|$)"
-)
-"""Names of what projects tokens to queries, keys or values."""
+_PROJECTIONS = frozenset(("q", "k", "v", "kv", "qk", "wq", "wk", "wv"))
+_IN_PROJECTIONS = ("qkv", "query", "q_proj", "q_lin", "to_q", "c_attn")
+"""Names, and parts of names, of what projects tokens to queries, keys or values."""
+_WORD = re.compile(r"\w+")
 _MOST = 32
 """Networks of a file that are told apart."""
 
@@ -93,11 +93,17 @@ def choose_network(origin: Checkpoint, wanted: str | None = None) -> Checkpoint:
     """Return the network of a file that ``wanted`` names, or the default one; the file itself if it is just that.
 
     Of several, an average of weights that was kept beside them (``ema``, ``teacher``) is the default, as timm and DINO
-    take it; else the first in the file. ``wanted`` is a network's name, or any prefix of names. Raises `UsageError`.
+    take it; else the first in the file. ``wanted`` is a network's name, or any prefix of names. Raises `UsageError`,
+    and `CheckpointError` where two have one name.
     """
     found = networks_of(origin, origin.keys_in_front)
     if wanted is not None:
         return ChosenNetwork(origin, found, _wanted(origin, found, wanted), asked=True)
+    known = {network.name: network for network in found}
+    alike = [network for network in found if known[network.name] is not network]
+    if alike:
+        one, other = (next(iter(network.tensors.values())) for network in (alike[0], known[alike[0].name]))
+        raise CheckpointError(f"{one} and {other} are of one network stored twice: save the file without one of them")
     chosen = next((network for network in found if _AVERAGED.search(network.name)), found[0])
     if len(chosen.tensors) == len(origin) and all(name == stored for name, stored in chosen.tensors.items()):
         return origin
@@ -112,7 +118,7 @@ def _wanted(origin: Checkpoint, found: tuple[Network, ...], wanted: str) -> Netw
     fitting = [network for network in found if network.name.startswith(f"{wanted}.")]
     if len(fitting) == 1:
         return fitting[0]
-    below = {unwrapped(name): name for name in origin}
+    below = _unwrapped_names(origin)
     tensors = {name.removeprefix(f"{wanted}."): old for name, old in below.items() if name.startswith(f"{wanted}.")}
     parts = [network for network in found if wanted in re.split(r"[._]", network.name)]
     if not tensors and len(parts) == 1:  # ema, of state_dict and state_dict_ema
@@ -132,6 +138,16 @@ def unwrapped(name: str) -> str:
     if not any(part in name for part in _WRAPPERS):
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _unwrapped_names(origin: Iterable[str]) -> dict[str, str]:
+    """Return ``{name without wrappers: name in the file}``. Raises `CheckpointError` where two become one."""
+    names: dict[str, str] = {}
+    for name in origin:
+        other = names.setdefault(unwrapped(name), name)
+        if other != name:
+            raise CheckpointError(f"{other} and {name} are one tensor stored twice: save the file without one of them")
+    return names
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,7 @@ def _stack_of(name: str, front: str = "") -> tuple[_Stack, str]:
 
 def networks_of(origin: Iterable[str], keys: Mapping[str, str]) -> tuple[Network, ...]:
     """Return the networks a file holds, in its order: one, unless stacks of the same name and kind say otherwise."""
-    names = {unwrapped(name): name for name in origin}
+    names = _unwrapped_names(origin)
     stacked = _stacked(names, keys)
     kinds: dict[_Stack, set[str]] = {}
     for stack, inside in stacked.values():
@@ -189,9 +205,20 @@ def networks_of(origin: Iterable[str], keys: Mapping[str, str]) -> tuple[Network
     return tuple(found)
 
 
+def _projects(name: str) -> bool:
+    """Whether a part of a dotted name is that of a projection of attention, in steps that grow with its length."""
+    parts = name.split(".")
+    if not _PROJECTIONS.isdisjoint(parts):
+        return True
+    if "in_proj" not in name and not any(word in name for word in _IN_PROJECTIONS):
+        return False
+    words = filter(_WORD.fullmatch, parts)
+    return any(part.startswith("in_proj") or any(word in part for word in _IN_PROJECTIONS) for part in words)
+
+
 def _stacked(names: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, tuple[_Stack, str]]:
     """Return the stack of every projection of attention; without one, of the weights in the largest stacks."""
-    found = {name: _stack_of(name, keys.get(old, "")) for name, old in names.items() if _PROJECTIONS.search(name)}
+    found = {name: _stack_of(name, keys.get(old, "")) for name, old in names.items() if _projects(name)}
     if found:
         return found
     found = {name: _stack_of(name, keys.get(old, "")) for name, old in names.items() if name.endswith(".weight")}
@@ -202,7 +229,7 @@ def _stacked(names: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, tup
 
 def _everything(origin: Iterable[str], keys: Mapping[str, str]) -> Network:
     """Return what stands below the keys that all stacks of a file have in front."""
-    names = {unwrapped(name): name for name in origin}
+    names = _unwrapped_names(origin)
     front = _common({keys.get(names[name], "") for name in _stacked(names, keys)} or {*keys.values()})
     return _network(front.rstrip("."), names, front, ())
 

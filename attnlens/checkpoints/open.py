@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlens.checkpoints.applied import as_applied
-from attnlens.checkpoints.base import Checkpoint
+from attnlens.checkpoints.base import Checkpoint, unreadable
 from attnlens.checkpoints.files import NpzFile, SafetensorsFile
 from attnlens.checkpoints.formats import ACCEPTED, PACKED, kind_of, refuse_folder
 from attnlens.checkpoints.networks import choose_network
@@ -53,7 +53,7 @@ def open_stored(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path} is {PACKED[kind]}: unpack it and give the weight file in it")
         stored = _FORMATS[kind](path)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     longest = max(map(len, stored), default=0)
     if longest > LONGEST_NAME:
         raise CheckpointError(f"{path} holds a name of {longest} characters, which no tensor of a network has")
@@ -74,7 +74,7 @@ def _kind(path: Path) -> str:
     try:
         return kind_of(path)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def _beside(folder: Path | None) -> dict[str, Any]:

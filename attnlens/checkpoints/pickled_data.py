@@ -125,13 +125,15 @@ class UpToEnd:
         return self._file.read(min(count, max(self.size - self.tell(), 0)))
 
 
-def read_pickle(stream: IO[bytes] | UpToEnd) -> Any:
+def read_pickle(stream: IO[bytes] | UpToEnd, storages: dict[str, StorageRef] | None = None) -> Any:
     """Return what one pickle holds, as dictionaries, lists, numbers, text, `TensorRef` and `Inert`.
+
+    Every run of numbers that it names is added to ``storages`` by its key, also where nothing that is read holds it.
 
     Raises `pickle.UnpicklingError` for globals of `HOSTILE` modules and operations no checkpoint uses, and whatever
     damaged operations raise.
     """
-    machine = _Machine()
+    machine = _Machine({} if storages is None else storages)
     for operation, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]
         machine.room += 1
         machine.step(operation.name, argument)
@@ -141,7 +143,8 @@ def read_pickle(stream: IO[bytes] | UpToEnd) -> Any:
 class _Machine:
     """The stack and the memo of a pickle that is being read."""
 
-    def __init__(self) -> None:
+    def __init__(self, storages: dict[str, StorageRef]) -> None:
+        self.storages = storages
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -274,7 +277,10 @@ class _Machine:
         self.stack.append(self.stack[-1])
 
     def _binpersid(self) -> None:
-        self.stack.append(_storage(self.stack.pop()))
+        found = _storage(self.stack.pop())
+        if isinstance(found, StorageRef):
+            self.storages[found.key] = found
+        self.stack.append(found)
 
 
 _PUSHES = frozenset(

@@ -100,7 +100,9 @@ class RemoteSafetensors(Checkpoint):
         try:
             self._local = SafetensorsFile(remote.path)  # the library checks the header, on the right length of file
         except CheckpointError as error:
-            raise CheckpointError(f"{remote.url} is no safetensors file ({error.__cause__}): it is corrupt") from error
+            raise CheckpointError(
+                f"{remote.url} is no safetensors file ({error.__cause__ or error}): it is corrupt"
+            ) from error
         self.metadata, self.behind = self._local.metadata, (self._local,)
         self._runs: dict[str, tuple[int, int]] = {}
         self._done: set[tuple[int, int]] = set()

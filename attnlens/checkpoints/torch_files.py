@@ -44,6 +44,9 @@ _KINDS = {
     "UntypedStorage": "uint8",
 }
 
+_QUANTISED = {"torch QInt8Storage": 1, "torch QUInt8Storage": 1, "torch QInt32Storage": 4}
+"""Bytes of a number in runs of which no tensor is read."""
+
 
 class TorchFile(_File):
     """A file of `torch.save`, or a TorchScript archive, of which only names and numbers are read: no code in it runs.
@@ -73,6 +76,9 @@ class TorchFile(_File):
             raise CheckpointError(f"{path} holds names that are no text: corrupt, or not plain data")
         if not any(isinstance(value, TensorRef) for value in self._tensors.values()):
             raise CheckpointError(f"{path} holds {_outline(root)}, and holds no tensors: save model.state_dict()")
+        for name, value in self._tensors.items():
+            if isinstance(value, TensorRef):
+                self._check_empty(name, value.shape)
         self.metadata = _stated(root)
 
     def _read_root(self) -> Any:
@@ -98,16 +104,18 @@ class TorchFile(_File):
 
     def _read_legacy(self, content: UpToEnd) -> Any:
         """Read the format before PyTorch 1.6: five pickles, then every storage behind its length."""
-        found = [read_pickle(content) for _ in range(_LEGACY_PICKLES)]
+        kinds: dict[str, StorageRef] = {}
+        found = [read_pickle(content, kinds) for _ in range(_LEGACY_PICKLES)]
         magic, _, _, root, keys = found
         if magic != _MAGIC or not isinstance(keys, list):
             raise ValueError("it does not begin as torch.save begins")
-        kinds = {ref.storage.key: ref.storage for ref in _walk(root)}
         position = content.tell()
         for key in keys:
             content.seek(position)
             (elements,) = struct.unpack("<q", content.read(8))
-            width = 1 if key not in kinds else _dtype(kinds[key]).itemsize
+            if key not in kinds:
+                raise ValueError("it does not say what numbers it holds")
+            width = _QUANTISED.get(kinds[key].kind) or _dtype(kinds[key]).itemsize
             if elements < 0 or position + 8 + elements * width > content.size:
                 raise ValueError("its numbers are cut off")
             self._places[key] = (position + 8, elements * width)
@@ -188,21 +196,6 @@ def _dtype(storage: StorageRef, dtype: str | None = None) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise TypeError(f"it holds numbers of type {dtype or storage.kind}")
     return found
-
-
-def _walk(root: Any) -> Iterator[TensorRef]:
-    """Yield every tensor of a pickle, wherever it stands: the legacy format says the type of a run only there."""
-    waiting, seen = [root], set()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, TensorRef):
-            yield value
-        elif isinstance(value, dict | list | tuple | Inert) and id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, Inert):
-                waiting += [value.items, value.state]
-            else:
-                waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _stated(root: Any) -> dict[str, str]:

@@ -25,8 +25,9 @@ def _of_blocks(config: Config, path: str, _width: int) -> Any:
 
     The field ``attention_head_dim`` holds head counts where ``num_attention_heads`` is not given.
     """
-    counts = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
-    if isinstance(counts, int):
+    stated = (config.get("num_attention_heads"), config.get("attention_head_dim"), 8)
+    counts = next(value for value in stated if value is not None)
+    if not isinstance(counts, list | tuple):
         return counts
     side, _, place = path.partition("_")
     number = re.match(r"blocks\.(\d+)", place)
@@ -37,7 +38,9 @@ def _of_blocks(config: Config, path: str, _width: int) -> Any:
 
 def _by_width(config: Config, _path: str, width: int) -> Any:
     size = config.get("attention_head_dim", 8)
-    return width // size if isinstance(size, int) and size > 0 else 1
+    if size is None:
+        return 1
+    return width // size if type(size) is int and size > 0 else size
 
 
 def _stated(config: Config, _path: str, _width: int) -> Any:
@@ -59,7 +62,7 @@ def describe_diffusers(config: Config, class_name: str, stored: Checkpoint, wher
     """Describe a network of diffusers by its configuration and the names of its tensors.
 
     Raises `ModelNotFoundError` for a class that is not known or a head count that is no number, `CheckpointError`
-    where no attention is stored.
+    where no attention is stored, or a weight is no matrix.
     """
     heads_of = CLASSES.get(class_name)
     if heads_of is None:
@@ -80,7 +83,7 @@ def describe_diffusers(config: Config, class_name: str, stored: Checkpoint, wher
 def _place(path: str) -> list[tuple[int, str]]:
     """Order paths as the modules stand: numbers by value, an encoder in front of its decoder."""
     parts = path.replace("encoder.", " encoder.").split(".")
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
 
 
 def _describe(path: str, config: Config, class_name: str, stored: Checkpoint, where: str) -> AttentionSpec | Refusal:
@@ -90,14 +93,15 @@ def _describe(path: str, config: Config, class_name: str, stored: Checkpoint, wh
         return Refusal(path, module, "diffusers", f"has no {missing[0]}: its layout is not known")
     if f"{path}.add_k_proj.weight" in stored or config.get("only_cross_attention"):
         return Refusal(path, module, "diffusers", "attends to two streams at once, which no layout here describes")
-    rows, width = stored.shape(f"{path}.to_q.weight")[:2]
+    shapes = {role: _matrix(f"{path}.{name}.weight", stored) for role, name in _NAMES.items()}
+    rows, width = shapes["q"]
     heads = CLASSES[class_name](config, path, rows)
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or rows % heads:
         raise ModelNotFoundError(f"{where} gives {heads!r} as the heads of {path}, which is {rows} wide: fix the file")
     slots = {role: _slot(f"{path}.{name}", role, heads, rows // heads, stored) for role, name in _NAMES.items()}
     block, _, leaf = path.rpartition(".")
     second = leaf == "attn2" and bool(config.get("cross_attention_dim"))
-    cross = second or stored.shape(f"{path}.to_k.weight")[1] != width
+    cross = second or shapes["k"][1] != width
     flags = [*(["cross"] if cross else [])]
     norms = _norms(path, f"{block}.norm{leaf[-1:]}.weight", "q" if cross else "qkv", stored)
     if not norms and leaf == "attn1" and any(name in stored for name in _modulations(block)):
@@ -116,6 +120,16 @@ def _describe(path: str, config: Config, class_name: str, stored: Checkpoint, wh
         norms=norms,
         leaves_out=tuple(flags),
     )
+
+
+def _matrix(name: str, stored: Checkpoint) -> tuple[int, int]:
+    """Return a weight's shape as a matrix: 1x1 kernels are dropped. Raises `CheckpointError` for any other."""
+    shape = stored.shape(name)
+    if len(shape) < 2 or 0 in shape or any(size != 1 for size in shape[2:]):
+        raise CheckpointError(
+            f"{name} has shape {list(shape)}; a matrix with entries is needed: download the file again"
+        )
+    return shape[0], shape[1]
 
 
 def _norms(path: str, beside: str, roles: str, stored: Checkpoint) -> tuple[NormSpec, ...]:

@@ -16,6 +16,9 @@ from attnlens.models.transformers import decoders, encoder_decoder, text, vision
 from attnlens.models.transformers.stack import Config, Family, Role, Stack
 from attnlens.words import counted
 
+LARGEST_SIZE = 2**31
+"""Below it is every number of layers, heads or units of a configuration; products of a few are numbers of arrays."""
+
 
 @cache
 def families() -> dict[str, Family]:
@@ -140,8 +143,11 @@ def _sizes(stack: Stack, config: Config, where: str, stored: Checkpoint) -> Size
 
     def number(name: str, default: int | None = None) -> int:
         value = config.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelNotFoundError(f"{name} in {where} is {value!r} where a number above 0 is needed: fix the file")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST_SIZE:
+            raise ModelNotFoundError(
+                f"{name} in {where} is {value!r:.30} where a number from 1 to {LARGEST_SIZE - 1} is needed: "
+                "fix the file"
+            )
         return value
 
     def first(names: str | tuple[str, ...]) -> int:
