@@ -78,9 +78,12 @@ def test_the_headers_in_front_of_a_member_are_bounded(kind, tmp_path):
     began = time.process_time()
     with pytest.raises(CheckpointError, match=r"cannot be unpacked"):
         open_checkpoint(path)
+    opened = time.process_time()
     with pytest.raises(DatasetError, match=r"cannot be read as a tar"):
         list(tar_files(path))
-    assert time.process_time() - began < 10  # of the 20 that are promised, for two readers
+    assert (
+        max(opened - began, time.process_time() - opened) < 20
+    )  # what is promised; it takes 3 where nothing else runs
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
