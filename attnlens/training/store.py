@@ -14,7 +14,7 @@ from attnlens.checkpoints.pickles import load_pickle
 from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.printable import utf8_data
-from attnlens.state import read_state, sealed
+from attnlens.state import SEALED_FROM, is_sealed_archive, read_state, sealed, sealed_archive
 from attnlens.strict_json import parse_json
 from attnlens.training.config import OPTIONS, Config, Run
 from attnlens.training.record_schema import (
@@ -110,7 +110,10 @@ class Store:
             data = parse_runs(path, self.folder)
             if data.get("config") != self.config.sha256():
                 raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
-            runs[path.stem] = check_records(data["records"], self.config, str(path), path.stem)
+            records = check_records(data["records"], self.config, str(path), path.stem)
+            if records[-1]["status"] == "running":
+                raise ResumeError(f"{path} holds a run that has not ended: delete it to train that run again")
+            runs[path.stem] = records
         return runs
 
     def restore_runs(self) -> None:
@@ -125,12 +128,12 @@ class Store:
             self.save_records(name, records)
 
     def save_checkpoint(self, unit: str, state: Mapping[str, Any]) -> None:
-        """Keep where a unit of work has got to."""
+        """Keep where a unit of work has got to, in an archive with its digest."""
         import torch
 
         buffer = io.BytesIO()
-        torch.save({"config": self.config.sha256(), **state}, buffer)
-        self._write(self._checkpoint(unit), lambda file: file.write(buffer.getbuffer()))
+        torch.save({"config": self.config.sha256(), "schema_version": SEALED_FROM, **state}, buffer)
+        self._write(self._checkpoint(unit), lambda file: file.writelines(sealed_archive(buffer.getbuffer())))
 
     def load_checkpoint(self, unit: str) -> dict[str, Any] | None:
         """Return where a unit of work had got to, on the CPU; None where it had not begun."""
@@ -138,9 +141,14 @@ class Store:
         if not path.is_file():
             return None
         try:
+            whole = is_sealed_archive(path)
             state = check_state(load_pickle(path, CheckpointError), path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError, ValueError) as error:
             raise ResumeError(f"{path} cannot be read ({error}): delete it to train that run again") from error
+        if not whole and state.get("schema_version", 1) not in range(SEALED_FROM):
+            raise ResumeError(
+                f"{path} was changed after it was written, its sha256 is missing: delete it to train that run again"
+            )
         if state.get("config") != self.config.sha256():
             raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
         return state
