@@ -45,6 +45,13 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode()))
 
 
+def name_folder(folder: Path, path: Path) -> None:
+    """Give a folder that is whole a name that nothing has. Raises `OutputError`."""
+    with _explained(path):
+        folder.rename(path)
+        _sync_folder(path.parent)
+
+
 _WRITTEN: dict[Path, None] = {}
 """Files that this process has given their names, in that order, each once: what Ctrl-C leaves behind."""
 

@@ -102,24 +102,24 @@ def is_sealed_archive(path: Path) -> bool:
     return True
 
 
-def manifest_of(path: Path) -> dict[str, Any]:
+def manifest_of(content: bytes) -> dict[str, Any]:
     """Return the JSON object that names the other files of its set with their sha256, under ``files``.
 
-    Raises `OSError`, and `ValueError` where it was changed after it was written: older ones have no digest.
+    Raises `ValueError` where it was changed after it was written: older ones have no digest.
     """
-    data = parse_json(read_state(path))
+    data = parse_json(content)
     if not isinstance(data, dict):
         raise ValueError("it is no JSON object")  # noqa: TRY004  # what parsing raises, too
     return unsealed(data) if DIGEST in data or data.get("schema_version", 1) not in range(SEALED_FROM) else data
 
 
-def check_listed(manifest: Path, name: str, content: bytes) -> None:
-    """Raise `OSError` or `ValueError` where the manifest does not name the file ``name`` with this content.
+def check_listed(manifest: Path, told: bytes, name: str, content: bytes) -> None:
+    """Raise `ValueError` where a manifest, that holds ``told``, does not name the file ``name`` with this content.
 
     A manifest without ``files`` is of a version that named none.
     """
     try:
-        known = manifest_of(manifest).get("files")
+        known = manifest_of(told).get("files")
     except ValueError as error:
         raise ValueError(f"{manifest.name}: {error}") from error
     if known is not None and (not isinstance(known, dict) or known.get(name) != hashlib.sha256(content).hexdigest()):

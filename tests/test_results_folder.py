@@ -1,19 +1,24 @@
 """The folder of a comparison that somebody changed: what is read back is what was measured, or is refused by name."""
 
 import csv
+import errno
+import hashlib
 import json
 import os
+import pathlib
 import shutil
 
 import pytest
 import torch
 
 import attnlens
-from attnlens.errors import AttnlensError
-from attnlens.reports.training import ResultsError, read_training
+from attnlens.errors import AttnlensError, OutputError
+from attnlens.reports import training as pages
+from attnlens.reports.training import ResultsError, Summary, read_training
 from attnlens.state import SEALED_FROM, check_listed, manifest_of, sealed, unsealed
 from attnlens.training.config import Config
 from attnlens.training.record_schema import ResumeError, check_records, restorable
+from attnlens.training.store import Store
 from attnlens.training.trainer import _Training
 from tests.training_setup import compare, config, small, write_source
 
@@ -67,6 +72,34 @@ def test_results_that_were_edited_are_no_runs(change, folder, again):
     refused(again, r"results\.jsonl cannot be read \(it is not what summary\.json was made of\)", folder)
 
 
+@pytest.mark.parametrize(("step", "number"), [("fsync", 1), ("fsync", 2), ("rename", 1), ("replace", 2)])
+def test_runs_are_restored_all_or_none(step, number, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in (folder / "runs").iterdir()}
+    shutil.rmtree(folder / "runs")
+    stored = json.loads((folder / "config.json").read_text())
+    store = Store(folder, Config(**{name: value for name, value in stored.items() if name != "sha256"}))
+    taken, owner = [], os if step == "fsync" else pathlib.Path
+    real = getattr(owner, step)
+
+    def failing(*given):
+        taken.append(1)
+        if len(taken) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, failing)
+        with pytest.raises(OutputError, match="No space left"):
+            store.restore_runs()
+    assert not (folder / "runs").exists()
+    (folder / ".runs").mkdir(exist_ok=True)
+    (folder / ".runs" / "x.json").write_text("of a process that was killed")
+    store.restore_runs()
+    assert {path.name: path.read_bytes() for path in (folder / "runs").iterdir()} == before
+    assert len(before) == 2
+    assert not (folder / ".runs").exists()
+
+
 def test_results_that_were_left_alone_are_runs(folder, again):
     before = (folder / "summary.csv").read_bytes()
     shutil.rmtree(folder / "runs")
@@ -91,6 +124,44 @@ def test_a_file_that_says_of_itself_what_it_is_not_is_refused(name, change, mess
     refused(again, message, folder)
 
 
+def test_a_page_beside_a_comparison_at_work_is_of_one_set(folder, monkeypatch):
+    first = {name: (folder / name).read_bytes() for name in ("results.jsonl", "summary.json")}
+    lines = first["results.jsonl"].splitlines(keepends=True)
+    old = b"".join(lines[:2])
+    data = {**unsealed(json.loads(first["summary.json"])), "complete": False}
+    data["files"] = {**data["files"], "results.jsonl": hashlib.sha256(old).hexdigest()}
+    read, taken = pages.read_state, []
+
+    def replaced(path):
+        content = read(path)
+        if not taken:
+            for name, one in first.items():
+                (folder / name).write_bytes(one)
+        taken.append(path)
+        return content
+
+    (folder / "results.jsonl").write_bytes(old)
+    (folder / "summary.json").write_text(json.dumps(sealed(data)))
+    assert not read_training(folder).summary.complete
+    monkeypatch.setattr(pages, "read_state", replaced)
+    found = read_training(folder)
+    assert found.summary.complete
+    assert len(found.points) == len(lines) > 2
+    assert len(taken) == 4
+
+
+@pytest.mark.parametrize("accuracy", [7.5, -0.1])
+def test_a_page_shows_no_accuracy_that_is_none(accuracy, folder):
+    edited_lines(folder / "results.jsonl", lambda line: {**line, "accuracy": accuracy})
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    with pytest.raises(ResultsError, match=r"line 1 of .*: accuracy: Input should be (less|greater) than or equal to"):
+        read_training(folder)
+    summary["arms"]["default"]["accuracy"]["mean"] = accuracy
+    with pytest.raises(ValueError, match=r"arms\.default\.accuracy\.mean"):
+        Summary.model_validate(summary)
+
+
 def test_the_page_believes_no_edited_summary(folder):
     path = folder / "summary.json"
     assert read_training(folder).summary.arms["default"].value.n == 1
@@ -109,16 +180,16 @@ def test_a_manifest_of_an_older_version_has_no_digest(tmp_path):
     path = tmp_path / "summary.json"
     for told in ({}, {"schema_version": SEALED_FROM - 1}):
         path.write_text(json.dumps(told))
-        check_listed(path, "a", b"anything")
+        check_listed(path, path.read_bytes(), "a", b"anything")
         path.write_text(json.dumps({**told, "files": {"a": "0" * 64}}))
         with pytest.raises(ValueError, match=r"not what summary\.json was made of"):
-            check_listed(path, "a", b"anything")
+            check_listed(path, path.read_bytes(), "a", b"anything")
     path.write_text(json.dumps(sealed({"schema_version": SEALED_FROM})))
-    assert manifest_of(path) == {"schema_version": SEALED_FROM}
+    assert manifest_of(path.read_bytes()) == {"schema_version": SEALED_FROM}
     for odd in ("[]", '{"files": []}', '{"files": {"a": 1}}', '{"schema_version": []}', "{"):
         path.write_text(odd)
         with pytest.raises(ValueError, match=r"summary\.json"):
-            check_listed(path, "a", b"anything")
+            check_listed(path, path.read_bytes(), "a", b"anything")
 
 
 FITS = {name: [0.5, float("nan")] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}

@@ -172,8 +172,9 @@ def parse_results(path: Path, folder: Path, config: Config) -> dict[str, list[di
     runs: dict[str, list[dict[str, Any]]] = {}
     try:
         content = read_state(within(folder, path, ResumeError))
-        if (folder / MANIFEST).exists():  # one that was kept without it says of nothing what it was
-            check_listed(folder / MANIFEST, path.name, content)
+        manifest = folder / MANIFEST
+        if manifest.exists():  # one that was kept without it says of nothing what it was
+            check_listed(manifest, read_state(manifest), path.name, content)
         for text in content.splitlines():
             line = parse_json(text, constant=float)
             if line["config_sha256"] != config.sha256():

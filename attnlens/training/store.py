@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atomic
+from attnlens.atomic import FileSet, Write, claimed, name_folder, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints.pickles import load_pickle
 from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
@@ -99,8 +101,11 @@ class Store:
 
     def save_records(self, name: str, records: Sequence[Record]) -> None:
         """Keep the records of a run by name."""
+        self._write(self.folder / "runs" / f"{name}.json", self._records(records))
+
+    def _records(self, records: Sequence[Record]) -> Write:
         text = json.dumps(sealed({"config": self.config.sha256(), "records": list(records)})) + "\n"
-        self._write(self.folder / "runs" / f"{name}.json", lambda file: file.write(text.encode()))
+        return methodcaller("write", text.encode())
 
     def load_runs(self) -> dict[str, list[Record]]:
         """Return the records of every run that has ended, by name. Raises `ResumeError` for those of another config."""
@@ -119,13 +124,19 @@ class Store:
     def restore_runs(self) -> None:
         """Keep the runs that ``results.jsonl`` holds where ``runs/`` is missing: a folder kept without what is large.
 
-        Runs that had not ended are in neither, and begin anew. Raises `ResumeError`.
+        Runs that had not ended are in neither, and begin anew. The folder gets its name once all are in it: a run that
+        is not in ``runs/`` is one to be trained again. Raises `ResumeError`.
         """
-        path = self.folder / "results.jsonl"
+        path, place = self.folder / "results.jsonl", self.folder / ".runs"
         if (self.folder / "runs").exists() or not path.exists():
             return
-        for name, records in parse_results(path, self.folder, self.config).items():
-            self.save_records(name, records)
+        runs = parse_results(path, self.folder, self.config)
+        shutil.rmtree(place, ignore_errors=True)  # of a process that was killed here
+        with FileSet() as files:
+            for name, records in runs.items():
+                files.write(place / f"{name}.json", self._records(records))
+        if runs:
+            name_folder(place, self.folder / "runs")
 
     def save_checkpoint(self, unit: str, state: Mapping[str, Any]) -> None:
         """Keep where a unit of work has got to, in an archive with its digest."""
