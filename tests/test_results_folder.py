@@ -12,12 +12,18 @@ import pytest
 import torch
 
 import attnlens
-from attnlens.errors import AttnlensError, OutputError
+from attnlens.errors import AttnlensError, OutputError, UsageError
+from attnlens.outputs import Outputs
 from attnlens.reports import training as pages
 from attnlens.reports.training import ResultsError, Summary, read_training
 from attnlens.state import SEALED_FROM, check_listed, manifest_of, sealed, unsealed
+from attnlens.training import comparison
+from attnlens.training.comparison import named_outputs
 from attnlens.training.config import Config
+from attnlens.training.figures import draw_structure
+from attnlens.training.loggers import CsvLogger, TensorBoardLogger
 from attnlens.training.record_schema import ResumeError, check_records, restorable
+from attnlens.training.results import summarise
 from attnlens.training.store import Store
 from attnlens.training.trainer import _Training
 from tests.training_setup import compare, config, small, write_source
@@ -192,6 +198,7 @@ def test_a_manifest_of_an_older_version_has_no_digest(tmp_path):
             check_listed(path, path.read_bytes(), "a", b"anything")
 
 
+NUMBERS = {name: [0.5, 0.25] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}
 FITS = {name: [0.5, float("nan")] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}
 RECORD = {
     "arm": "default", "seed": 1, "lr": 1e-3, "tuning": False, "epoch": 2, "status": "finished", "accuracy": 0.5,
@@ -372,6 +379,40 @@ def test_a_link_out_is_refused_before_what_it_leads_to_is_read(name, folder, aga
 
 
 @pytest.mark.parametrize(
+    "table",
+    ["summary.csv", "log.csv", "runs/x.csv", "weights/x", "checkpoints/deep/x.csv", ".lock", "../linked.csv", "runs"],
+)
+def test_a_table_is_no_file_of_the_comparison(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "load_data", None)  # refused before anything is read
+    (tmp_path / "linked.csv").symlink_to("o/summary.csv")
+    for output in (tmp_path / "o", tmp_path / "o" / ".." / "o"):
+        with pytest.raises(UsageError, match=r"is a place of the comparison's own files in .*: name another file"):
+            compare(None, output, table=output / table)
+    assert list(tmp_path.iterdir()) == [tmp_path / "linked.csv"]
+    assert named_outputs(Outputs(), tmp_path, [], tmp_path / "mine.csv") == tmp_path / "mine.csv"
+
+
+def test_of_runs_that_ended_before_weights_were_asked_for_it_is_said(folder, again, capfd):
+    told = "note: no weights are kept of default-0, mimetic-0, which ended without --save-weights"
+    assert again(save_weights=True).findings.complete
+    assert capfd.readouterr().err.count(told) == 1
+    (folder / "runs" / "default-0.json").unlink()
+    again(save_weights=True)
+    assert "kept of mimetic-0, which" in capfd.readouterr().err
+    assert [path.name for path in (folder / "weights").iterdir()] == ["default-0.safetensors"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_structure_that_is_nowhere_a_number_is_drawn_as_nothing():
+    given = {"status": "finished", "seed": 0, "lr": 1e-3, "epoch": 2, "data_seed": 0}
+    nothing = {"structure": {fold: {name: [float("nan")] * 2 for name in FITS} for fold in ("raw", "effective")}}
+    runs = {"default-0": [{**RECORD, **given, **nothing}], "mimetic-0": [{**RECORD, **given, "arm": "mimetic"}]}
+    runs["mimetic-0"][0]["structure"] = {"raw": NUMBERS, "effective": NUMBERS}
+    drawn = draw_structure(summarise(config(), runs), None, "source")
+    assert [len(axes.lines) for axes in drawn.axes if axes.has_data()] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
     "name", ["structure.jsonl", "report.md", "summary.csv", "log.csv", "weights/default-0.safetensors"]
 )
 def test_what_others_wrote_stays(name, folder, again):
@@ -427,7 +468,52 @@ ROWS = {
     "a formula": "=cmd(),1,1,1,1,1,1,1,1",
     "a long field": "x,1," + "9" * 200_000,
     "an open quote": '"x,1',
+    "a formula for a number": "x,1,\"=cmd|'/C calc'!A0\",,,,,,",
+    "a negative formula": "x,1,-1+1,,,,,,",
+    "an escape": "x,1,\x1b[31mred,,,,,,",
+    "another formula": "x,1,@SUM(1),,,,,,",
+    "a number of Python's": "x,1,1_0,,,,,,",
+    "a name that is computed": "-x,1,1,,,,,,",
 }
+
+
+def logger(folder):
+    return CsvLogger(folder, config())
+
+
+def test_a_log_holds_numbers_alone_before_and_after_it_is_gone_on_with(tmp_path):
+    first = {"train_loss": 2.3, "test_loss": -1e-05, "qk_alpha": float("nan"), "ov_beta": -0.00012345678901234567}
+    begun = logger(tmp_path)
+    begun.write("default-0", 1, first)
+    begun.close()
+    text = (tmp_path / "log.csv").read_text()
+    assert text == ",".join(begun.columns) + "\ndefault-0,1,2.3,-1e-05,,,,,-0.00012345678901234567\n"
+    (tmp_path / "log.csv").write_text(text.replace("\n", "\r\n"))  # as older versions wrote it
+    logger(tmp_path).close()
+    assert (tmp_path / "log.csv").read_text() == text
+
+
+def test_a_log_on_a_full_disk_says_which_file_was_not_written(tmp_path):
+    begun = logger(tmp_path)
+    begun.file.close()
+    begun.file = open("/dev/full", "a")  # noqa: PTH123, SIM115  # closed below
+    for act in (lambda: begun.write("default-0", 1, {}), begun.close):
+        with pytest.raises(OutputError, match=r"cannot write .*log\.csv: No space left on device"):
+            act()
+
+
+def test_so_says_tensorboard(tmp_path, monkeypatch):
+    begun = TensorBoardLogger(tmp_path, config())
+    begun.write("default-0", 1, {"train_loss": 1.0})
+
+    def full(_writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(begun.writers["default-0"]), "flush", full)
+        with pytest.raises(OutputError, match=r"cannot write .*tensorboard/default-0: No space left on device"):
+            begun.write("default-0", 2, {"train_loss": 1.0})
+    begun.close()
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -456,9 +542,20 @@ def test_a_text_that_is_trained_on_is_no_output(tmp_path):
     assert (tmp_path / "my.csv").read_text() == text
 
 
-def test_the_options_that_are_read_are_no_output(run, tmp_path):
-    (tmp_path / "params.json").write_text(json.dumps({"seeds": 1, "epochs": 1}))
-    done = run("train-compare", "--config", f"{tmp_path}/params.json", "-o", tmp_path, "--force")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("params.json", ()),
+        ("opts.csv", ("--table", "opts.csv")),
+        ("opts.csv", ("--table", "l.csv")),
+        ("log.csv", ("--log", "csv")),
+    ],
+)
+def test_the_options_that_are_read_are_no_output(name, more, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l.csv").symlink_to("opts.csv")
+    (tmp_path / name).write_text(json.dumps({"seeds": 1, "epochs": 1}))
+    done = run("train-compare", "--config", f"{tmp_path}/{name}", "-o", tmp_path, "--force", *more)
     assert done.code != 0
-    assert "params.json is what this command reads" in done.err
-    assert json.loads((tmp_path / "params.json").read_text()) == {"seeds": 1, "epochs": 1}
+    assert "is what this command reads" in done.err
+    assert json.loads((tmp_path / name).read_text()) == {"seeds": 1, "epochs": 1}
