@@ -45,6 +45,13 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode()))
 
 
+def name_folder(folder: Path, path: Path) -> None:
+    """Give a folder that is whole a name that nothing has. Raises `OutputError`."""
+    with explained(path):
+        folder.rename(path)
+        _sync_folder(path.parent)
+
+
 _WRITTEN: dict[Path, None] = {}
 """Files that this process has given their names, in that order, each once: what Ctrl-C leaves behind."""
 
@@ -105,11 +112,11 @@ class FileSet:
         path = Path(path)
         if self._check is not None:
             self._check(path)
-        with _explained(path):
+        with explained(path):
             target = _target(path)
         if twice := next((one.given for one in self._staged if one.path == target), None):
             raise OutputError(f"{twice} and {path} are one file: name two, or take the link away")
-        with _explained(path):
+        with explained(path):
             _make_folder(target.parent)
             sweep(target.parent)
             staged = _new_temporary(path, target)
@@ -139,11 +146,11 @@ class FileSet:
             for _, path, temporary, file in self._staged:
                 if fcntl is None:
                     file.close()  # elsewhere an open file cannot be renamed
-                with _explained(path):
+                with explained(path):
                     temporary.chmod(0o666 & ~_umask())
                     place(temporary, path)
             for folder in folders:
-                with _explained(folder):
+                with explained(folder):
                     _sync_folder(folder)
         _WRITTEN.update(dict.fromkeys(staged.path for staged in self._staged))
 
@@ -218,7 +225,7 @@ def claimed(path: Path, taken: str) -> Iterator[None]:
     The lock ends with the process that holds it, however that ends; the empty file stays.
     """
     with ExitStack() as held:
-        with _explained(path):
+        with explained(path):
             _make_folder(path.parent)
             file = held.enter_context(path.open("ab"))
         if fcntl is not None:
@@ -233,7 +240,8 @@ def claimed(path: Path, taken: str) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Raise an `OutputError` that names the path where writing fails."""
     if "\0" in os.fspath(path):
         raise OutputError(f"cannot write {path}: no name holds a null character. Choose another")
     try:

@@ -21,8 +21,13 @@ def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     None and what is no finite number are empty cells. Text is written by `printable`, so that a cell is one line, and
     behind an apostrophe where it begins as a formula does, white space left out; numbers are as Python writes them.
     """
+    return csv_rows([columns]) + csv_rows(rows)
+
+
+def csv_rows(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows as `csv_text` writes those of a table."""
     buffer = io.StringIO()
-    _write(buffer, columns, rows)
+    _write(buffer, rows)
     return buffer.getvalue()
 
 
@@ -30,15 +35,15 @@ def write_csv(file: IO[bytes], columns: Sequence[str], rows: Iterable[Iterable[A
     """Write what `csv_text` returns, row by row."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
-        _write(text, columns, rows)
+        _write(text, [columns])
+        _write(text, rows)
         text.flush()
     finally:
         text.detach()
 
 
-def _write(file: TextIO, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+def _write(file: TextIO, rows: Iterable[Iterable[Any]]) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
     writer.writerows([_cell(value) for value in row] for row in rows)
 
 

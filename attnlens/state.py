@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ LARGEST = 1 << 30
 
 DIGEST = "sha256"
 SEALED_FROM = 2
-"""The ``schema_version`` from which on a manifest has the digest of itself."""
+"""The ``schema_version`` from which on a manifest, or a checkpoint, has the digest of itself."""
+_COMMENT = b"sha256 "
+"""What stands in front of the digest in the comment of an archive"""
+_CHUNK = 1 << 20
 
 
 def check_folder(folder: Path, refusal: type[AttnlensError], parts: Sequence[str] = ()) -> None:
@@ -71,24 +75,51 @@ def unsealed(data: Any) -> dict[str, Any]:
     return inner
 
 
-def manifest_of(path: Path) -> dict[str, Any]:
+def sealed_archive(content: memoryview) -> tuple[memoryview, bytes]:
+    """Return two parts of a file: a zip archive without a comment, and the sha256 of all before it as its comment."""
+    head, length = content[:-2], struct.pack("<H", len(_COMMENT) + 2 * hashlib.sha256().digest_size)
+    digest = hashlib.sha256(head)
+    digest.update(length)
+    return head, length + _COMMENT + digest.hexdigest().encode()
+
+
+def is_sealed_archive(path: Path) -> bool:
+    """Whether an archive ends in the digest of `sealed_archive`. Raises `ValueError` where that is of something else.
+
+    Raises `OSError` for a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = max(0, path.stat().st_size - len(_COMMENT) - 2 * digest.digest_size)
+        while part := file.read(min(left, _CHUNK)):
+            digest.update(part)
+            left -= len(part)
+        comment = file.read()
+    if not comment.startswith(_COMMENT):
+        return False
+    if comment != _COMMENT + digest.hexdigest().encode():
+        raise ValueError("it was changed after it was written: its sha256 is of something else")
+    return True
+
+
+def manifest_of(content: bytes) -> dict[str, Any]:
     """Return the JSON object that names the other files of its set with their sha256, under ``files``.
 
-    Raises `OSError`, and `ValueError` where it was changed after it was written: older ones have no digest.
+    Raises `ValueError` where it was changed after it was written: older ones have no digest.
     """
-    data = parse_json(read_state(path))
+    data = parse_json(content)
     if not isinstance(data, dict):
         raise ValueError("it is no JSON object")  # noqa: TRY004  # what parsing raises, too
     return unsealed(data) if DIGEST in data or data.get("schema_version", 1) not in range(SEALED_FROM) else data
 
 
-def check_listed(manifest: Path, name: str, content: bytes) -> None:
-    """Raise `OSError` or `ValueError` where the manifest does not name the file ``name`` with this content.
+def check_listed(manifest: Path, told: bytes, name: str, content: bytes) -> None:
+    """Raise `ValueError` where a manifest, that holds ``told``, does not name the file ``name`` with this content.
 
     A manifest without ``files`` is of a version that named none.
     """
     try:
-        known = manifest_of(manifest).get("files")
+        known = manifest_of(told).get("files")
     except ValueError as error:
         raise ValueError(f"{manifest.name}: {error}") from error
     if known is not None and (not isinstance(known, dict) or known.get(name) != hashlib.sha256(content).hexdigest()):

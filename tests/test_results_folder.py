@@ -1,17 +1,31 @@
 """The folder of a comparison that somebody changed: what is read back is what was measured, or is refused by name."""
 
 import csv
+import errno
+import hashlib
 import json
 import os
+import pathlib
 import shutil
 
 import pytest
+import torch
 
 import attnlens
-from attnlens.errors import AttnlensError
-from attnlens.reports.training import ResultsError, read_training
-from attnlens.state import SEALED_FROM, check_listed, manifest_of, sealed
-from attnlens.training.record_schema import ResumeError, check_records
+from attnlens.errors import AttnlensError, OutputError, UsageError
+from attnlens.outputs import Outputs
+from attnlens.reports import training as pages
+from attnlens.reports.training import ResultsError, Summary, read_training
+from attnlens.state import SEALED_FROM, check_listed, manifest_of, sealed, unsealed
+from attnlens.training import comparison
+from attnlens.training.comparison import named_outputs
+from attnlens.training.config import Config
+from attnlens.training.figures import draw_structure
+from attnlens.training.loggers import CsvLogger, TensorBoardLogger
+from attnlens.training.record_schema import ResumeError, check_records, restorable
+from attnlens.training.results import summarise
+from attnlens.training.store import Store
+from attnlens.training.trainer import _Training
 from tests.training_setup import compare, config, small, write_source
 
 
@@ -64,6 +78,34 @@ def test_results_that_were_edited_are_no_runs(change, folder, again):
     refused(again, r"results\.jsonl cannot be read \(it is not what summary\.json was made of\)", folder)
 
 
+@pytest.mark.parametrize(("step", "number"), [("fsync", 1), ("fsync", 2), ("rename", 1), ("replace", 2)])
+def test_runs_are_restored_all_or_none(step, number, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in (folder / "runs").iterdir()}
+    shutil.rmtree(folder / "runs")
+    stored = json.loads((folder / "config.json").read_text())
+    store = Store(folder, Config(**{name: value for name, value in stored.items() if name != "sha256"}))
+    taken, owner = [], os if step == "fsync" else pathlib.Path
+    real = getattr(owner, step)
+
+    def failing(*given):
+        taken.append(1)
+        if len(taken) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, failing)
+        with pytest.raises(OutputError, match="No space left"):
+            store.restore_runs()
+    assert not (folder / "runs").exists()
+    (folder / ".runs").mkdir(exist_ok=True)
+    (folder / ".runs" / "x.json").write_text("of a process that was killed")
+    store.restore_runs()
+    assert {path.name: path.read_bytes() for path in (folder / "runs").iterdir()} == before
+    assert len(before) == 2
+    assert not (folder / ".runs").exists()
+
+
 def test_results_that_were_left_alone_are_runs(folder, again):
     before = (folder / "summary.csv").read_bytes()
     shutil.rmtree(folder / "runs")
@@ -88,6 +130,44 @@ def test_a_file_that_says_of_itself_what_it_is_not_is_refused(name, change, mess
     refused(again, message, folder)
 
 
+def test_a_page_beside_a_comparison_at_work_is_of_one_set(folder, monkeypatch):
+    first = {name: (folder / name).read_bytes() for name in ("results.jsonl", "summary.json")}
+    lines = first["results.jsonl"].splitlines(keepends=True)
+    old = b"".join(lines[:2])
+    data = {**unsealed(json.loads(first["summary.json"])), "complete": False}
+    data["files"] = {**data["files"], "results.jsonl": hashlib.sha256(old).hexdigest()}
+    read, taken = pages.read_state, []
+
+    def replaced(path):
+        content = read(path)
+        if not taken:
+            for name, one in first.items():
+                (folder / name).write_bytes(one)
+        taken.append(path)
+        return content
+
+    (folder / "results.jsonl").write_bytes(old)
+    (folder / "summary.json").write_text(json.dumps(sealed(data)))
+    assert not read_training(folder).summary.complete
+    monkeypatch.setattr(pages, "read_state", replaced)
+    found = read_training(folder)
+    assert found.summary.complete
+    assert len(found.points) == len(lines) > 2
+    assert len(taken) == 4
+
+
+@pytest.mark.parametrize("accuracy", [7.5, -0.1])
+def test_a_page_shows_no_accuracy_that_is_none(accuracy, folder):
+    edited_lines(folder / "results.jsonl", lambda line: {**line, "accuracy": accuracy})
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    with pytest.raises(ResultsError, match=r"line 1 of .*: accuracy: Input should be (less|greater) than or equal to"):
+        read_training(folder)
+    summary["arms"]["default"]["accuracy"]["mean"] = accuracy
+    with pytest.raises(ValueError, match=r"arms\.default\.accuracy\.mean"):
+        Summary.model_validate(summary)
+
+
 def test_the_page_believes_no_edited_summary(folder):
     path = folder / "summary.json"
     assert read_training(folder).summary.arms["default"].value.n == 1
@@ -106,18 +186,19 @@ def test_a_manifest_of_an_older_version_has_no_digest(tmp_path):
     path = tmp_path / "summary.json"
     for told in ({}, {"schema_version": SEALED_FROM - 1}):
         path.write_text(json.dumps(told))
-        check_listed(path, "a", b"anything")
+        check_listed(path, path.read_bytes(), "a", b"anything")
         path.write_text(json.dumps({**told, "files": {"a": "0" * 64}}))
         with pytest.raises(ValueError, match=r"not what summary\.json was made of"):
-            check_listed(path, "a", b"anything")
+            check_listed(path, path.read_bytes(), "a", b"anything")
     path.write_text(json.dumps(sealed({"schema_version": SEALED_FROM})))
-    assert manifest_of(path) == {"schema_version": SEALED_FROM}
+    assert manifest_of(path.read_bytes()) == {"schema_version": SEALED_FROM}
     for odd in ("[]", '{"files": []}', '{"files": {"a": 1}}', '{"schema_version": []}', "{"):
         path.write_text(odd)
         with pytest.raises(ValueError, match=r"summary\.json"):
-            check_listed(path, "a", b"anything")
+            check_listed(path, path.read_bytes(), "a", b"anything")
 
 
+NUMBERS = {name: [0.5, 0.25] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}
 FITS = {name: [0.5, float("nan")] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}
 RECORD = {
     "arm": "default", "seed": 1, "lr": 1e-3, "tuning": False, "epoch": 2, "status": "finished", "accuracy": 0.5,
@@ -180,6 +261,101 @@ def test_the_file_of_one_run_under_the_name_of_another_is_refused(folder, again)
     refused(again, r"mimetic-0\.json holds the records of default-0", folder)
 
 
+def test_a_run_that_has_not_ended_is_no_file_of_its_own(folder, again):
+    path = folder / "runs" / "default-0.json"
+    data = unsealed(json.loads(path.read_text()))
+    path.write_text(json.dumps(sealed({**data, "records": data["records"][:1]})))
+    refused(again, r"default-0\.json holds a run that has not ended: delete it to train that run again", folder)
+
+
+@pytest.fixture(scope="module")
+def under_way(source, tmp_path_factory):
+    """Return a folder whose first run has a checkpoint after the first of two epochs, and what it leads to."""
+    folder, given = tmp_path_factory.mktemp("way"), small(source, seeds=1, epochs=2, eval_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Training, "_finish", _interrupted)
+        with pytest.raises(InterruptedError):
+            compare(source, folder / "c", options=given, workers=1, checkpoint_seconds=0.0)
+    compare(source, folder / "whole", options=given, workers=1)
+    return folder
+
+
+def _interrupted(_training):
+    raise InterruptedError
+
+
+@pytest.fixture
+def checkpoint(under_way, tmp_path):
+    return shutil.copytree(under_way / "c", tmp_path / "c") / "checkpoints" / "default-0.pt"
+
+
+def other_accuracy(state):
+    records = json.loads(state["records"])
+    records[0][0]["accuracy"] = 0.999
+    return {**state, "records": json.dumps(records)}
+
+
+def two_more(state):
+    return {**state, "epoch": 2}
+
+
+def test_a_checkpoint_has_its_digest_and_torch_opens_it(checkpoint, source, under_way):
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    compare(source, checkpoint.parents[1], options=small(source, seeds=1, epochs=2, eval_every=1), resume=True)
+    expected = (under_way / "whole" / "summary.csv").read_bytes()
+    assert (checkpoint.parents[1] / "summary.csv").read_bytes() == expected
+
+
+def refused_to_go_on(path, source, message):
+    with pytest.raises(ResumeError, match=f"{message}.*: delete it to train that run again"):
+        compare(source, path.parents[1], options=small(source, seeds=1, epochs=2, eval_every=1), resume=True, workers=1)
+
+
+def test_a_checkpoint_of_which_a_bit_was_flipped_is_refused(checkpoint, source):
+    content = bytearray(checkpoint.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 800, 4):
+        content[place] ^= 0x40
+    checkpoint.write_bytes(content)
+    refused_to_go_on(checkpoint, source, r"default-0\.pt cannot be read \(it was changed after it was written")
+
+
+@pytest.mark.parametrize("change", [other_accuracy, two_more])
+def test_a_checkpoint_that_was_edited_is_refused(change, checkpoint, source):
+    torch.save(change(torch.load(checkpoint, weights_only=True)), checkpoint)
+    refused_to_go_on(checkpoint, source, r"default-0\.pt was changed after it was written, its sha256 is missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, ""),
+        ({"epoch": 2}, "stands at epoch 2 of 2 and step 0 of 3"),
+        ({"step": 3}, "stands at epoch 1 of 2 and step 3 of 3"),
+        ({"epoch": 0}, "stands at epoch 0 of 2"),
+        ({"streams": {0: []}}, "stands at epoch 1 of 2"),
+        ({"records": "[[]]"}, "holds no record"),
+    ],
+)
+def test_a_checkpoint_is_of_a_run_on_its_way_whatever_its_digest(change, message, under_way):
+    stored = json.loads((under_way / "c" / "config.json").read_text())
+    given = Config(**{name: value for name, value in stored.items() if name != "sha256"})
+    state = torch.load(under_way / "c" / "checkpoints" / "default-0.pt", weights_only=True)
+    how = {"unit": ["default-0"], "seeds": [0], "config": given, "steps": 3, "like": state["stack"]}
+    if not message:
+        assert restorable(state, **how) == json.loads(state["records"])
+        return
+    with pytest.raises(ResumeError, match=f"the checkpoint of default-0 {message}.*: delete it to train that run"):
+        restorable({**state, **change}, **how)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_digest(checkpoint, source, under_way):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "schema_version"}, checkpoint)
+    compare(source, checkpoint.parents[1], options=small(source, seeds=1, epochs=2, eval_every=1), resume=True)
+    expected = (under_way / "whole" / "summary.csv").read_bytes()
+    assert (checkpoint.parents[1] / "summary.csv").read_bytes() == expected
+
+
 @pytest.mark.parametrize("name", ["summary.json", "results.jsonl", "log.csv", "structure.jsonl", "runs/x.json"])
 def test_a_pipe_stops_nothing_but_the_command(name, folder, again):
     (folder / name).unlink(missing_ok=True)
@@ -200,6 +376,40 @@ def test_a_link_out_is_refused_before_what_it_leads_to_is_read(name, folder, aga
         with pytest.raises(AttnlensError, match="is a link that leaves"):
             again(force=force, log=["csv"])
     assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["summary.csv", "log.csv", "runs/x.csv", "weights/x", "checkpoints/deep/x.csv", ".lock", "../linked.csv", "runs"],
+)
+def test_a_table_is_no_file_of_the_comparison(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "load_data", None)  # refused before anything is read
+    (tmp_path / "linked.csv").symlink_to("o/summary.csv")
+    for output in (tmp_path / "o", tmp_path / "o" / ".." / "o"):
+        with pytest.raises(UsageError, match=r"is a place of the comparison's own files in .*: name another file"):
+            compare(None, output, table=output / table)
+    assert list(tmp_path.iterdir()) == [tmp_path / "linked.csv"]
+    assert named_outputs(Outputs(), tmp_path, [], tmp_path / "mine.csv") == tmp_path / "mine.csv"
+
+
+def test_of_runs_that_ended_before_weights_were_asked_for_it_is_said(folder, again, capfd):
+    told = "note: no weights are kept of default-0, mimetic-0, which ended without --save-weights"
+    assert again(save_weights=True).findings.complete
+    assert capfd.readouterr().err.count(told) == 1
+    (folder / "runs" / "default-0.json").unlink()
+    again(save_weights=True)
+    assert "kept of mimetic-0, which" in capfd.readouterr().err
+    assert [path.name for path in (folder / "weights").iterdir()] == ["default-0.safetensors"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_structure_that_is_nowhere_a_number_is_drawn_as_nothing():
+    given = {"status": "finished", "seed": 0, "lr": 1e-3, "epoch": 2, "data_seed": 0}
+    nothing = {"structure": {fold: {name: [float("nan")] * 2 for name in FITS} for fold in ("raw", "effective")}}
+    runs = {"default-0": [{**RECORD, **given, **nothing}], "mimetic-0": [{**RECORD, **given, "arm": "mimetic"}]}
+    runs["mimetic-0"][0]["structure"] = {"raw": NUMBERS, "effective": NUMBERS}
+    drawn = draw_structure(summarise(config(), runs), None, "source")
+    assert [len(axes.lines) for axes in drawn.axes if axes.has_data()] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +468,52 @@ ROWS = {
     "a formula": "=cmd(),1,1,1,1,1,1,1,1",
     "a long field": "x,1," + "9" * 200_000,
     "an open quote": '"x,1',
+    "a formula for a number": "x,1,\"=cmd|'/C calc'!A0\",,,,,,",
+    "a negative formula": "x,1,-1+1,,,,,,",
+    "an escape": "x,1,\x1b[31mred,,,,,,",
+    "another formula": "x,1,@SUM(1),,,,,,",
+    "a number of Python's": "x,1,1_0,,,,,,",
+    "a name that is computed": "-x,1,1,,,,,,",
 }
+
+
+def logger(folder):
+    return CsvLogger(folder, config())
+
+
+def test_a_log_holds_numbers_alone_before_and_after_it_is_gone_on_with(tmp_path):
+    first = {"train_loss": 2.3, "test_loss": -1e-05, "qk_alpha": float("nan"), "ov_beta": -0.00012345678901234567}
+    begun = logger(tmp_path)
+    begun.write("default-0", 1, first)
+    begun.close()
+    text = (tmp_path / "log.csv").read_text()
+    assert text == ",".join(begun.columns) + "\ndefault-0,1,2.3,-1e-05,,,,,-0.00012345678901234567\n"
+    (tmp_path / "log.csv").write_text(text.replace("\n", "\r\n"))  # as older versions wrote it
+    logger(tmp_path).close()
+    assert (tmp_path / "log.csv").read_text() == text
+
+
+def test_a_log_on_a_full_disk_says_which_file_was_not_written(tmp_path):
+    begun = logger(tmp_path)
+    begun.file.close()
+    begun.file = open("/dev/full", "a")  # noqa: PTH123, SIM115  # closed below
+    for act in (lambda: begun.write("default-0", 1, {}), begun.close):
+        with pytest.raises(OutputError, match=r"cannot write .*log\.csv: No space left on device"):
+            act()
+
+
+def test_so_says_tensorboard(tmp_path, monkeypatch):
+    begun = TensorBoardLogger(tmp_path, config())
+    begun.write("default-0", 1, {"train_loss": 1.0})
+
+    def full(_writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(begun.writers["default-0"]), "flush", full)
+        with pytest.raises(OutputError, match=r"cannot write .*tensorboard/default-0: No space left on device"):
+            begun.write("default-0", 2, {"train_loss": 1.0})
+    begun.close()
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -287,9 +542,20 @@ def test_a_text_that_is_trained_on_is_no_output(tmp_path):
     assert (tmp_path / "my.csv").read_text() == text
 
 
-def test_the_options_that_are_read_are_no_output(run, tmp_path):
-    (tmp_path / "params.json").write_text(json.dumps({"seeds": 1, "epochs": 1}))
-    done = run("train-compare", "--config", f"{tmp_path}/params.json", "-o", tmp_path, "--force")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("params.json", ()),
+        ("opts.csv", ("--table", "opts.csv")),
+        ("opts.csv", ("--table", "l.csv")),
+        ("log.csv", ("--log", "csv")),
+    ],
+)
+def test_the_options_that_are_read_are_no_output(name, more, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l.csv").symlink_to("opts.csv")
+    (tmp_path / name).write_text(json.dumps({"seeds": 1, "epochs": 1}))
+    done = run("train-compare", "--config", f"{tmp_path}/{name}", "-o", tmp_path, "--force", *more)
     assert done.code != 0
-    assert "params.json is what this command reads" in done.err
-    assert json.loads((tmp_path / "params.json").read_text()) == {"seeds": 1, "epochs": 1}
+    assert "is what this command reads" in done.err
+    assert json.loads((tmp_path / name).read_text()) == {"seeds": 1, "epochs": 1}

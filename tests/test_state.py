@@ -1,7 +1,9 @@
 """Folders that are read back as state: of a scan, of a comparison. What a stranger left in one is not believed."""
 
+import io
 import json
 import os
+import zipfile
 
 import pytest
 
@@ -12,7 +14,7 @@ from attnlens.scans.plan import plan_scan
 from attnlens.scans.result_schema import check_result
 from attnlens.scans.store import Store
 from attnlens.scans.worker import Settings
-from attnlens.state import check_folder, read_state, sealed, unsealed
+from attnlens.state import check_folder, is_sealed_archive, read_state, sealed, sealed_archive, unsealed
 from attnlens.training.store import stored_config
 from tests.test_report import results_folder
 from tests.test_scan import plant
@@ -159,3 +161,26 @@ def test_state_is_a_plain_file(tmp_path):
     with pytest.raises(ValueError, match="no plain file"):
         read_state(tmp_path / "pipe")
     check_folder(tmp_path / "absent", AttnlensError)
+
+
+def test_an_archive_is_sealed_as_a_whole(tmp_path):
+    path, buffer = tmp_path / "a.zip", io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("name", b"content")
+    path.write_bytes(buffer.getvalue())
+    assert not is_sealed_archive(path)
+    whole = b"".join(sealed_archive(buffer.getbuffer()))
+    path.write_bytes(whole)
+    assert is_sealed_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("name") == b"content"
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        if place in range(len(whole) - 71, len(whole) - 64):  # what says that a digest follows
+            assert not is_sealed_archive(path)
+        else:
+            with pytest.raises(ValueError, match="it was changed after it was written"):
+                is_sealed_archive(path)
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        assert not is_sealed_archive(path)

@@ -233,10 +233,11 @@ def train_compare(
     if leads:
         note("loading")  # the first second: torch and others are imported behind it
     options.draw_in(style, figure_width, format_, dpi)
+    loggers = None if log is None else _words("--log", log)
     if config is not None:
-        from attnlens.training.comparison import RESULTS, default_folder
+        from attnlens.training.comparison import default_folder, named_outputs
 
-        Outputs.of(config, force=force).folder(output or default_folder(dataset), RESULTS)
+        named_outputs(Outputs.of(config, force=force), output or default_folder(dataset), loggers or (), table)
     comparison = attnlens.train_compare(
         dataset=dataset,
         data_dir=data_dir,
@@ -283,7 +284,7 @@ def train_compare(
         time_budget=time_budget,
         workers=workers,
         save_weights=save_weights,
-        log=None if log is None else _words("--log", log),
+        log=loggers,
         command=command,
         output=output,
         table=table,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attnlens.errors import AttnlensError
 from attnlens.state import check_folder, check_listed, read_state
 from attnlens.strict_json import parse_json, there
 
 T = TypeVar("T", bound=BaseModel)
+Share = Annotated[float, Field(ge=0, le=1)]
+_TRIES, _WAIT = 3, 0.1
+"""How often the files of a set are read until they are of one set, and the seconds between: it is being replaced."""
 
 
 class ResultsError(AttnlensError):
@@ -30,7 +34,7 @@ class Point(_Part):
     arm: str
     seed: int
     epoch: float
-    accuracy: float | None = None
+    accuracy: Share | None = None
     test_loss: float | None = None
     tuning: bool = False
 
@@ -44,11 +48,17 @@ class Mean(_Part):
     n: int
 
 
+class ShareMean(Mean):
+    """A mean of shares with its interval, which may reach beyond them."""
+
+    mean: Share | None
+
+
 class Arm(_Part):
     """What the summary says of an arm, by the metric its comparison has."""
 
-    accuracy: Mean | None = None
-    balanced_accuracy: Mean | None = None
+    accuracy: ShareMean | None = None
+    balanced_accuracy: ShareMean | None = None
     bits_per_byte: Mean | None = None
     lr: float | None = None
 
@@ -114,36 +124,55 @@ def read_training(folder: Path) -> Training:
     """
     check_folder(folder, ResultsError)
     path, summary = folder / "results.jsonl", folder / "summary.json"
-    text = _read(path)
+    content, told, wrong = _read_set(path, summary)
     points = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_text(path, content).split("\n"), 1):
         if line.strip():
             points.append(_validated(Point, line, f"line {number} of {path}"))
     kept = [point for point in points if not point.tuning]
     if not kept:
         raise ResultsError(f"{path} holds no evaluation: give --train the output folder of attnlens train-compare")
-    return Training(folder=folder.name, points=kept, summary=_summary(summary, path) if there(summary.exists) else None)
+    found = None if told is None else _validated(Summary, _text(summary, told), str(summary))
+    if wrong is not None:
+        again = "run `attnlens train-compare --resume`, which writes both again"
+        raise ResultsError(f"{path} cannot be believed beside {summary} ({wrong}): {again}") from wrong
+    return Training(folder=folder.name, points=kept, summary=found)
 
 
-def _summary(summary: Path, results: Path) -> Summary:
-    """Return what the summary says, of these results and as it was written."""
-    found = _validated(Summary, _read(summary), str(summary))
-    again = "run `attnlens train-compare --resume`, which writes both again"
+def _read_set(results: Path, summary: Path) -> tuple[bytes, bytes | None, ValueError | None]:
+    """Return what results and summary hold, each read once, and what is wrong where they are of two sets.
+
+    They are read again where a comparison at work replaces them meanwhile.
+    """
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(_WAIT)
+        content, told, wrong = _read(results), _read(summary) if there(summary.exists) else None, None
+        if told is None:
+            break
+        try:
+            check_listed(summary, told, results.name, content)
+            break
+        except ValueError as error:
+            wrong = error
+    return content, told, wrong
+
+
+def _read(path: Path) -> bytes:
     try:
-        check_listed(summary, results.name, read_state(results))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{results} cannot be believed beside {summary} ({error}): {again}") from error
-    return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_state(path).decode()
+        return read_state(path)
     except FileNotFoundError as error:
         raise ResultsError(
             f"{path} does not exist: give --train the output folder of attnlens train-compare"
         ) from error
     except (OSError, ValueError) as error:
+        raise ResultsError(f"cannot read {path}: {error}") from error
+
+
+def _text(path: Path, content: bytes) -> str:
+    try:
+        return content.decode()
+    except ValueError as error:
         raise ResultsError(f"cannot read {path}: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -11,8 +13,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from attnlens.atomic import FileSet
-from attnlens.errors import AttnlensError
+from attnlens.errors import AttnlensError, UsageError
 from attnlens.outputs import Outputs
+from attnlens.printable import printable
 from attnlens.provenance import run_provenance
 from attnlens.state import sealed
 from attnlens.training.config import Augmentation, Config, Run
@@ -29,7 +32,7 @@ from attnlens.training.live import Journal, Write
 from attnlens.training.loggers import LOG_FILE, check_loggers, logging_to
 from attnlens.training.metrics import ACCURACY, Metric
 from attnlens.training.options import Options, find_source, load_data, resolve, stored_options
-from attnlens.training.record_schema import MANIFEST, check_links
+from attnlens.training.record_schema import MANIFEST, PARTS, check_links
 from attnlens.training.report import LrTable, render_report
 from attnlens.training.results import Summary, finite, results_lines, summarise
 from attnlens.training.seen import Seen
@@ -50,6 +53,8 @@ _FIGURES = tuple(
 )
 RESULTS = ("params.json", "results.jsonl", "structure.jsonl", "summary.csv", "report.md", MANIFEST, *_FIGURES)
 """Files of a comparison's folder."""
+STATE = ("config.json", ".lock", ".runs")
+"""What it has beside these, and beside its folders, to go on from."""
 
 
 def train_compare(
@@ -138,8 +143,7 @@ def train_compare(
     outputs = Outputs.of(params, model, checkpoint, dataset, texts, force=force)
     loggers = log or ()
     check_loggers(loggers)
-    outputs.folder(output, (*RESULTS, *([LOG_FILE] if "csv" in loggers else [])))
-    table = None if table is None else outputs.file(table, ".csv")
+    table = named_outputs(outputs, output, loggers, table)
     control = Control(time_budget)
     with control.setting_up(), spread() as process, ExitStack() as claims:
         notes = Notes(shown=process.leads and not quiet)
@@ -189,6 +193,8 @@ def train_compare(
             )
 
         done = _shared(store, process)
+        if save_weights and process.leads:
+            _name_weightless(output, ended, done)
         lrs = dict.fromkeys(config.arms, config.recipe.lr)
         tuning: LrTable = {}
 
@@ -217,10 +223,43 @@ def train_compare(
         return TrainComparison(output, results.summary, results.report, control.reason, source)
 
 
+def named_outputs(outputs: Outputs, folder: Path, loggers: Sequence[str], table: str | Path | None) -> Path | None:
+    """Check where results go, as far as it is known beforehand; return where the table does.
+
+    A table in the place of one of the folder's own files, under whatever name, is refused. Raises `UsageError` and
+    `OutputError`.
+    """
+    outputs.folder(folder, (*RESULTS, *([LOG_FILE] if "csv" in loggers else [])))
+    if table is None:
+        return None
+    place = Path(os.path.realpath(table))
+    own = [Path(os.path.realpath(folder / name)) for name in (*RESULTS, LOG_FILE, *STATE, *PARTS)]
+    if not {place, *place.parents}.isdisjoint(own):
+        raise UsageError(f"--table {table} is a place of the comparison's own files in {folder}: name another file")
+    return outputs.file(table, ".csv")
+
+
 def default_folder(dataset: str) -> Path:
     """Return ``comparisons/<dataset>``, by the name of a file or folder without its ending."""
     name = Path(dataset.removeprefix("text:")).name.split(".")[0].replace("*", "")
     return Path("comparisons") / (name or "comparison")
+
+
+def _name_weightless(output: Path, runs: Sequence[Run], done: Records) -> None:
+    """Say of which runs that have finished no weights are kept: they ended before somebody asked for them."""
+    names = [
+        run.name
+        for run in runs
+        if run.name in done
+        and done[run.name][-1]["status"] == "finished"
+        and not (output / "weights" / f"{run.name}.safetensors").is_file()
+    ]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        sys.stderr.write(
+            f"note: no weights are kept of {', '.join(names[:3])}{more}, which ended without --save-weights: to train "
+            f"such a run again, delete its file in {printable(str(output / 'runs'))}\n"
+        )
 
 
 @dataclass(frozen=True)

@@ -149,11 +149,12 @@ _SOURCE: Any = {"color": style.FAINT, "linewidth": 2, "linestyle": (0, (1, 2))}
 
 
 def _means(group: Sequence[Sequence[tuple[float, Structure]]], name: str, fold: str) -> list[list[tuple[float, float]]]:
-    """Return a curve a run: the mean over layers at each epoch that it was measured."""
+    """Return a curve a run: the mean over layers at each epoch that it was measured and is a number."""
     curves = [
         [(epoch, float(np.mean(fits[fold][name]))) for epoch, fits in lines if fits[fold][name]] for lines in group
     ]
-    return [curve for curve in curves if curve]
+    numbers = [[(epoch, mean) for epoch, mean in curve if np.isfinite(mean)] for curve in curves]
+    return [curve for curve in numbers if curve]
 
 
 def _epoch_axis(axes: Axes, epochs: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import re
 import threading
@@ -14,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from attnlens.atomic import write_text_atomic
+from attnlens.atomic import explained, write_text_atomic
+from attnlens.csv_text import csv_rows, csv_text
 from attnlens.errors import UsageError
 from attnlens.state import read_state
 from attnlens.training.config import Config
@@ -39,8 +39,8 @@ class Logger(Protocol):
 
 
 LOG_FILE = "log.csv"
-_NAMED = re.compile(r"[\w.+-]+,[0-9]{1,9}\Z")
-"""A run and an epoch"""
+_ROW = re.compile(r"\w[\w.+-]*,[0-9]{1,9}(,(-?[0-9]{1,20}(\.[0-9]{1,20})?(e[+-]?[0-9]{1,3})?|-?inf|nan)?)+\Z")
+"""A run, an epoch, and numbers, each of which may be missing"""
 
 
 class CsvLogger:
@@ -52,25 +52,26 @@ class CsvLogger:
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.columns = ("run", "epoch", "train_loss", "test_loss", config.metric.field, *_structure_names())
-        path = folder / LOG_FILE
-        kept = _rows(path, self.columns)
+        self.path = folder / LOG_FILE
+        kept = _rows(self.path, self.columns)
         self.seen = {(run, int(epoch)) for run, epoch, *_ in kept}
-        begun = io.StringIO()
-        csv.writer(begun).writerows([self.columns, *kept])
-        write_text_atomic(path, begun.getvalue())
-        self.file = path.open("a", newline="")
-        self.rows = csv.writer(self.file)
+        numbers = [[run, epoch, *(float(cell) if cell else None for cell in row)] for run, epoch, *row in kept]
+        write_text_atomic(self.path, csv_text(self.columns, numbers))
+        with explained(self.path):
+            self.file = self.path.open("a", encoding="utf-8", newline="")
 
     def write(self, run: str, epoch: int, values: Values) -> None:
         """See `Logger`."""
         if (run, epoch) not in self.seen:
             self.seen.add((run, epoch))
-            self.rows.writerow([run, epoch, *(values.get(name, "") for name in self.columns[2:])])
-            self.file.flush()
+            with explained(self.path):
+                self.file.write(csv_rows([[run, epoch, *(values.get(name) for name in self.columns[2:])]]))
+                self.file.flush()
 
     def close(self) -> None:
         """See `Logger`."""
-        self.file.close()
+        with explained(self.path):
+            self.file.close()
 
 
 def _rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
@@ -82,7 +83,7 @@ def _rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
         return []
     except (OSError, ValueError, csv.Error) as error:
         raise ResumeError(f"{path} cannot be gone on with ({error}): move it away") from error
-    if head != list(columns) or not all(len(row) == len(head) and _NAMED.match(",".join(row[:2])) for row in rows):
+    if head != list(columns) or not all(len(row) == len(head) and _ROW.match(",".join(row)) for row in rows):
         raise ResumeError(f"{path} has other columns, or rows that no log has: move it away")
     return rows
 
@@ -98,16 +99,18 @@ class TensorBoardLogger:
 
     def write(self, run: str, epoch: int, values: Values) -> None:
         """See `Logger`."""
-        if run not in self.writers:
-            self.writers[run] = self._writer(str(self.folder / run), purge_step=epoch)
-        for name, value in values.items():
-            self.writers[run].add_scalar(name, value, epoch)
-        self.writers[run].flush()
+        with explained(self.folder / run):
+            if run not in self.writers:
+                self.writers[run] = self._writer(str(self.folder / run), purge_step=epoch)
+            for name, value in values.items():
+                self.writers[run].add_scalar(name, value, epoch)
+            self.writers[run].flush()
 
     def close(self) -> None:
         """See `Logger`."""
-        for writer in self.writers.values():
-            writer.close()
+        for run, writer in self.writers.items():
+            with explained(self.folder / run):
+                writer.close()
 
 
 class WandbLogger:

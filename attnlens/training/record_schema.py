@@ -172,8 +172,9 @@ def parse_results(path: Path, folder: Path, config: Config) -> dict[str, list[di
     runs: dict[str, list[dict[str, Any]]] = {}
     try:
         content = read_state(within(folder, path, ResumeError))
-        if (folder / MANIFEST).exists():  # one that was kept without it says of nothing what it was
-            check_listed(folder / MANIFEST, path.name, content)
+        manifest = folder / MANIFEST
+        if manifest.exists():  # one that was kept without it says of nothing what it was
+            check_listed(manifest, read_state(manifest), path.name, content)
         for text in content.splitlines():
             line = parse_json(text, constant=float)
             if line["config_sha256"] != config.sha256():
@@ -209,13 +210,16 @@ def restorable(
     unit: Sequence[str],
     seeds: Sequence[int],
     config: Config,
+    steps: int,
     like: Mapping[str, Any],
 ) -> list[list[dict[str, Any]]]:
     """Return the records in a state, having checked that it is of this unit and of the same form as ``like``.
 
-    ``like`` is the snapshot of a stack that has not begun. Raises `ResumeError`.
+    It must be on its way: before the last of the configuration's epochs, each of so many ``steps``. ``like`` is the
+    snapshot of a stack that has not begun. Raises `ResumeError`.
     """
     where = f"the checkpoint of {unit[0]}"
+    epoch, step, epochs = state["epoch"], state["step"], config.recipe.epochs
     try:
         records = parse_json(state["records"], constant=float)
     except ValueError as error:
@@ -225,7 +229,19 @@ def restorable(
         raise ResumeError(f"{where} is of another unit of work: delete it to train that run again")
     if not _same_form(state["stack"], like):
         raise ResumeError(f"{where} holds weights of another form: delete it to train that run again")
-    return [check_records(lines, config, where) if lines else [] for lines in records]
+    checked = [check_records(lines, config, where) for lines in records]
+    told = {epoch, epoch + 1}  # data of the epoch that is under way may have been drawn
+    if not (
+        epoch < epochs
+        and step < steps
+        and all(lines[-1]["epoch"] <= epoch and lines[-1]["status"] != "finished" for lines in checked)
+        and all(len(streams) in told for streams in state["streams"].values())
+    ):
+        raise ResumeError(
+            f"{where} stands at epoch {epoch} of {epochs} and step {step} of {steps}, which is not what its records "
+            "say: delete it to train that run again"
+        )
+    return checked
 
 
 def _same_form(stored: Any, like: Any) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlens.atomic import Write, claimed, sweep, write_atomic, write_text_atomic
+from attnlens.atomic import FileSet, Write, claimed, name_folder, sweep, write_atomic, write_text_atomic
 from attnlens.checkpoints.pickles import load_pickle
 from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, OutputError, UsageError
 from attnlens.printable import utf8_data
-from attnlens.state import read_state, sealed
+from attnlens.state import SEALED_FROM, is_sealed_archive, read_state, sealed, sealed_archive
 from attnlens.strict_json import parse_json, there
 from attnlens.training.config import OPTIONS, Config, Run
 from attnlens.training.record_schema import (
@@ -99,8 +101,11 @@ class Store:
 
     def save_records(self, name: str, records: Sequence[Record]) -> None:
         """Keep the records of a run by name."""
+        self._write(self.folder / "runs" / f"{name}.json", self._records(records))
+
+    def _records(self, records: Sequence[Record]) -> Write:
         text = json.dumps(sealed({"config": self.config.sha256(), "records": list(records)})) + "\n"
-        self._write(self.folder / "runs" / f"{name}.json", lambda file: file.write(text.encode()))
+        return methodcaller("write", text.encode())
 
     def load_runs(self) -> dict[str, list[Record]]:
         """Return the records of every run that has ended, by name. Raises `ResumeError` for those of another config."""
@@ -110,27 +115,36 @@ class Store:
             data = parse_runs(path, self.folder)
             if data.get("config") != self.config.sha256():
                 raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
-            runs[path.stem] = check_records(data["records"], self.config, str(path), path.stem)
+            records = check_records(data["records"], self.config, str(path), path.stem)
+            if records[-1]["status"] == "running":
+                raise ResumeError(f"{path} holds a run that has not ended: delete it to train that run again")
+            runs[path.stem] = records
         return runs
 
     def restore_runs(self) -> None:
         """Keep the runs that ``results.jsonl`` holds where ``runs/`` is missing: a folder kept without what is large.
 
-        Runs that had not ended are in neither, and begin anew. Raises `ResumeError`.
+        Runs that had not ended are in neither, and begin anew. The folder gets its name once all are in it: a run that
+        is not in ``runs/`` is one to be trained again. Raises `ResumeError`.
         """
-        path = self.folder / "results.jsonl"
+        path, place = self.folder / "results.jsonl", self.folder / ".runs"
         if there((self.folder / "runs").exists) or not there(path.exists):
             return
-        for name, records in parse_results(path, self.folder, self.config).items():
-            self.save_records(name, records)
+        runs = parse_results(path, self.folder, self.config)
+        shutil.rmtree(place, ignore_errors=True)  # of a process that was killed here
+        with FileSet() as files:
+            for name, records in runs.items():
+                files.write(place / f"{name}.json", self._records(records))
+        if runs:
+            name_folder(place, self.folder / "runs")
 
     def save_checkpoint(self, unit: str, state: Mapping[str, Any]) -> None:
-        """Keep where a unit of work has got to."""
+        """Keep where a unit of work has got to, in an archive with its digest."""
         import torch
 
         buffer = io.BytesIO()
-        torch.save({"config": self.config.sha256(), **state}, buffer)
-        self._write(self._checkpoint(unit), lambda file: file.write(buffer.getbuffer()))
+        torch.save({"config": self.config.sha256(), "schema_version": SEALED_FROM, **state}, buffer)
+        self._write(self._checkpoint(unit), lambda file: file.writelines(sealed_archive(buffer.getbuffer())))
 
     def load_checkpoint(self, unit: str) -> dict[str, Any] | None:
         """Return where a unit of work had got to, on the CPU; None where it had not begun."""
@@ -138,9 +152,14 @@ class Store:
         if not there(path.is_file):
             return None
         try:
+            whole = is_sealed_archive(path)
             state = check_state(load_pickle(path, CheckpointError), path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError, ValueError) as error:
             raise ResumeError(f"{path} cannot be read ({error}): delete it to train that run again") from error
+        if not whole and state.get("schema_version", 1) not in range(SEALED_FROM):
+            raise ResumeError(
+                f"{path} was changed after it was written, its sha256 is missing: delete it to train that run again"
+            )
         if state.get("config") != self.config.sha256():
             raise ResumeError(f"{path} belongs to another configuration: move it away, or choose another --output")
         return state

@@ -372,8 +372,14 @@ class _Training:
         if state is None:
             return
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        names, like = [run.name for run in self.unit], self.stack.snapshot()
-        self.records = restorable(state, unit=names, seeds=self.data_seeds, config=self.session.config, like=like)
+        self.records = restorable(
+            state,
+            unit=[run.name for run in self.unit],
+            seeds=self.data_seeds,
+            config=self.session.config,
+            steps=self.session.steps,
+            like=self.stack.snapshot(),
+        )
         check_gathered(state["stack"], self.stack.optimizer, f"the checkpoint of {self.name}")
         self.streams = state["streams"]
         self.stack.restore(state["stack"])

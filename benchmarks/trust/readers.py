@@ -192,7 +192,8 @@ def _resume(folder: Path) -> None:
     state = store.load_checkpoint(run.name)
     if state is not None:
         stack = loaded_stack()
-        restorable(state, unit=[run.name], seeds=[1], config=CONFIG, like=stack.snapshot())
+        like = stack.snapshot()
+        restorable(state, unit=[run.name], seeds=[1], config=CONFIG, steps=CONFIG.steps, like=like)
         check_gathered(state["stack"], stack.optimizer, "the checkpoint")
         stack.restore(state["stack"])
 
