@@ -41,7 +41,7 @@ def build_pretrained(folder: Path, seed: int) -> PreTrainedModel:
 def save_pretrained(model: PreTrainedModel, output: str | os.PathLike[str], metadata: dict[str, str]) -> None:
     """Write weights under the names `save_pretrained` gives them, and ``config.json`` beside them, as one set.
 
-    Raises `UsageError` where another ``config.json`` is there already.
+    A ``config.json`` that is there already stays as it is. Raises `UsageError` where it is another.
     """
     from safetensors.torch import save
     from transformers.core_model_loading import revert_weight_conversion
@@ -50,13 +50,15 @@ def save_pretrained(model: PreTrainedModel, output: str | os.PathLike[str], meta
     beside = path.parent / "config.json"
     model.config.architectures = [type(model).__name__]
     config = model.config.to_json_string()
-    if beside.exists() and not _same(beside, config):
+    kept = beside.exists()
+    if kept and not _same(beside, config):
         raise UsageError(f"{beside} is there and describes another model: name a file in another folder with --output")
     state = revert_weight_conversion(model, dict(model.state_dict()))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     with FileSet() as files:
         files.write(path, lambda file: file.write(save(tensors, metadata)))
-        files.write(beside, lambda file: file.write(config.encode()))
+        if not kept:
+            files.write(beside, lambda file: file.write(config.encode()))
 
 
 def _same(path: Path, config: str) -> bool:

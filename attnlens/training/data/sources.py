@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,7 +53,7 @@ def load_dataset(
     cache = cache or _default_folder("decoded")
     if name.startswith("hfds/"):
         return _hfds(name, data_dir, image_size, say)
-    path = (data_dir / name) if data_dir is not None and (data_dir / name).exists() else Path(name)
+    path = _given_path(name, data_dir)
     if path.is_dir():
         say(f"reading the names of the files in {path}")
         key, names = _folder_key(path, image_size)
@@ -68,6 +68,25 @@ def load_dataset(
         f"--dataset {name} is no folder, no tar and no known name: choose {', '.join(NAMED)}, hfds/NAME, a "
         "folder or tar of images in class folders, or text:FILE"
     )
+
+
+def image_files(name: str, *, data_dir: Path | None = None) -> list[Path]:
+    """Return the archive, or the images of a folder, that a data set is read from; none of one known by its name."""
+    path = _given_path(name, data_dir)
+    if name in NAMED or not path.is_dir():
+        return [] if name in NAMED else [path]
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    images = [one for one in names if _is_image(one)]
+    split = split_of(name_of(path), images) if images else None
+    return [path / one for one in (*split.train, *split.test)] if split else []
+
+
+def _given_path(name: str, data_dir: Path | None) -> Path:
+    return (data_dir / name) if data_dir is not None and (data_dir / name).exists() else Path(name)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not hidden(name)
 
 
 def name_of(path: Path) -> str:
@@ -213,7 +232,7 @@ def _folder_key(folder: Path, image_size: int | None) -> tuple[str, list[str]]:
         if path.is_file():
             status, name = path.stat(), path.relative_to(folder).as_posix()
             listing.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-            if path.suffix.lower() in SUFFIXES and not hidden(name):
+            if _is_image(name):
                 names.append(name)
     return f"{folder.resolve()} {listing.hexdigest()} {image_size}", names
 
