@@ -18,6 +18,7 @@ ROOMS = (
         "figure_styles",
         "provenance",
         "threads",
+        "memory",
         "atomic",
         "strict_json",
         "csv_text",

@@ -242,7 +242,9 @@ def modules_counted(name: str) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > MOST_MODULES:
-            raise ModelNotFoundError(f"{name} would have more than {MOST_MODULES} modules: fix its model_args")
+            raise ModelNotFoundError(
+                f"{name} would have more than {MOST_MODULES} modules: fix its model_args or config.json"
+            )
 
     handle = register_module_module_registration_hook(counted)
     try:

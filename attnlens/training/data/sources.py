@@ -14,13 +14,13 @@ import numpy as np
 from attnlens.atomic import write_atomic
 from attnlens.checkpoints.archives import DAMAGED_ARRAY
 from attnlens.errors import OutputError, UsageError
+from attnlens.memory import free_memory, in_words
 from attnlens.printable import printable
 from attnlens.training.data.cache import read_decoded, write_decoded
 from attnlens.training.data.decoding import pixels_of
 from attnlens.training.data.folders import TEST_FOLDERS, split_of
 from attnlens.training.data.image_files import SUFFIXES, DatasetError, Read, folder_files, hidden, tar_files
 from attnlens.training.data.images import Images
-from attnlens.training.data.memory import free_memory, in_words
 from attnlens.training.data.order import generator
 from attnlens.training.data.reading import Say, decoded, in_memory, silent
 from attnlens.training.data.rows import Held, Pixels
