@@ -14,7 +14,7 @@ from typing import Any
 
 from attnlens.errors import OutputError, UsageError
 from attnlens.state import read_state
-from attnlens.strict_json import parse_json, read_json
+from attnlens.strict_json import parse_json
 
 HEAD = 1 << 16
 """Bytes of a file that are looked at for who wrote it."""
@@ -151,7 +151,7 @@ def _claimed(folder: Path, record: dict[str, Any]) -> bool:
             file.write(json.dumps(record) + "\n")
     except FileExistsError:
         try:
-            return bool(read_json(folder / FOLDER_MANIFEST) == record)
+            return bool(parse_json(read_state(folder / FOLDER_MANIFEST)) == record)
         except (OSError, ValueError):
             return False
     except OSError as error:

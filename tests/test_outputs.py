@@ -175,6 +175,17 @@ def test_two_models_of_one_name_have_two_folders(tmp_path):
     assert folders[1].name.startswith("vit-")
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_folder_whose_manifest_is_a_pipe_or_a_device_is_of_others(tmp_path, put):
+    (tmp_path / "vit").mkdir()
+    put(tmp_path / "vit" / ".attnlens.json")
+    code = "from pathlib import Path; from attnlens.outputs import named_folder"
+    code += "; print(named_folder(Path(), ['vit'], ['vit']))"
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run([sys.executable, "-c", code], check=False, **how)
+    assert done.stdout.startswith("vit-"), done.stderr
+
+
 def test_a_model_is_known_by_where_it_lies_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "m.safetensors").touch()
     monkeypatch.chdir(tmp_path)
