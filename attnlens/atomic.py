@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -147,7 +148,7 @@ class FileSet:
                 if fcntl is None:
                     file.close()  # elsewhere an open file cannot be renamed
                 with explained(path):
-                    temporary.chmod(0o666 & ~_umask())
+                    temporary.chmod(_mode(path))
                     place(temporary, path)
             for folder in folders:
                 with explained(folder):
@@ -310,7 +311,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def _mode(path: Path) -> int:
+    """Return the permissions of the file that is replaced, else those of a new file."""
+    with suppress(FileNotFoundError):
+        return stat.S_IMODE(path.stat().st_mode)
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

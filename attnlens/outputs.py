@@ -14,7 +14,7 @@ from typing import Any
 
 from attnlens.errors import OutputError, UsageError
 from attnlens.state import read_state
-from attnlens.strict_json import parse_json, read_json, there
+from attnlens.strict_json import parse_json, there
 
 HEAD = 1 << 16
 """Bytes of a file that are looked at for who wrote it."""
@@ -39,10 +39,6 @@ _MARKS: Mapping[str, re.Pattern[bytes]] = {
 }
 """What a file of ours holds near its beginning, by how its name ends."""
 _MANIFESTS = ("stats.json", "summary.json")
-_BESIDE = re.compile(r"^(adapter_)?config\.json$|\.index\.json$")
-"""Files that are read beside weights"""
-_INPUT = re.compile(rf"\.(safetensors|pth|pt|bin|npz|npy|ckpt|h5)$|{_BESIDE.pattern}")
-"""Files of a model's folder that are read"""
 _TOLD = frozenset(["attnlens", "network", "trained_on", "config_sha256"])
 """What the metadata of weights hold that we wrote"""
 _FILE_SUFFIXES = (*_MARKS, ".safetensors", ".pth", ".pt", ".bin", ".npz", ".txt")
@@ -56,9 +52,9 @@ class Outputs:
     force: bool = False
 
     @classmethod
-    def of(cls, *given: Any, force: bool = False) -> Outputs:
-        """Take for inputs what of the values given is there: files, and the files in folders."""
-        return cls(tuple(path for value in given for path in _files(value)), force)
+    def of(cls, *given: Any, files: Iterable[Path] = (), force: bool = False) -> Outputs:
+        """Take for inputs what the models that are given are read from, as far as it is there, and further files."""
+        return cls((*(path for value in given for path in _files(value)), *files), force)
 
     def file(self, given: str | os.PathLike[str], suffix: str) -> Path:
         """Return where a file of one kind goes. Raises `UsageError` and `OutputError` where it may not go there."""
@@ -155,7 +151,7 @@ def _claimed(folder: Path, record: dict[str, Any]) -> bool:
             file.write(json.dumps(record) + "\n")
     except FileExistsError:
         try:
-            return bool(read_json(folder / FOLDER_MANIFEST) == record)
+            return bool(parse_json(read_state(folder / FOLDER_MANIFEST)) == record)
         except (OSError, ValueError):
             return False
     except (OSError, ValueError) as error:
@@ -176,18 +172,11 @@ def _files(value: Any) -> list[Path]:
     text = os.fspath(value)
     for told in (text, text.partition(":")[2], text.partition("=")[2], text.removeprefix("@")):
         if told and _is_path(told):
+            from attnlens.checkpoints.model_files import model_files  # imports numpy
+
             path = Path(told)
-            if there(path.is_dir):
-                return [one for one in path.iterdir() if _INPUT.search(one.name)]
-            return [path, *_beside(path)]
+            return sorted({*model_files(path), *([path] if there(path.is_file) else [])})
     return []
-
-
-def _beside(path: Path) -> list[Path]:
-    try:
-        return [one for one in path.parent.iterdir() if _BESIDE.search(one.name)]
-    except OSError:  # a folder that may be entered and not listed
-        return []
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -35,6 +35,14 @@ def test_files_get_the_permissions_of_ordinary_new_files(tmp_path):
     assert write_text_atomic(tmp_path / "atomic", "").stat().st_mode == plain.stat().st_mode
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_file_keeps_its_permissions_when_it_is_written_again(tmp_path, mode):
+    path = write_text_atomic(tmp_path / "a.txt", "old")
+    path.chmod(mode)
+    assert write_text_atomic(path, "new").read_text() == "new"
+    assert path.stat().st_mode & 0o777 == mode
+
+
 def test_tensors_that_share_memory_are_written_each_by_themselves_in_the_bytes_of_a_copy(tmp_path):
     base = torch.arange(20.0)
     tensors = {

@@ -77,3 +77,45 @@ def test_a_configuration_that_transformers_does_not_know_is_refused(run, tmp_pat
     assert len(done.err.splitlines()) == 1
     with pytest.raises(ModelNotFoundError):
         attnlens.inits.init_file(str(tmp_path), tmp_path / "out.safetensors")
+
+
+def test_the_configuration_of_the_folder_is_not_replaced(run, tmp_path):
+    settings("vit").save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))
+    kept = config.read_text()
+    (tmp_path / "out.safetensors").symlink_to(config)
+    done = run("init", tmp_path / "model", "-o", tmp_path / "out.safetensors", "--force")
+    assert done.code == 2
+    assert "is what this command reads" in done.err
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").hardlink_to(config)
+    for folder in ("model", "start"):
+        assert run("init", tmp_path / "model", "-o", tmp_path / folder / "new.safetensors").code == 0
+        assert run("init", tmp_path / "model", "-o", tmp_path / folder / "new.safetensors").code == 0
+        assert (tmp_path / folder / "config.json").read_text() == kept
+    assert config.samefile(tmp_path / "start" / "config.json")
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": 25},
+        {"hidden_size": 0},
+        {"num_hidden_layers": None},
+        {"num_hidden_layers": 10**9},
+        {"hidden_act": "unheard_of"},
+        {"vocab_size": 99_999_999_999},
+        {"vocab_size": 10**30},
+        {"architectures": [3]},
+    ],
+)
+def test_a_configuration_that_no_network_can_be_built_from_is_refused_in_one_line(run, tmp_path, stated):
+    config = {"model_type": "bert", **SIZES, "vocab_size": 31, "architectures": ["BertForMaskedLM"], **stated}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("init", tmp_path, "-o", tmp_path / "out.safetensors", "-q")
+    assert (done.code, len(done.err.splitlines())) == (1, 1), done.err
+    assert "config.json" in done.err
+    assert "internal error" not in done.err
+    assert not (tmp_path / "out.safetensors").exists()

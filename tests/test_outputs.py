@@ -14,6 +14,7 @@ from attnlens.cli.app import COMMANDS, load_command
 from attnlens.errors import OutputError, UsageError
 from attnlens.models.weights import title_of
 from attnlens.outputs import Outputs, is_ours, model_identity, named_folder
+from attnlens.training.data.sources import image_files
 
 
 @pytest.fixture
@@ -174,6 +175,17 @@ def test_two_models_of_one_name_have_two_folders(tmp_path):
     assert folders[1].name.startswith("vit-")
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_folder_whose_manifest_is_a_pipe_or_a_device_is_of_others(tmp_path, put):
+    (tmp_path / "vit").mkdir()
+    put(tmp_path / "vit" / ".attnlens.json")
+    code = "from pathlib import Path; from attnlens.outputs import named_folder"
+    code += "; print(named_folder(Path(), ['vit'], ['vit']))"
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run([sys.executable, "-c", code], check=False, **how)
+    assert done.stdout.startswith("vit-"), done.stderr
+
+
 def test_a_model_is_known_by_where_it_lies_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "m.safetensors").touch()
     monkeypatch.chdir(tmp_path)
@@ -250,3 +262,54 @@ def test_a_table_of_a_comparison_holds_what_is_printed(run, weights, tmp_path):
     header, *rows = (tmp_path / "t.csv").read_text().splitlines()
     assert header.startswith("first,second,circuit,identity_share,log_alpha")
     assert len(rows) == len(data["distances"])
+
+
+def refused(run, *command, files):
+    """Assert that a command with ``--force`` is refused in one line as it would replace what it reads."""
+    kept = {path: path.read_bytes() for path in files}
+    code, out, err = run(*command, "--force", "-q")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "is what this command reads" in err
+    assert {path: path.read_bytes() for path in files} == kept
+
+
+def test_a_comparison_that_a_report_shows_is_not_replaced_by_it(run, weights, tmp_path):
+    files = [tmp_path / "run" / name for name in ("results.jsonl", "summary.json")]
+    files[0].parent.mkdir()
+    for file, link in zip(files, ("a.html", "a.csv"), strict=True):
+        file.write_text('{"schema": "attnlens.results"}')
+        (tmp_path / link).symlink_to(file)
+    refused(run, "report", weights, "--train", "run", "-o", "a.html", files=files)
+    refused(run, "report", weights, "--train", "run", "-o", "b.html", "--table", "a.csv", files=files)
+    with pytest.raises(UsageError, match="is what this command reads"):
+        attnlens.report(weights, train="run", output="a.html", force=True)
+
+
+def test_images_that_are_trained_on_are_not_replaced_by_figures(run, tmp_path):
+    images = [tmp_path / "images" / part / name / "curves.png" for part in ("train", "test") for name in "ab"]
+    for image in images:
+        image.parent.mkdir(parents=True)
+        image.write_bytes(b"an image")
+    other = tmp_path / "images" / "results" / "curves.png"
+    other.parent.mkdir()
+    other.write_bytes(b"of an earlier run")
+    refused(run, "train-compare", "--dataset", "images", "-o", "images/train/a", files=images)
+    assert set(image_files("images", data_dir=tmp_path)) == set(images)
+    assert image_files("digits", data_dir=tmp_path) == []
+
+
+def test_shards_in_folders_below_an_index_and_the_base_of_an_adapter_are_inputs(run, weights, tmp_path):
+    shard = tmp_path / "model" / "below" / "model-00001-of-00001.safetensors"
+    shard.parent.mkdir(parents=True)
+    weights.rename(shard)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "below/model-00001-of-00001.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "model")})
+    )
+    (tmp_path / "p.json").symlink_to(shard)
+    for model in ("model", "model/model.safetensors.index.json", "adapter"):
+        refused(run, "fit-params", model, "-o", "p.json", "--figures", "fits", files=[shard])

@@ -17,7 +17,7 @@ import pytest
 
 import attnlens
 from attnlens.circuits import FOLDS
-from attnlens.errors import ModelNotFoundError, UsageError
+from attnlens.errors import ModelNotFoundError, OutputError, UsageError
 from attnlens.models.catalogue import shipped_file
 from attnlens.scans.executors import WorkerLostError
 from attnlens.scans.landscape import draw_landscape
@@ -186,12 +186,31 @@ def test_a_scan_again_measures_only_what_is_missing_changed_or_asked_for(tmp_pat
     before = {path: path.stat().st_mtime_ns for path in (output / "models").iterdir()}
     assert again() == 0
     assert {path: path.stat().st_mtime_ns for path in (output / "models").iterdir()} == before
-    next((output / "models").glob("*good0*.json")).write_text("{")  # half a file is no result
+    result = next((output / "models").glob("*good0*.json"))
+    result.write_bytes(result.read_bytes()[: result.stat().st_size // 2])  # half a file is no result
     assert again() == 1
     os.utime(next((folder / "good1").glob("*.safetensors")), ns=(1, 1))
     assert again() == 1
     assert again(retry_failed=True) == 3
     assert attnlens.scan(f"{folder}/good0", output, workers=1, fold="effective").measured == 1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_files_of_others_among_the_results_are_left_and_told_before_anything_is_measured(suffix, planted, tmp_path):
+    model = str(planted[0] / "good0")
+    (job,) = plan_scan([model]).jobs
+    place = Store(tmp_path, Settings()).result_file(job).with_suffix(suffix)
+    place.parent.mkdir()
+    place.write_text("notes")
+    with pytest.raises(OutputError, match=r"was not written by attnlens, or was changed since: .* force=True"):
+        attnlens.scan(model, tmp_path, workers=1, progress=pytest.fail)
+    assert place.read_text() == "notes"
+    assert attnlens.scan(model, tmp_path, workers=1, fold="raw", force=True).measured == 1
+    assert attnlens.scan(model, tmp_path, workers=1).measured == 1, "of another fold, over its own"
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(OutputError, match="is a folder, where a file goes"):
+        attnlens.scan(model, tmp_path, workers=1, force=True, progress=pytest.fail)
 
 
 class Fragile:

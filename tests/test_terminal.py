@@ -254,6 +254,25 @@ def test_a_stream_that_takes_nothing_is_told_in_one_line(tmp_path, command):
         assert quiet.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a limit of POSIX")
+def test_unbuffered_output_that_is_cut_off_is_told(tmp_path):
+    def run(**limit):
+        how = {"env": {**os.environ, "PYTHONUNBUFFERED": "1"}, "stderr": subprocess.PIPE, "text": True, **limit}
+        with (tmp_path / "out").open("w") as file:
+            done = subprocess.run([*PROGRAM, "list-models", "--json"], stdout=file, check=False, **how)
+        return done.returncode, done.stderr
+
+    def small():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+    assert run()[0] == 0
+    assert json.loads((tmp_path / "out").read_text())
+    code, err = run(preexec_fn=small)
+    assert (code, err) == (1, "attnlens: cannot write to stdout: File too large\n")
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
 def test_a_name_that_is_no_utf8_is_read_and_shown(made, tmp_path):
     name = os.fsdecode(b"\xff-x.safetensors")

@@ -10,10 +10,10 @@ import torch
 
 from attnlens.cli import main
 from attnlens.errors import UsageError
+from attnlens.memory import fits_on
 from attnlens.training import comparison, hardware, stack_size
 from attnlens.training.data import images as image_data
 from attnlens.training.data.images import Images, ResidentImages
-from attnlens.training.data.memory import fits_on
 from attnlens.training.data.on_device import Chunked
 from attnlens.training.data.sources import load_dataset
 from attnlens.training.distributed import Spread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import os
 import sys
 from contextlib import suppress
@@ -13,7 +14,7 @@ from attnlens.cli.console import Interrupted
 from attnlens.errors import AttnlensError, OutputError, UsageError
 from attnlens.printable import one_line, spell_out
 
-_UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF}
+_UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 """What writing to a stream fails with: no room, no device, no stream."""
 
 
@@ -83,6 +84,14 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="attnlens.spelled")
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):  # Python's -u: what such a file has no room for is dropped, and nothing said
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+            line_buffering=True,
+        )
 
 
 def _drop(stream: object) -> None:

@@ -42,8 +42,9 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a model: every head's fit, verdict, heatmaps and spectra, by depth."""
     from attnlens.reports import report as write_report
+    from attnlens.reports.training import training_files
 
-    outputs = Outputs.of(model, checkpoint, *(compare or ()), force=force)
+    outputs = Outputs.of(model, checkpoint, compare, files=training_files(train), force=force)
     outputs.file(output, ".html")
     if table is not None:
         outputs.file(table, ".csv")

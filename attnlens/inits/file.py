@@ -102,7 +102,8 @@ def init_file(
     beside them. ``force`` writes over a file that attnlens did not write.
     """
     chosen = find_initialiser(init)
-    Outputs.of(*options.values(), force=force).file(output, ".safetensors")
+    described = [] if model is None else [Path(model.removeprefix("local-dir:"), "config.json")]
+    Outputs.of(*options.values(), files=described, force=force).file(output, ".safetensors")
     built = build(model, seed, model_args or {})
     report, params = None, params_record(options.get("params"))
     if chosen.name != "default":

@@ -25,7 +25,7 @@ from attnlens.reports.filters import COLUMNS as FILTER_COLUMNS
 from attnlens.reports.filters import Picture, filter_section, picture
 from attnlens.reports.matrices import CODES, Drawings, corner_size
 from attnlens.reports.scripts import asset, script_hash, scripts
-from attnlens.reports.training import read_training
+from attnlens.reports.training import read_training, training_files
 from attnlens.statistics.table import ALL_HEADS, KEYS, StatsTable
 from attnlens.statistics.verdicts import Verdict
 from attnlens.templates import aligned, environment
@@ -127,7 +127,7 @@ def report(
     for an ``output`` that cannot be written.
     """
     if output is not None:
-        Outputs.of(model, checkpoint, *compare, force=force).file(output, ".html")
+        Outputs.of(model, checkpoint, *compare, files=training_files(train), force=force).file(output, ".html")
     training = read_training(Path(train)) if train is not None else None
     reach: dict[str, Any] = {"offline": offline, "remote": remote, "progress": progress}
     form: dict[str, Any] = {"num_heads": num_heads, "model_args": model_args, "input_size": input_size}

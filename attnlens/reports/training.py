@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -116,6 +117,11 @@ class Training(_Part):
         return list(dict.fromkeys([*names, *(point.arm for point in self.points)]))
 
 
+def training_files(folder: str | os.PathLike[str] | None) -> list[Path]:
+    """Return the files of a results folder that `read_training` reads."""
+    return [] if folder is None else [Path(folder, name) for name in ("results.jsonl", "summary.json")]
+
+
 def read_training(folder: Path) -> Training:
     """Read ``results.jsonl`` and, where it is there, ``summary.json``; runs that chose a learning rate are left out.
 
@@ -123,7 +129,7 @@ def read_training(folder: Path) -> Training:
     evaluations that are not those of the summary.
     """
     check_folder(folder, ResultsError)
-    path, summary = folder / "results.jsonl", folder / "summary.json"
+    path, summary = training_files(folder)
     content, told, wrong = _read_set(path, summary)
     points = []
     for number, line in enumerate(_text(path, content).split("\n"), 1):

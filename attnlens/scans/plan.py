@@ -6,17 +6,14 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-from attnlens.checkpoints.adapters import base_of
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
-from attnlens.checkpoints.packed import CONFIGURATIONS
-from attnlens.checkpoints.shards import read_index
-from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
+from attnlens.checkpoints.model_files import model_files
+from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.models.catalogue import Entry, load_catalogue
 from attnlens.patterns import matching_paths
 from attnlens.printable import utf8_text
@@ -178,30 +175,8 @@ def stamp(path: Path) -> str:
     its length, is another file.
     """
     digest = hashlib.sha256()
-    for file in sorted(_read_from(path, set())):
+    for file in model_files(path):
         status = file.stat()
         times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
         digest.update(f"{file} {status.st_size} {times}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
-
-
-def _read_from(path: Path, found: set[Path]) -> set[Path]:
-    """Add the files a model is read from: its weights, what describes them, the shards of an index, an adapter's base.
-
-    What cannot be read is left to the reading of the model, which says so.
-    """
-    folder = path if path.is_dir() else path.parent
-    weights = folder.iterdir() if path.is_dir() else [path]
-    files = {file for file in weights if file.name.endswith((*_WEIGHTS, INDEX_SUFFIX))}
-    files |= {folder / name for name in CONFIGURATIONS}
-    for index in [file for file in files if file.name.endswith(INDEX_SUFFIX)]:
-        with suppress(CheckpointError):
-            files |= {folder / shard for shard in read_index(index)[0].values()}
-    new = {file for file in files if file.is_file()} - found
-    found |= new
-    if path.is_dir() and new and (folder / "adapter_config.json") in new:
-        with suppress(CheckpointError):
-            base = Path(base_of(folder))
-            if base.name and base.exists():
-                _read_from(base, found)
-    return found

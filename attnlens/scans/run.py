@@ -143,7 +143,8 @@ def scan(
 
     Writes ``models/<key>.json`` and ``.csv``, and at the end, as one set, ``scan.csv``, ``layers.csv`` and
     ``scan.json``, which names the sha256 of the others. Stopped in whatever way, the same call goes on where it was.
-    Raises `UsageError` or `ModelNotFoundError` for patterns that match nothing, before anything is measured.
+    Raises `UsageError` or `ModelNotFoundError` for patterns that match nothing, `OutputError` for others' files in the
+    place of results, before anything is measured.
     """
     fold = FOLD_CHOICE(fold)
     if offline and remote:
@@ -162,7 +163,7 @@ def scan(
     missing = [job for job in plan.jobs if _wanted(results[job.name], retry_failed)]
     for job in missing:
         for suffix in (".json", ".csv"):
-            outputs.spare(store.result_file(job).with_suffix(suffix))
+            outputs.check(store.result_file(job).with_suffix(suffix))
     lost = 0
     if missing:
         with closing(_executor(ray, workers)) as executor:

@@ -20,6 +20,7 @@ from attnlens.provenance import run_provenance
 from attnlens.state import sealed
 from attnlens.training.config import Augmentation, Config, Run
 from attnlens.training.data.on_device import Dataset
+from attnlens.training.data.sources import image_files
 from attnlens.training.data.text import PREFIX as TEXT
 from attnlens.training.data.text import text_files
 from attnlens.training.display import Display, Notes
@@ -139,8 +140,9 @@ def train_compare(
     options = Options(**{field.name: told[field.name] for field in fields(Options)})
     output = default_folder(dataset) if output is None else Path(output)
     check_links(output)
-    texts = text_files(dataset, data_dir=options.data_dir) if dataset.startswith(TEXT) else []
-    outputs = Outputs.of(params, model, checkpoint, dataset, texts, force=force)
+    find_files = text_files if dataset.startswith(TEXT) else image_files
+    read = find_files(dataset, data_dir=options.data_dir)
+    outputs = Outputs.of(params, model, checkpoint, files=read, force=force)
     loggers = log or ()
     check_loggers(loggers)
     table = named_outputs(outputs, output, loggers, table)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlens.errors import UsageError
+from attnlens.memory import fits_on
 from attnlens.training.data.augment import augmented, draw_epoch, fill_value
-from attnlens.training.data.memory import fits_on
 from attnlens.training.data.mixing import draw_kept, draw_mixing, mixed, packed
 from attnlens.training.data.on_device import Chunked, Dataset, Epoch, hash_of
 from attnlens.training.data.order import digest, epoch_order, generator

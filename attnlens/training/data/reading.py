@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from attnlens.errors import UsageError
+from attnlens.memory import free_memory, in_words
 from attnlens.training.data.cache import Decoded
 from attnlens.training.data.decoding import pixels_of, quiet_pillow
 from attnlens.training.data.folders import split_of, told
 from attnlens.training.data.image_files import SUFFIXES, Budget, DatasetError, Read, UnreadableError, hidden, opened
-from attnlens.training.data.memory import free_memory, in_words
 from attnlens.training.data.rows import Pixels, Rows, picked
 from attnlens.words import counted
 

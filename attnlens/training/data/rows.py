@@ -11,8 +11,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnlens.memory import free_memory, in_words
 from attnlens.training.data.image_files import DatasetError
-from attnlens.training.data.memory import free_memory, in_words
 
 Pixels = NDArray[np.uint8]
 BLOCK = 1 << 26

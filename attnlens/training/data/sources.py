@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from attnlens.atomic import write_atomic
 from attnlens.checkpoints.archives import DAMAGED_ARRAY
 from attnlens.errors import OutputError, UsageError
+from attnlens.memory import free_memory, in_words
 from attnlens.printable import printable
 from attnlens.strict_json import there
 from attnlens.training.data.cache import read_decoded, write_decoded
@@ -21,7 +22,6 @@ from attnlens.training.data.decoding import pixels_of
 from attnlens.training.data.folders import TEST_FOLDERS, split_of
 from attnlens.training.data.image_files import SUFFIXES, DatasetError, Read, folder_files, hidden, tar_files
 from attnlens.training.data.images import Images
-from attnlens.training.data.memory import free_memory, in_words
 from attnlens.training.data.order import generator
 from attnlens.training.data.reading import Say, decoded, in_memory, silent
 from attnlens.training.data.rows import Held, Pixels
@@ -54,7 +54,7 @@ def load_dataset(
     cache = cache or _default_folder("decoded")
     if name.startswith("hfds/"):
         return _hfds(name, data_dir, image_size, say)
-    path = (data_dir / name) if data_dir is not None and there((data_dir / name).exists) else Path(name)
+    path = _given_path(name, data_dir)
     if there(path.is_dir):
         say(f"reading the names of the files in {path}")
         key, names = _folder_key(path, image_size)
@@ -69,6 +69,25 @@ def load_dataset(
         f"--dataset {name} is no folder, no tar and no known name: choose {', '.join(NAMED)}, hfds/NAME, a "
         "folder or tar of images in class folders, or text:FILE"
     )
+
+
+def image_files(name: str, *, data_dir: Path | None = None) -> list[Path]:
+    """Return the archive, or the images of a folder, that a data set is read from; none of one known by its name."""
+    path = _given_path(name, data_dir)
+    if name in NAMED or not path.is_dir():
+        return [] if name in NAMED else [path]
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    images = [one for one in names if _is_image(one)]
+    split = split_of(name_of(path), images) if images else None
+    return [path / one for one in (*split.train, *split.test)] if split else []
+
+
+def _given_path(name: str, data_dir: Path | None) -> Path:
+    return (data_dir / name) if data_dir is not None and there((data_dir / name).exists) else Path(name)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not hidden(name)
 
 
 def name_of(path: Path) -> str:
@@ -214,7 +233,7 @@ def _folder_key(folder: Path, image_size: int | None) -> tuple[str, list[str]]:
         if there(path.is_file):
             status, name = path.stat(), path.relative_to(folder).as_posix()
             listing.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-            if path.suffix.lower() in SUFFIXES and not hidden(name):
+            if _is_image(name):
                 names.append(name)
     return f"{folder.resolve()} {listing.hexdigest()} {image_size}", names
 
