@@ -1,4 +1,4 @@
-"""Cases written by hand: headers in front of a tar's members, names of tensors, networks that only sizes make large.
+"""Cases written by hand: headers of tar members, names of tensors, sizes of nothing, numbers in configurations.
 
 Each took more than the time or the memory that are promised.
 """
@@ -6,10 +6,12 @@ Each took more than the time or the memory that are promised.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import tarfile
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from benchmarks.trust import seeds
@@ -29,6 +31,11 @@ def sized() -> Iterator[Case]:
     yield from _in_front()
     yield from _named()
     yield from _shown()
+    yield from _empty()
+    yield from _many_names()
+    yield from _numbers()
+    yield from _adapted()
+    yield from _types()
 
 
 def _block(kind: bytes, content: bytes) -> bytes:
@@ -74,3 +81,84 @@ def _shown() -> Iterator[Case]:
         state = {f"stages.{stage}.blocks.0.x": torch.ones(1) for stage in range(stages)}
         files = {"config.json": json.dumps(config).encode(), "model.safetensors": seeds.safetensors(state)}
         yield Case("timm folder", f"windows of 200 in {stages} stages", files)
+
+
+def _empty() -> Iterator[Case]:
+    """Tensors without entries whose other axes no byte of the file bounds."""
+    for long in (40_000_000, 1 << 40):
+        nothing = torch.empty((long, 0), device="meta").shape
+        fused = {f"blocks.{layer}.attn.qkv.weight": nothing for layer in range(2)}
+        apart = {f"encoder.0.{role}_proj.weight": nothing[::-1] for role in "qkvo"}
+        for what, shapes in (("packed", fused), ("apart", apart)):
+            header = {
+                name: {"dtype": "F32", "shape": [*shape], "data_offsets": [0, 0]} for name, shape in shapes.items()
+            }
+            text = json.dumps(header).encode()
+            content = len(text).to_bytes(8, "little") + text
+            yield Case("safetensors", f"{what} of {long} x 0", {"m.safetensors": content}, "m.safetensors")
+            if long < 1 << 32:
+                state = {name: torch.empty(*shape) for name, shape in shapes.items()}
+                yield Case("pth", f"{what} of {long} x 0", {"m.pth": seeds.pth(state)}, "m.pth")
+                yield Case("npz", f"{what} of {long} x 0", {"m.npz": seeds.npz(state)}, "m.npz")
+
+
+def _many_names() -> Iterator[Case]:
+    """A thousand names of a thousand characters, of what projections are called."""
+    for part in ("qkv", "c_attn", "query", "in_proj", "to_q", "lora_A", "a.0."):
+        names = [f"{part * (990 // len(part))}-{number}"[-1000:] for number in range(1000)]
+        state = dict.fromkeys(names, torch.ones(1))
+        own = {name: value.clone() for name, value in state.items()}
+        yield Case("safetensors", f"long names of {part}", {"m.safetensors": seeds.safetensors(own)}, "m.safetensors")
+
+
+def _folder(config: object, state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {"config.json": json.dumps(config).encode(), "model.safetensors": seeds.safetensors(state)}
+
+
+def _numbers() -> Iterator[Case]:
+    """Head counts and widths that are none, or beyond all arrays."""
+    values = (10**4200, -(10**4200), 1 << 40, 0, -1, 5.0, 1e300, True, "8", [], [2, []], {}, None)
+    roles = {role: torch.ones(8, 8) for role in ("to_q", "to_k", "to_v", "to_out.0")}
+    unet = {f"mid_block.attentions.0.transformer_blocks.0.attn1.{role}.weight": x for role, x in roles.items()}
+    for value in values:
+        for field in ("attention_head_dim", "num_attention_heads", "block_out_channels"):
+            config = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8], field: value}
+            yield Case("transformers folder", f"diffusers, {field} {str(value)[:9]}", _folder(config, unet))
+        for field in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim"):
+            own = {**seeds.GEMMA, field: value}
+            yield Case("transformers folder", f"{field} {str(value)[:9]}", _folder(own, seeds.gemma_state()))
+    for role in roles:
+        for shape in ((8,), (0, 8), (8, 0), (8, 8, 2), ()):
+            odd = {name: torch.ones(shape) if f".{role}." in name else value for name, value in unet.items()}
+            config = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8]}
+            yield Case("transformers folder", f"diffusers, {role} of {shape}", _folder(config, odd))
+    place = {name.replace(".0.", ".\u00b2.", 1): value for name, value in unet.items()}
+    yield Case("transformers folder", "diffusers, a raised number", _folder({"_class_name": "UNet2DModel"}, place))
+
+
+def _adapted() -> Iterator[Case]:
+    """Adapters beside their base, and what their configuration states."""
+    low = "model.layers.0.self_attn.q_proj.lora_"
+    state = {**seeds.gemma_state(), f"{low}A.weight": torch.ones(2, 8), f"{low}B.weight": torch.ones(8, 2)}
+    many = {f"layers.{number}.q_proj": 2 for number in range(20_000)}
+    patterns = (many, {"(a+)+$": 2}, {"^q_proj": 2}, {"": 1}, {"q_proj": 10**4000}, {"q_proj": [2]}, [], "q_proj")
+    for pattern in patterns:
+        adapter = {"lora_alpha": 4, "r": 2, "alpha_pattern": pattern}
+        files = {**_folder(seeds.GEMMA, state), "adapter_config.json": json.dumps(adapter).encode()}
+        yield Case("transformers folder", f"adapter, alpha_pattern {str(pattern)[:20]}", files)
+    for shapes in (((0, 8), (8, 0)), ((2, 0), (0, 2)), ((2, 8, 1), (8, 2)), ((), ())):
+        odd = {**state, f"{low}A.weight": torch.ones(shapes[0]), f"{low}B.weight": torch.ones(shapes[1])}
+        files = {**_folder(seeds.GEMMA, odd), "adapter_config.json": b'{"lora_alpha": 4}'}
+        yield Case("transformers folder", f"adapter of {shapes}", files)
+
+
+def _types() -> Iterator[Case]:
+    """Numbers that torch does not hold, in a file that timm converts."""
+    state = {f"visual.trunk.{name}": value.numpy() for name, value in seeds.timm_state().items()}
+    for kind in (">f4", ">f2", "longdouble", "U8", "S8", "M8[s]", ">c8", "?", ">u8"):
+        buffer = io.BytesIO()
+        with np.errstate(all="ignore"):
+            np.savez(buffer, **{name: value.astype(kind) for name, value in state.items()})
+        files = {"config.json": json.dumps(seeds.TIMM).encode(), "model.npz": buffer.getvalue()}
+        yield Case("timm folder", f"numbers of type {kind}", files)
+        yield Case("npz", f"numbers of type {kind}", {"m.npz": buffer.getvalue()}, "m.npz")
