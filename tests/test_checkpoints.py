@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from attnlens.checkpoints import ModuleWeights, open_checkpoint
 from attnlens.checkpoints.archives import array_header
+from attnlens.checkpoints.memory import StateDict
 from attnlens.errors import CheckpointError
 
 
@@ -211,6 +212,15 @@ def test_tensors_beside_one_of_a_kind_that_is_not_read_are_read(kind, legacy, tm
         CheckpointError, match=r"^other in .* is stored as torch\._utils\._rebuild_\w+, which is not read"
     ):
         found["other"]
+
+
+@pytest.mark.parametrize("kind", ["file", "state dict"])
+@pytest.mark.parametrize("outer", ["", "state_dict."])
+def test_a_name_of_two_tensors_is_refused(kind, outer, tmp_path):
+    state = {f"{outer}a.b.weight": torch.ones(2, 2), f"{outer}a": {"b.weight": torch.zeros(2, 2)}}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"a\.b\.weight names two tensors, .*: keep one"):
+        open_checkpoint(tmp_path / "x.pt") if kind == "file" else StateDict(state)
 
 
 @pytest.mark.parametrize("front", ["_orig_mod.", "module.", "module._orig_mod."])

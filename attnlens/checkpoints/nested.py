@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnlens.checkpoints.pickled_data import Inert, TensorRef
+from attnlens.errors import CheckpointError
 
 DEEPEST = 12
 """Levels that are looked into for weights."""
@@ -40,7 +41,7 @@ def named_tensors(root: Any, room: float = math.inf) -> tuple[dict[str, Any], di
     """Return every tensor by its dotted name, and of each name the keys in front of the state dict it stands in.
 
     Raises `ValueError` where the names have more than ``room`` characters: a pickle may say one long key once and use
-    it in many dictionaries.
+    it in many dictionaries. Raises `CheckpointError` where a name is that of two tensors.
     """
     found: dict[str, Any] = {}
     keys: dict[str, str] = {}
@@ -58,7 +59,9 @@ def named_tensors(root: Any, room: float = math.inf) -> tuple[dict[str, Any], di
                 raise ValueError("its keys make names of more characters than it has bytes")
             name = f"{prefix}{key}"
             if _is_tensor(part):
-                found[name], keys[name] = part, outer
+                if found.setdefault(name, part) is not part:
+                    raise CheckpointError(f"{name} names two tensors, by keys in keys and by a key with dots: keep one")
+                keys[name] = outer
             elif parts_of(part) and not (isinstance(value, Mapping) and str(key).lower().startswith(_NOT_WEIGHTS)):
                 inside = f"{name}." if isinstance(value, Mapping) or not depth else outer
                 inner.append((f"{name}.", inside, part, depth + 1))

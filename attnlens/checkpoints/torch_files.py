@@ -63,6 +63,8 @@ class TorchFile(_File):
             root = self._read_root()
             self._tensors, self.keys_in_front = named_tensors(root, TIED * self._status.st_size)
             self._check()
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds more than weights, and unpickling it could run code: refused ({_first_line(error)}). "
