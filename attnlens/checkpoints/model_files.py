@@ -31,7 +31,7 @@ def _files_of(path: Path) -> tuple[set[Path], Path | None]:
     folder, whole = (path, True) if there(path.is_dir) else (path.parent, False)
     files = {folder / name for name in CONFIGURATIONS} | {path}
     with suppress(OSError):  # a folder that may be entered and not listed
-        files |= {file for file in folder.iterdir() if whole and file.name.lower().endswith(_WEIGHTS)}
+        files |= {file for file in folder.iterdir() if file.name.lower().endswith(_WEIGHTS)} if whole else set()
     for index in [file for file in files if file.name.endswith(INDEX_SUFFIX)]:
         with suppress(CheckpointError):
             files |= {folder / shard for shard in read_index(index)[0].values()}

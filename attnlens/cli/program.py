@@ -84,10 +84,10 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="attnlens.spelled")
-    raw = getattr(sys.stdout, "buffer", None)
-    if isinstance(raw, io.RawIOBase):  # Python's -u: what such a file has no room for is dropped, and nothing said
+    unbuffered = sys.stdout is sys.__stdout__ and isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase)
+    if unbuffered:  # Python's -u: what there is no room for is dropped, and nothing said
         sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(raw),
+            io.BufferedWriter(io.FileIO(sys.stdout.fileno(), "w", closefd=False)),
             encoding=sys.stdout.encoding,
             errors=sys.stdout.errors,
             line_buffering=True,

@@ -35,7 +35,7 @@ def build_pretrained(folder: Path, seed: int) -> PreTrainedModel:
         named: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
         whole = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
         build = partial(named if whole else transformers.AutoModel.from_config, config)
-        with seeded(seed), torch.device("meta"), modules_counted(str(folder)):
+        with seeded(seed), torch.device("meta"), modules_counted(str(folder / "config.json")):
             _check_fits(build(), folder)
         with seeded(seed):
             return cast("PreTrainedModel", build())
