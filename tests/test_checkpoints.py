@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attnlens.checkpoints import ModuleWeights, open_checkpoint
+from attnlens.checkpoints import ModuleWeights, networks, open_checkpoint
 from attnlens.checkpoints.archives import array_header
 from attnlens.checkpoints.memory import StateDict
 from attnlens.errors import CheckpointError
@@ -212,6 +212,13 @@ def test_tensors_beside_one_of_a_kind_that_is_not_read_are_read(kind, legacy, tm
         CheckpointError, match=r"^other in .* is stored as torch\._utils\._rebuild_\w+, which is not read"
     ):
         found["other"]
+
+
+def test_networks_of_one_name_without_tensors_are_refused_too(monkeypatch):
+    alike = (networks.Network("a", {}), networks.Network("a", {"x": "a.x"}))
+    monkeypatch.setattr(networks, "networks_of", lambda *_: alike)
+    with pytest.raises(CheckpointError, match=r"^a and a\.x are of one network stored twice"):
+        networks.choose_network(StateDict({"a.x": torch.ones(2, 2)}))
 
 
 @pytest.mark.parametrize("kind", ["file", "state dict"])

@@ -102,7 +102,8 @@ def choose_network(origin: Checkpoint, wanted: str | None = None) -> Checkpoint:
     known = {network.name: network for network in found}
     alike = [network for network in found if known[network.name] is not network]
     if alike:
-        one, other = (next(iter(network.tensors.values())) for network in (alike[0], known[alike[0].name]))
+        both = (alike[0], known[alike[0].name])
+        one, other = (next(iter(network.tensors.values()), network.name) for network in both)
         raise CheckpointError(f"{one} and {other} are of one network stored twice: save the file without one of them")
     chosen = next((network for network in found if _AVERAGED.search(network.name)), found[0])
     if len(chosen.tensors) == len(origin) and all(name == stored for name, stored in chosen.tensors.items()):

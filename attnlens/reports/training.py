@@ -148,19 +148,23 @@ def read_training(folder: Path) -> Training:
 def _read_set(results: Path, summary: Path) -> tuple[bytes, bytes | None, ValueError | None]:
     """Return what results and summary hold, each read once, and what is wrong where they are of two sets.
 
-    They are read again where a comparison at work replaces them meanwhile.
+    They are read again where a comparison at work replaces them meanwhile, until they stay as they are.
     """
-    for attempt in range(_TRIES):
-        if attempt:
-            time.sleep(_WAIT)
-        content, told, wrong = _read(results), _read(summary) if there(summary.exists) else None, None
+    before: tuple[bytes, bytes | None] | None = None
+    wrong: ValueError | None = None
+    for _ in range(_TRIES):
+        content, told = _read(results), _read(summary) if there(summary.exists) else None
         if told is None:
+            return content, told, None
+        if (content, told) == before:
             break
         try:
             check_listed(summary, told, results.name, content)
-            break
         except ValueError as error:
-            wrong = error
+            before, wrong = (content, told), error
+            time.sleep(_WAIT)
+        else:
+            return content, told, None
     return content, told, wrong
 
 
