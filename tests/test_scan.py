@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import attnlens
+from attnlens.atomic import TEMPORARY
 from attnlens.circuits import FOLDS
 from attnlens.errors import ModelNotFoundError, OutputError, UsageError
 from attnlens.models.catalogue import shipped_file
@@ -184,6 +185,7 @@ def test_a_scan_again_measures_only_what_is_missing_changed_or_asked_for(tmp_pat
     again = lambda **how: attnlens.scan(f"{folder}/*", output, workers=1, fold="raw", **how).measured  # noqa: E731
     assert again() == 5
     before = {path: path.stat().st_mtime_ns for path in (output / "models").iterdir()}
+    (output / "models" / f".killed{TEMPORARY}").touch()
     assert again() == 0
     assert {path: path.stat().st_mtime_ns for path in (output / "models").iterdir()} == before
     result = next((output / "models").glob("*good0*.json"))

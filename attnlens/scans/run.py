@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.arguments import told
-from attnlens.atomic import FileSet
+from attnlens.atomic import FileSet, sweep
 from attnlens.circuits import FOLDS, Fold
 from attnlens.errors import UsageError
 from attnlens.outputs import Outputs
@@ -159,6 +159,7 @@ def scan(
     outputs = Outputs.of(lists, *((job.model, job.checkpoint) for job in plan.jobs), force=force)
     drawn = [] if figure is None else [f"landscape.{figure}"]
     outputs.folder(output, ("scan.csv", "layers.csv", "scan.json", *drawn))
+    sweep(store.folder / "models")  # a scan whose models are all done writes nothing there
     results = {job.name: store.load(job) for job in plan.jobs}
     missing = [job for job in plan.jobs if _wanted(results[job.name], retry_failed)]
     for job in missing:
