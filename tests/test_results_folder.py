@@ -52,7 +52,7 @@ def again(source, folder):
 
     def resume(**changes):
         given = {"seeds": 1, "epochs": 1, **changes}
-        how = {name: given.pop(name) for name in ("log", "save_weights", "force", "table") if name in given}
+        how = {name: given.pop(name) for name in ("log", "save_weights", "force", "table", "quiet") if name in given}
         return compare(source, folder, options=small(source, **given), resume=True, **how)
 
     return resume
@@ -393,11 +393,11 @@ def test_a_table_is_no_file_of_the_comparison(table, tmp_path, monkeypatch):
 
 
 def test_of_runs_that_ended_before_weights_were_asked_for_it_is_said(folder, again, capfd):
-    told = "note: no weights are kept of default-0, mimetic-0, which ended without --save-weights"
-    assert again(save_weights=True).findings.complete
+    told = "no weights are kept of default-0, mimetic-0, which ended without --save-weights"
+    assert again(save_weights=True, quiet=False).findings.complete
     assert capfd.readouterr().err.count(told) == 1
     (folder / "runs" / "default-0.json").unlink()
-    again(save_weights=True)
+    again(save_weights=True, quiet=False)
     assert "kept of mimetic-0, which" in capfd.readouterr().err
     assert [path.name for path in (folder / "weights").iterdir()] == ["default-0.safetensors"]
 

@@ -43,7 +43,7 @@ def small(source, **changes):
 
 def compare(source, output, *, options=None, **how):
     """Run a small comparison."""
-    return train_compare(**(options or small(source)), output=output, quiet=True, command="test", **how)
+    return train_compare(**(options or small(source)), output=output, **{"quiet": True, "command": "test", **how})
 
 
 def config(**changes):

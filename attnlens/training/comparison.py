@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError, UsageError
 from attnlens.outputs import Outputs
-from attnlens.printable import printable
 from attnlens.provenance import run_provenance
 from attnlens.state import sealed
 from attnlens.training.config import Augmentation, Config, Run
@@ -195,8 +193,8 @@ def train_compare(
             )
 
         done = _shared(store, process)
-        if save_weights and process.leads:
-            _name_weightless(output, ended, done)
+        if save_weights:
+            _name_weightless(output, ended, done, notes)
         lrs = dict.fromkeys(config.arms, config.recipe.lr)
         tuning: LrTable = {}
 
@@ -247,7 +245,7 @@ def default_folder(dataset: str) -> Path:
     return Path("comparisons") / (name or "comparison")
 
 
-def _name_weightless(output: Path, runs: Sequence[Run], done: Records) -> None:
+def _name_weightless(output: Path, runs: Sequence[Run], done: Records, say: Notes) -> None:
     """Say of which runs that have finished no weights are kept: they ended before somebody asked for them."""
     names = [
         run.name
@@ -258,9 +256,9 @@ def _name_weightless(output: Path, runs: Sequence[Run], done: Records) -> None:
     ]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        sys.stderr.write(
-            f"note: no weights are kept of {', '.join(names[:3])}{more}, which ended without --save-weights: to train "
-            f"such a run again, delete its file in {printable(str(output / 'runs'))}\n"
+        say(
+            f"no weights are kept of {', '.join(names[:3])}{more}, which ended without --save-weights: to train such a "
+            f"run again, delete its file in {output / 'runs'}"
         )
 
 
