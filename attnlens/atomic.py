@@ -205,10 +205,11 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files of processes that were killed: those that nobody holds a lock on."""
     if fcntl is None:
         return
-    for path in folder.glob(f".*{TEMPORARY}"):
-        with suppress(OSError), path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    with suppress(OSError, ValueError):  # a folder that cannot be listed, or that no folder can be called
+        for path in folder.glob(f".*{TEMPORARY}"):
+            with suppress(OSError), path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def open_scratch(name: str) -> tuple[Path, IO[bytes]]:

@@ -1,6 +1,8 @@
 """Folders of PEFT: whose alpha a layer has, which base an adapter stands on."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +108,38 @@ def test_peft_changes_the_base_where_it_is_said_to(way, kept):
     config = peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=way)
     after = peft.inject_adapter_in_model(config, model)[0].base_layer.weight.detach().numpy()
     assert np.array_equal(before, after) == kept
+
+
+METHODS = ["ADALORA", "LILY", "LN_TUNING", "OSF", "PEANUT", "VERA", "new", "lora", ["LORA"]]
+VARIANTS = {
+    "alora_invocation_tokens": [1, 2],
+    "arrow_config": {"top_k": 3},
+    "kasa_config": {"svd_rank": None},
+    "layer_replication": [[1, 2], [0, 1]],
+    "monteclora_config": {"num_samples": 8},
+    "use_bdlora": {"nblocks": 2},
+    "use_qalora": True,
+    "velora_config": {"num_groups": 1},
+}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_method_whose_formula_is_not_known_is_refused_by_name(tmp_path, method):
+    with pytest.raises(CheckpointError, match=rf"is a PEFT adapter of {re.escape(str(method))}, which is not merged"):
+        merged(tmp_path, peft_type=method)
+
+
+@pytest.mark.parametrize("option", VARIANTS)
+def test_a_lora_that_is_more_than_a_change_of_the_weights_is_refused_by_name(tmp_path, option):
+    assert merged(tmp_path, peft_type="LORA", **{option: None}) == [8] * 6
+    with pytest.raises(CheckpointError, match=f"is a PEFT adapter of LoRA with {option}, which is not merged"):
+        merged(tmp_path, peft_type="LORA", **{option: VARIANTS[option]})
+
+
+def test_every_variant_of_lora_that_peft_knows_is_merged_or_refused():
+    peft = pytest.importorskip("peft", reason="peft says which there are: pip install it")
+    known = {x.name for x in dataclasses.fields(peft.LoraConfig) if x.metadata.get("is_lora_variant")}
+    assert known - {"use_dora"} <= VARIANTS.keys()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

@@ -185,6 +185,15 @@ def test_numbers_of_heads_that_are_left_out_are_those_of_diffusers(config, heads
     assert spec.q.heads == heads
 
 
+@pytest.mark.parametrize("only", [True, [True, False], [False, True]])
+def test_blocks_that_attend_to_their_condition_alone_are_refused(only, tmp_path):
+    write_block(tmp_path, {"only_cross_attention": only})
+    with pytest.raises(UnsupportedAttentionError, match="attends to two streams at once"):
+        open_model(tmp_path, None)
+    write_block(tmp_path, {"only_cross_attention": [False, False]})
+    assert len(open_model(tmp_path, None).architecture.specs) == 1
+
+
 @pytest.mark.parametrize("name", ["to_q", "to_k", "to_v", "to_out.0"])
 @pytest.mark.parametrize("shape", [(), (8,), (0, 8), (8, 0), (8, 8, 2)])
 def test_weights_that_are_no_matrices_are_refused_by_name(name, shape, tmp_path):

@@ -325,7 +325,24 @@ def test_a_parametrization_that_is_no_formula_of_the_file_is_refused_by_name(tmp
         alphas(saved(tmp_path, stored))
 
 
-@pytest.mark.parametrize("leaf", ["oft_r", "hada_w1_a", "scale", "lora_C.weight"])
+TWICE = [
+    ("m.base_layer.weight",),
+    ("m.weight_g", "m.weight_v"),
+    ("m.weight_orig", "m.weight_mask"),
+    ("m.parametrizations.weight.original0", "m.parametrizations.weight.original1"),
+]
+
+
+@pytest.mark.parametrize("parts", TWICE, ids=str)
+def test_a_weight_that_is_stored_beside_what_it_is_made_of_is_refused_by_name(tmp_path, parts):
+    stored = {name: torch.ones(4, 4) for name in parts}
+    assert open_checkpoint(saved(tmp_path, stored))["m.weight"].shape == (4, 4)
+    twice = open_checkpoint(saved(tmp_path, stored | {"m.weight": torch.zeros(4, 4)}, "twice.pth"))
+    with pytest.raises(CheckpointError, match=rf"^m\.weight is stored beside {re.escape(parts[0])}, and which"):
+        twice["m.weight"]
+
+
+@pytest.mark.parametrize("leaf", ["oft_r", "hada_w1_a", "scale", "lora_C.weight", "lily_A.weight", "a.b.weight"])
 @pytest.mark.parametrize("named", [True, False])
 def test_what_stands_inside_a_projection_and_is_not_known_is_refused_by_name(tmp_path, leaf, named):
     tensors = timm.create_model(TINY).state_dict() if named else state()

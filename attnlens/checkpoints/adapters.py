@@ -16,6 +16,19 @@ from attnlens.strict_json import read_json, there, within
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` with which PEFT leaves the base model as it is."""
+_MERGED = ("LORA", "IA3")
+"""Methods of PEFT whose formula is known here."""
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Options with which a LoRA of PEFT is no W + scale B A of the base's layers for every token."""
 
 
 def base_of(folder: Path) -> str:
@@ -48,6 +61,15 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     found = next((folder / name for name in _FILES if there((folder / name).is_file)), None)
     if found is None:
         raise CheckpointError(f"{folder} holds no {' or '.join(_FILES)}: give the whole folder of the adapter")
+    config = _config(folder)
+    method = config.get("peft_type") or "LORA"
+    variant = next((name for name in _VARIANTS if config.get(name)), None)
+    if method not in _MERGED or variant:
+        raise CheckpointError(
+            f"{folder} is a PEFT adapter of {f'LoRA with {variant}' if variant else method}, which is not merged here: "
+            "merge it where that is possible (peft's merge_and_unload), save the result with save_pretrained, and give "
+            "that folder"
+        )
     adapter = open_stored(within(folder, found, CheckpointError))
     both = _Beside(base, adapter)
     strangers = [name for name, home in both.homes.items() if not home]
@@ -56,7 +78,6 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
             f"{found} adapts {strangers[0]}, which its base does not have by that name: merge it (peft's "
             "merge_and_unload), save the result with save_pretrained, and give that folder"
         )
-    config = _config(folder)
     drawn = config.get("init_lora_weights")
     if (drawn.lower() if isinstance(drawn, str) else drawn) not in _BASE_KEPT:
         raise CheckpointError(

@@ -38,15 +38,17 @@ def unread_beside(checkpoint: Checkpoint, projections: Iterable[str], known: Ite
     read = {*known}
     modules = {name.removesuffix(".weight"): name for name in projections if name.endswith(".weight")}
     blocks = {module.rpartition(".")[0]: name for module, name in modules.items()}
+    lengths = sorted({len(path) for path in (*modules, *blocks)}, reverse=True)
     for name in checkpoint:
         if name in read:
             continue
         module, _, leaf = name.rpartition(".")
-        inside, path = modules.get(module), module
+        if module in modules and leaf in _PLAIN:
+            continue
         adapter = _ADAPTERS.search(name.removeprefix(module.rpartition(".")[0])) is not None
-        while adapter and path and inside is None:
-            inside = modules.get(path) or blocks.get(path)
-            path = path.rpartition(".")[0]
-        if inside is not None and (adapter or leaf not in _PLAIN):
+        homes = {**blocks, **modules} if adapter else modules
+        above = (name[:length] for length in lengths if name[length : length + 1] == ".")
+        inside = next((homes[path] for path in above if path in homes), None)
+        if inside is not None:
             return f"{name} stands beside {inside} and may change what the network applies"
     return None

@@ -34,9 +34,11 @@ class Plan:
     hidden: set[str] = field(default_factory=set)
 
     def make(self, name: str, parts: tuple[str, ...], shape: tuple[int, ...], formula: Callable[..., Values]) -> None:
-        """Make a tensor from stored ones, which are hidden."""
+        """Make a tensor from stored ones, which are hidden; one that is stored besides is refused."""
         self.made[name] = Recipe(parts, shape, formula)
         self.hidden |= {*parts} - {name}
+        if name in self.stored and name not in parts:
+            self.refused[name] = f"is stored beside {parts[0]}, and which of the two the network applies is not known"
 
     def view(self, how: str) -> Checkpoint:
         """Return the checkpoint as planned, or itself where nothing changes."""

@@ -91,7 +91,8 @@ def _describe(path: str, config: Config, class_name: str, stored: Checkpoint, wh
     missing = [name for name in _NAMES.values() if f"{path}.{name}.weight" not in stored]
     if missing:
         return Refusal(path, module, "diffusers", f"has no {missing[0]}: its layout is not known")
-    if f"{path}.add_k_proj.weight" in stored or config.get("only_cross_attention"):
+    only = config.get("only_cross_attention")  # one for all blocks, or one a block
+    if f"{path}.add_k_proj.weight" in stored or (any(only) if isinstance(only, list | tuple) else only):
         return Refusal(path, module, "diffusers", "attends to two streams at once, which no layout here describes")
     shapes = {role: _matrix(f"{path}.{name}.weight", stored) for role, name in _NAMES.items()}
     rows, width = shapes["q"]

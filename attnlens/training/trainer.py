@@ -372,14 +372,9 @@ class _Training:
         if state is None:
             return
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.records = restorable(
-            state,
-            unit=[run.name for run in self.unit],
-            seeds=self.data_seeds,
-            config=self.session.config,
-            steps=self.session.steps,
-            like=self.stack.snapshot(),
-        )
+        config, steps = self.session.config, self.session.steps
+        names, like = [run.name for run in self.unit], self.stack.snapshot()
+        self.records = restorable(state, unit=names, seeds=self.data_seeds, config=config, steps=steps, like=like)
         check_gathered(state["stack"], self.stack.optimizer, f"the checkpoint of {self.name}")
         self.streams = state["streams"]
         self.stack.restore(state["stack"])
