@@ -9,7 +9,6 @@ import pathlib
 import shutil
 
 import pytest
-import torch
 
 import attnlens
 from attnlens.errors import AttnlensError, OutputError, UsageError
@@ -20,12 +19,8 @@ from attnlens.state import SEALED_FROM, check_listed, manifest_of, sealed, unsea
 from attnlens.training import comparison
 from attnlens.training.comparison import named_outputs
 from attnlens.training.config import Config
-from attnlens.training.figures import draw_structure
 from attnlens.training.loggers import CsvLogger, TensorBoardLogger
-from attnlens.training.record_schema import ResumeError, check_records, restorable
-from attnlens.training.results import summarise
 from attnlens.training.store import Store
-from attnlens.training.trainer import _Training
 from tests.training_setup import compare, config, small, write_source
 
 
@@ -198,64 +193,6 @@ def test_a_manifest_of_an_older_version_has_no_digest(tmp_path):
             check_listed(path, path.read_bytes(), "a", b"anything")
 
 
-NUMBERS = {name: [0.5, 0.25] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}
-FITS = {name: [0.5, float("nan")] for name in ("qk_alpha", "qk_beta", "ov_alpha", "ov_beta")}
-RECORD = {
-    "arm": "default", "seed": 1, "lr": 1e-3, "tuning": False, "epoch": 2, "status": "finished", "accuracy": 0.5,
-    "train_seconds": 3, "models_in_stack": 1, "streams": [],
-    "provenance": {"device": "cpu", "command": "c", "versions": {}},
-    "structure": {"raw": FITS, "effective": FITS},
-}  # fmt: skip
-
-
-def test_a_record_is_taken_as_it_is():
-    assert check_records([RECORD], config(), "here", "default-1") == [RECORD]
-    diverged = {**RECORD, "status": "diverged", "accuracy": None, "structure": None}
-    assert check_records([{**RECORD, "epoch": 0, "status": "running"}, diverged], config(), "here")[1] == diverged
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"accuracy": value} for value in ("0.5", -0.1, 1.1, 1e308, None, True)),
-        *({"train_seconds": value} for value in ("5", -1, 1e308, None)),
-        *({"models_in_stack": value} for value in ("1", 0, 1.5, True)),
-        *({"lr": value} for value in (0.5, 0.0, "1e-3")),
-        *({"tuning": value} for value in ("false", 0, None)),
-        *({"seed": value} for value in ("1", -1, 1 << 31, 1.0)),
-        *({"epoch": value} for value in ("2", -1, 1.5)),
-        *({"arm": value} for value in ("other", None, 1)),
-        *({"status": value} for value in ("done", None)),
-        *({"streams": value} for value in ("", [1], None)),
-        *({"provenance": value} for value in ({}, None, {"device": 1, "command": "", "versions": {}})),
-        {"structure": {"raw": FITS}},
-        {"structure": {"raw": FITS, "effective": FITS, "other": FITS}},
-        {"structure": {"raw": FITS, "effective": {**FITS, "qk_beta": [0.5]}}},
-        {"structure": {"raw": FITS, "effective": {name: [0.5] for name in FITS}}},
-        *({"structure": {"raw": FITS, "effective": {**FITS, "ov_beta": [0.5, odd]}}} for odd in (None, "1", 1e308)),
-        *({"test_loss": value} for value in ("1", 1e308, float("inf"))),
-    ],
-    ids=lambda change: json.dumps(change)[:60],
-)
-def test_a_record_that_is_none_is_named_and_no_internal_error(change):
-    with pytest.raises(ResumeError, match=r"^here.*(delete it|train that run again)"):
-        check_records([{**RECORD, **change}], config(), "here", "default-1")
-
-
-@pytest.mark.parametrize("name", ["mimetic-1", "default-0", "tune-default-0.001-1"])
-def test_the_records_of_one_run_are_no_other_runs(name):
-    with pytest.raises(ResumeError, match=r"holds the records of default-1, which is another run"):
-        check_records([RECORD], config(), "here", name)
-
-
-def test_epochs_follow_each_other():
-    first = {**RECORD, "epoch": 1, "status": "running"}
-    assert len(check_records([first, RECORD], config(), "here")) == 2
-    for lines in ([RECORD, first], [first, first], [{**first, "status": "finished"}, RECORD]):
-        with pytest.raises(ResumeError, match="do not follow each other"):
-            check_records(lines, config(), "here")
-
-
 def test_the_file_of_one_run_under_the_name_of_another_is_refused(folder, again):
     shutil.copy(folder / "runs" / "default-0.json", folder / "runs" / "mimetic-0.json")
     refused(again, r"mimetic-0\.json holds the records of default-0", folder)
@@ -266,94 +203,6 @@ def test_a_run_that_has_not_ended_is_no_file_of_its_own(folder, again):
     data = unsealed(json.loads(path.read_text()))
     path.write_text(json.dumps(sealed({**data, "records": data["records"][:1]})))
     refused(again, r"default-0\.json holds a run that has not ended: delete it to train that run again", folder)
-
-
-@pytest.fixture(scope="module")
-def under_way(source, tmp_path_factory):
-    """Return a folder whose first run has a checkpoint after the first of two epochs, and what it leads to."""
-    folder, given = tmp_path_factory.mktemp("way"), small(source, seeds=1, epochs=2, eval_every=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Training, "_finish", _interrupted)
-        with pytest.raises(InterruptedError):
-            compare(source, folder / "c", options=given, workers=1, checkpoint_seconds=0.0)
-    compare(source, folder / "whole", options=given, workers=1)
-    return folder
-
-
-def _interrupted(_training):
-    raise InterruptedError
-
-
-@pytest.fixture
-def checkpoint(under_way, tmp_path):
-    return shutil.copytree(under_way / "c", tmp_path / "c") / "checkpoints" / "default-0.pt"
-
-
-def other_accuracy(state):
-    records = json.loads(state["records"])
-    records[0][0]["accuracy"] = 0.999
-    return {**state, "records": json.dumps(records)}
-
-
-def two_more(state):
-    return {**state, "epoch": 2}
-
-
-def test_a_checkpoint_has_its_digest_and_torch_opens_it(checkpoint, source, under_way):
-    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
-    compare(source, checkpoint.parents[1], options=small(source, seeds=1, epochs=2, eval_every=1), resume=True)
-    expected = (under_way / "whole" / "summary.csv").read_bytes()
-    assert (checkpoint.parents[1] / "summary.csv").read_bytes() == expected
-
-
-def refused_to_go_on(path, source, message):
-    with pytest.raises(ResumeError, match=f"{message}.*: delete it to train that run again"):
-        compare(source, path.parents[1], options=small(source, seeds=1, epochs=2, eval_every=1), resume=True, workers=1)
-
-
-def test_a_checkpoint_of_which_a_bit_was_flipped_is_refused(checkpoint, source):
-    content = bytearray(checkpoint.read_bytes())
-    for place in range(len(content) // 2, len(content) // 2 + 800, 4):
-        content[place] ^= 0x40
-    checkpoint.write_bytes(content)
-    refused_to_go_on(checkpoint, source, r"default-0\.pt cannot be read \(it was changed after it was written")
-
-
-@pytest.mark.parametrize("change", [other_accuracy, two_more])
-def test_a_checkpoint_that_was_edited_is_refused(change, checkpoint, source):
-    torch.save(change(torch.load(checkpoint, weights_only=True)), checkpoint)
-    refused_to_go_on(checkpoint, source, r"default-0\.pt was changed after it was written, its sha256 is missing")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({}, ""),
-        ({"epoch": 2}, "stands at epoch 2 of 2 and step 0 of 3"),
-        ({"step": 3}, "stands at epoch 1 of 2 and step 3 of 3"),
-        ({"epoch": 0}, "stands at epoch 0 of 2"),
-        ({"streams": {0: []}}, "stands at epoch 1 of 2"),
-        ({"records": "[[]]"}, "holds no record"),
-    ],
-)
-def test_a_checkpoint_is_of_a_run_on_its_way_whatever_its_digest(change, message, under_way):
-    stored = json.loads((under_way / "c" / "config.json").read_text())
-    given = Config(**{name: value for name, value in stored.items() if name != "sha256"})
-    state = torch.load(under_way / "c" / "checkpoints" / "default-0.pt", weights_only=True)
-    how = {"unit": ["default-0"], "seeds": [0], "config": given, "steps": 3, "like": state["stack"]}
-    if not message:
-        assert restorable(state, **how) == json.loads(state["records"])
-        return
-    with pytest.raises(ResumeError, match=f"the checkpoint of default-0 {message}.*: delete it to train that run"):
-        restorable({**state, **change}, **how)
-
-
-def test_a_checkpoint_of_an_older_version_has_no_digest(checkpoint, source, under_way):
-    state = torch.load(checkpoint, weights_only=True)
-    torch.save({name: value for name, value in state.items() if name != "schema_version"}, checkpoint)
-    compare(source, checkpoint.parents[1], options=small(source, seeds=1, epochs=2, eval_every=1), resume=True)
-    expected = (under_way / "whole" / "summary.csv").read_bytes()
-    assert (checkpoint.parents[1] / "summary.csv").read_bytes() == expected
 
 
 @pytest.mark.parametrize("name", ["summary.json", "results.jsonl", "log.csv", "structure.jsonl", "runs/x.json"])
@@ -403,15 +252,6 @@ def test_of_runs_that_ended_before_weights_were_asked_for_it_is_said(folder, aga
 
 
 @pytest.mark.filterwarnings("error")
-def test_structure_that_is_nowhere_a_number_is_drawn_as_nothing():
-    given = {"status": "finished", "seed": 0, "lr": 1e-3, "epoch": 2, "data_seed": 0}
-    nothing = {"structure": {fold: {name: [float("nan")] * 2 for name in FITS} for fold in ("raw", "effective")}}
-    runs = {"default-0": [{**RECORD, **given, **nothing}], "mimetic-0": [{**RECORD, **given, "arm": "mimetic"}]}
-    runs["mimetic-0"][0]["structure"] = {"raw": NUMBERS, "effective": NUMBERS}
-    drawn = draw_structure(summarise(config(), runs), None, "source")
-    assert [len(axes.lines) for axes in drawn.axes if axes.has_data()] == [1, 1, 1, 1]
-
-
 @pytest.mark.parametrize(
     "name", ["structure.jsonl", "report.md", "summary.csv", "log.csv", "weights/default-0.safetensors"]
 )
