@@ -258,7 +258,9 @@ def claims() -> dict[str, list[str]]:
         for name in ("trust", "init_tolerance", "balance_speed")
     )
     draws, expanded = tolerance["largest"], f"{archives.EXPANDS} times"
-    scan, faults = trust["scan"], trust["faults"]
+    scan, faults, hostile = trust["scan"], trust["faults"], trust["hostile"]
+    made = {how: f"{part['inputs']:,}" for how, part in hostile["by_making"].items()}
+    broken = sum(number for name, number in hostile.items() if name.startswith("violations_"))
     kills = faults["kills_by_command"]
     parts = {name: part["cases"] for name, part in faults["parts"].items() if "cases" in part}
     return {
@@ -304,6 +306,10 @@ def claims() -> dict[str, list[str]]:
             f"at most {MOST_MODULES:,} modules",
             f"is above {LARGEST_ARGUMENT:,}",
             f"at most {converted._GROWS} times the file, and {converted._ALWAYS >> 20} MiB",
+            f"{hostile['inputs']:,} inputs (seed 22, {hostile['made_on']['cpus']} cores",
+            f"{hostile['past_parser']:,} got past the parser, {hostile['accepted']:,} were accepted",
+            f"{hostile['refused']:,} refused, and {broken or 'none'} broke a promise",
+            f"{made['by hand']} of them are written by hand, {made['built']} built whole, {made['mutated']} mutated",
         ],
         "docs/scale.md": [
             f"{scan['local']['models']} small models with random weights",
