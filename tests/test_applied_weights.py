@@ -1,6 +1,7 @@
 """Weights that a file stores as something else, with the right values: codes, adapters, parametrizations."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 import attnlens
 from attnlens.checkpoints import open_checkpoint
 from attnlens.checkpoints.adapters import with_adapter
+from attnlens.checkpoints.applied import unread_beside
 from attnlens.errors import CheckpointError, ModelNotFoundError
 from tests.checkpoint_files import TINY, alphas, projections, saved, state, vit
 
@@ -267,3 +269,12 @@ def test_a_folder_of_peft_without_its_base_says_what_to_do(tmp_path):
     save_file({"base_model.model.q.lora_A.weight": torch.ones(4, 3)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ModelNotFoundError, match=r"PEFT adapter of owner/name.*merge_and_unload"):
         attnlens.inspect(tmp_path)
+
+
+def test_the_time_for_names_of_adapters_does_not_grow_with_their_number_times_the_layers():
+    projections = [f"blocks.{layer}.attn.{part}.weight" for layer in range(4000) for part in ("qkv", "proj")]
+    stored = dict.fromkeys([*projections, *(f"lora_{i}" for i in range(8000))])
+    start = time.process_time()
+    assert unread_beside(stored, projections, projections) is None
+    assert time.process_time() - start < 1
+    assert unread_beside(stored | {"blocks.3.attn.a.lora_b": 0}, projections, projections).startswith("blocks.3.attn.a")

@@ -38,7 +38,8 @@ def unread_beside(checkpoint: Checkpoint, projections: Iterable[str], known: Ite
     read = {*known}
     modules = {name.removesuffix(".weight"): name for name in projections if name.endswith(".weight")}
     blocks = {module.rpartition(".")[0]: name for module, name in modules.items()}
-    lengths = sorted({len(path) for path in (*modules, *blocks)}, reverse=True)
+    around = {**blocks, **modules}
+    lengths = sorted({len(path) for path in around}, reverse=True)
     for name in checkpoint:
         if name in read:
             continue
@@ -46,7 +47,7 @@ def unread_beside(checkpoint: Checkpoint, projections: Iterable[str], known: Ite
         if module in modules and leaf in _PLAIN:
             continue
         adapter = _ADAPTERS.search(name.removeprefix(module.rpartition(".")[0])) is not None
-        homes = {**blocks, **modules} if adapter else modules
+        homes = around if adapter else modules
         above = (name[:length] for length in lengths if name[length : length + 1] == ".")
         inside = next((homes[path] for path in above if path in homes), None)
         if inside is not None:
