@@ -6,8 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnlens.errors import ModelNotFoundError
+
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _MEMINFO = Path("/proc/meminfo")
 _OF_DEVICE = 0.5
@@ -36,6 +39,15 @@ def fits_on(device: torch.device, size: int) -> bool:
 
     free, _ = torch.cuda.mem_get_info(device)
     return size <= _OF_DEVICE * free
+
+
+def check_fits(model: nn.Module, what: str) -> None:
+    """Raise `ModelNotFoundError` where a network on the meta device would take more memory than is free."""
+    size, free = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), free_memory()
+    if free is not None and size > free:
+        raise ModelNotFoundError(
+            f"{what} is a model of {in_words(size)}, and {in_words(free)} of memory are free: make it smaller"
+        )
 
 
 def in_words(size: float) -> str:

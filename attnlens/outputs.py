@@ -80,6 +80,8 @@ class Outputs:
         """Return a path that may be written. Raises `UsageError` for an input, `OutputError` for a file of others."""
         if there(path.is_dir):
             raise OutputError(f"{path} is a folder, where a file goes: take it away, or choose another place")
+        if there(path.is_symlink) and not there(path.exists):
+            raise OutputError(f"{path} is a link to nothing: take it away, or name the file that it is to lead to")
         if not there(path.is_file):
             return path
         self.spare(path)
@@ -104,12 +106,14 @@ class Outputs:
 def is_ours(path: Path) -> bool:
     """Whether attnlens wrote a file: by its schema or metadata, or by a manifest beside it. An empty file is nobody's.
 
+    Behind a link it is somebody's: a link says that the file is wanted elsewhere.
+
     A file that cannot be read is taken for somebody else's.
     """
     try:
         size = path.stat().st_size
         if size == 0:
-            return True
+            return not path.is_symlink()
         with path.open("rb") as file:
             head = file.read(HEAD)
             if path.suffix == ".pdf" and size > HEAD:

@@ -185,7 +185,7 @@ def test_a_folder_that_describes_nothing_is_refused(tmp_path):
         file.build(str(tmp_path), 0, {})
     config = tmp_path / "config.json"
     for text, reason in (
-        ("{", r"^cannot read .*config\.json: "),
+        ("{", r"config\.json holds broken JSON \("),
         ("[1]", r"config\.json holds a JSON list where an object is expected$"),
         ("{}", r"config\.json names no architecture$"),
         ('{"architecture": "x", "model_args": 3}', r"model_args of .*config\.json is not an object"),

@@ -313,3 +313,20 @@ def test_shards_in_folders_below_an_index_and_the_base_of_an_adapter_are_inputs(
     (tmp_path / "p.json").symlink_to(shard)
     for model in ("model", "model/model.safetensors.index.json", "adapter"):
         refused(run, "fit-params", model, "-o", "p.json", "--figures", "fits", files=[shard])
+
+
+@pytest.mark.parametrize("kept", [None, ""])
+def test_a_link_in_an_output_folder_makes_no_file_elsewhere(run, tmp_path, kept):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stats.json").symlink_to("../elsewhere/kept")
+    if kept is not None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "kept").write_text(kept)
+    done = run("inspect", "-o", "out", "--fold", "raw", "-q")
+    assert done.code == 1
+    assert "is a link to nothing" in done.err if kept is None else "was not written by attnlens" in done.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["stats.json"]
+    if kept is None:
+        assert not (tmp_path / "elsewhere").exists()
+    else:
+        assert (tmp_path / "elsewhere" / "kept").read_text() == kept

@@ -53,7 +53,14 @@ class ShardedFile(Checkpoint):
 
     def _shard(self, name: str) -> Checkpoint:
         if name not in self._opened:
-            self._opened[name] = self._open(self._paths[name])
+            shard = self._open(self._paths[name])
+            twice = next((tensor for tensor in shard if self._shard_of.get(tensor, name) != name), None)
+            if twice is not None:
+                raise CheckpointError(
+                    f"{name} holds {twice}, which {self.path} says is in {self._shard_of[twice]}: of two tensors of a "
+                    "name libraries take different ones, save the model again"
+                )
+            self._opened[name] = shard
         return self._opened[name]
 
     def __getitem__(self, name: str) -> Any:

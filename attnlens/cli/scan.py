@@ -99,7 +99,7 @@ def scan(
         note(message)
     shown: Fold = "effective" if "effective" in scanned.folds else (scanned.folds or ("raw",))[0]
     if json_:
-        write_stdout((output / "scan.json").read_text())
+        write_stdout(scanned.text)
     else:
         print_sheet(model_table(scanned, shown))
     for name, result in scanned.results.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from attnlens.checkpoints.written import write_safetensors
-from attnlens.errors import CheckpointError, ParamsError, UsageError
+from attnlens.errors import CheckpointError, ModelNotFoundError, ParamsError, UnsupportedAttentionError, UsageError
 from attnlens.inits.apply import build_model, init_
 from attnlens.inits.pretrained_folder import build_pretrained, save_pretrained
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import InitReport, describe_option
-from attnlens.models.architecture import check_model_args
+from attnlens.memory import check_fits
+from attnlens.models.architecture import check_model_args, on_meta
+from attnlens.models.described import describe_architecture
 from attnlens.models.open import EMBEDDED
+from attnlens.models.weights import config_in
 from attnlens.outputs import Outputs
 from attnlens.provenance import run_provenance
-from attnlens.strict_json import read_json, there
+from attnlens.strict_json import there
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,39 +49,48 @@ def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
             raise UsageError(f"--model-arg goes to timm, and {folder} is a model of transformers: edit its config.json")
         return Built(build_pretrained(folder, seed), "", {})
     if there(folder.is_dir):
-        architecture, whole, given = _folder_network(folder / "config.json")
+        architecture, whole, given = _folder_network(folder)
         resolved = {**given, **model_args}
+        _check_fits(architecture, resolved)
         module = build_model(f"local-dir:{folder}" if whole else architecture, seed, resolved)
         return Built(module, architecture.partition(".")[0], resolved)
     assert model is not None
+    _check_fits(model.removeprefix("timm/"), model_args)
     module = build_model(model, seed, model_args)
     return Built(module, model.removeprefix("timm/").partition(".")[0], dict(model_args))
+
+
+def _check_fits(architecture: str, model_args: Mapping[str, Any]) -> None:
+    """Raise `ModelNotFoundError` where arguments make a network that cannot be built, or is larger than memory."""
+    if model_args and ":" not in architecture:
+        check_fits(on_meta(architecture, dict(model_args)), f"{architecture} with model_args {dict(model_args)}")
 
 
 def of_transformers(folder: Path) -> bool:
     """Whether a folder's ``config.json`` is one of transformers."""
     try:
-        data = read_json(folder / "config.json")
-    except (OSError, ValueError):
+        data = config_in(folder)
+    except CheckpointError:
         return False
-    return isinstance(data, dict) and isinstance(data.get("model_type"), str) and "architecture" not in data
+    return isinstance(data.get("model_type"), str) and "architecture" not in data
 
 
-def _folder_network(config: Path) -> tuple[str, bool, dict[str, Any]]:
+def _folder_network(folder: Path) -> tuple[str, bool, dict[str, Any]]:
     """Return the architecture a folder's config names, whether timm reads it whole, and what arguments it adds.
 
-    These are its model_args and the number of classes. Without a ``pretrained_cfg`` timm takes all for one.
+    These are its model_args and the number of classes; a network of them may cost what it may where it is read.
+    Without a ``pretrained_cfg`` timm takes all for one.
     """
-    try:
-        data = read_json(config)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {config}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{config} holds a JSON {type(data).__name__} where an object is expected")
+    config = folder / "config.json"
+    data = config_in(folder)
     if not isinstance(data.get("architecture"), str):
         raise CheckpointError(f"{config} names no architecture")
+    if ":" in data["architecture"]:
+        raise ModelNotFoundError(f"{config} names {data['architecture']!r}, a model elsewhere: name an architecture")
     classes = check_model_args({name: data[name] for name in ("num_classes",) if name in data}, str(config))
     given = {**classes, **check_model_args(data.get("model_args", {}), str(config))}
+    with contextlib.suppress(UnsupportedAttentionError):  # it may be built all the same
+        describe_architecture(data["architecture"], given)
     return data["architecture"], isinstance(data.get("pretrained_cfg"), dict), given
 
 

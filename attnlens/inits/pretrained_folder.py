@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,32 +13,45 @@ from typing import TYPE_CHECKING, Any, cast
 from attnlens.atomic import FileSet
 from attnlens.errors import AttnlensError, ModelNotFoundError, UsageError
 from attnlens.inits.apply import seeded
-from attnlens.memory import free_memory, in_words
+from attnlens.memory import check_fits
 from attnlens.models.architecture import modules_counted
-from attnlens.strict_json import read_json, there
+from attnlens.models.weights import config_in
+from attnlens.strict_json import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_HOW = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?|auto_map|transformers_weights|_name_or_path")
+"""Fields that say how a network is computed, or where it came from: some name code, or a file. None is a size."""
+_ELSEWHERE = ("backbone", "use_pretrained_backbone", "quantization_config")
+_OF_TIMM = ("timm_backbone", "timm_wrapper")
+"""Types of model whose fields are names and arguments of timm's."""
 
 
 def build_pretrained(folder: Path, seed: int) -> PreTrainedModel:
     """Build the network a folder's ``config.json`` describes, with the weights transformers draws under ``seed``.
 
-    The class is the first of ``architectures``, else the bare model. No code of the folder is run. Raises
-    `ModelNotFoundError` where transformers is missing or cannot build it, and where it does not fit into memory.
+    The class is the first of ``architectures``, where that is one of the configuration's, else the bare model. No code
+    of the folder is run, and nothing is read that its configuration names. Raises `ModelNotFoundError` where
+    transformers is missing or cannot build it, and where it does not fit into memory.
     """
     try:
         import torch
         import transformers
     except ImportError as error:
         raise ModelNotFoundError(f"{folder} is a model of transformers: pip install transformers") from error
+    described = _sizes(config_in(folder), folder / "config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with tempfile.TemporaryDirectory() as alone:
+            Path(alone, "config.json").write_text(json.dumps(described), encoding="utf-8")
+            config = transformers.AutoConfig.from_pretrained(alone, local_files_only=True)
+        config.name_or_path = str(folder)
         named: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
         whole = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+        whole = whole and isinstance(config, named.config_class or ())
         build = partial(named if whole else transformers.AutoModel.from_config, config)
         with seeded(seed), torch.device("meta"), modules_counted(str(folder / "config.json")):
-            _check_fits(build(), folder)
+            check_fits(build(), f"what {folder}/config.json describes")
         with seeded(seed):
             return cast("PreTrainedModel", build())
     except AttnlensError:
@@ -46,13 +61,17 @@ def build_pretrained(folder: Path, seed: int) -> PreTrainedModel:
         raise ModelNotFoundError(f"transformers cannot build what {folder}/config.json describes ({reason})") from error
 
 
-def _check_fits(model: PreTrainedModel, folder: Path) -> None:
-    size, free = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), free_memory()
-    if free is not None and size > free:
-        raise ModelNotFoundError(
-            f"{folder}/config.json describes a model of {in_words(size)}, and {in_words(free)} of memory are free: "
-            "make it smaller"
-        )
+def _sizes(stated: Any, where: Path) -> Any:
+    """Return a configuration without what says how it is computed. Refuses one that names another model or its code."""
+    if isinstance(stated, list):
+        return [_sizes(value, where) for value in stated]
+    if not isinstance(stated, dict):
+        return stated
+    if named := next((name for name in _ELSEWHERE if stated.get(name)), None):
+        raise ModelNotFoundError(f"{where} names {named}, which is no size of a network: take it out")
+    if stated.get("model_type") in _OF_TIMM:
+        raise ModelNotFoundError(f"{where} holds a {stated['model_type']}: give timm's name of that network instead")
+    return {name: _sizes(value, where) for name, value in stated.items() if not _HOW.fullmatch(name)}
 
 
 def save_pretrained(model: PreTrainedModel, output: str | os.PathLike[str], metadata: dict[str, str]) -> None:
@@ -67,7 +86,7 @@ def save_pretrained(model: PreTrainedModel, output: str | os.PathLike[str], meta
     beside = path.parent / "config.json"
     model.config.architectures = [type(model).__name__]
     config = model.config.to_json_string()
-    kept = there(beside.exists)
+    kept = os.path.lexists(beside)
     if kept and not _same(beside, config):
         raise UsageError(f"{beside} is there and describes another model: name a file in another folder with --output")
     state = revert_weight_conversion(model, dict(model.state_dict()))

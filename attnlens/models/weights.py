@@ -17,8 +17,18 @@ from attnlens.checkpoints.shards import TRANSFORMERS_FILES
 from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.models.diffusers import WEIGHT_FILES as DIFFUSERS_FILES
 from attnlens.models.opened import Access, Weights
+from attnlens.state import read_state
 from attnlens.strict_json import parse_json, there, within
 
+TIMM_FILES = (
+    "pytorch_model.pth",
+    "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
+"""What timm looks for in a folder behind the names of transformers, in that order; on the hub it looks for fewer."""
 _SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, *NUMPY_SUFFIXES, INDEX_SUFFIX, *OTHER_FORMATS, *PACKED_SUFFIXES)
 
 
@@ -58,10 +68,10 @@ def is_weight_name(path: Path) -> bool:
 
 
 def weights_in(folder: Path) -> Path:
-    """Return the weight file, or the index of its shards, of a model folder."""
-    from attnlens.checkpoints.hub import WEIGHT_FILES
-
-    names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
+    """Return the weight file, or the index of its shards, of a model folder: the one that its library would take."""
+    if there((folder / "config.json").is_file):
+        check_names_no_file(config_in(folder), folder / "config.json")
+    names = (*TRANSFORMERS_FILES, *TIMM_FILES, *DIFFUSERS_FILES)
     found = next((folder / name for name in names if there((folder / name).is_file)), None)
     if found is None:
         raise ModelNotFoundError(f"{folder} holds no weights: one of {', '.join(names)} is expected")
@@ -81,6 +91,24 @@ def title_of(path: Path) -> str:
     if not folder or not _COMMON.fullmatch(stem.lower()):
         return stem
     return folder if stem.lower() in _WHOLE else f"{folder}-{stem}"
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """Return the JSON object that is a model folder's ``config.json``. Raises `CheckpointError`."""
+    path = within(folder, folder / "config.json", CheckpointError)
+    try:
+        content = read_state(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    return parse_object(content, path)
+
+
+def check_names_no_file(config: Mapping[str, Any], where: Path | str) -> None:
+    """Refuse a configuration that has transformers read weights from a file of another name than it looks for."""
+    if named := config.get("transformers_weights"):
+        raise CheckpointError(
+            f"{where} says that the weights are in {named!s:.100}: give that file as --checkpoint, or take this out"
+        )
 
 
 def parse_object(text: bytes, where: Path | str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Scan(Tabular):
     """Models measured by this call, failed ones included; the others were done before."""
     lost: int
     """Times a worker was lost and its job begun again."""
+    text: str = ""
+    """What this scan wrote into ``scan.json``, whoever writes there after it."""
 
     @property
     def failed(self) -> dict[str, str]:
@@ -183,8 +185,8 @@ def scan(
     with FileSet(outputs.check) as files:
         if figure is not None:
             _save_figure(scanned, store.folder, figure, files)
-        store.save_tables(whole, about, files)
-    return scanned
+        text = store.save_tables(whole, about, files)
+    return replace(scanned, text=text)
 
 
 def _save_figure(scanned: Scan, folder: Path, format_: str, files: FileSet) -> None:

@@ -75,10 +75,11 @@ class Store:
 
     def save_tables(
         self, results: Mapping[str, Result], provenance: dict[str, Any], files: FileSet | None = None
-    ) -> None:
+    ) -> str:
         """Write ``scan.csv``, a row a model and fold, ``layers.csv``, a row a layer, and ``scan.json``, all of it.
 
-        They join ``files`` or make a set of their own; ``scan.json`` names the other files with their sha256.
+        They join ``files`` or make a set of their own; ``scan.json`` names the other files with their sha256. What it
+        holds is returned.
         """
         models = [row for name, result in results.items() for row in model_rows(name, result)]
         cells = ([row.get(name) for name in MODEL_COLUMNS] for row in models)
@@ -94,3 +95,4 @@ class Store:
             data = {**SCHEMA, "provenance": provenance, "files": files.hashes(), "layer_columns": LAYER_COLUMNS}
             text = json.dumps({**data, "models": list(results.values())}, indent=1) + "\n"
             files.write(self.folder / "scan.json", methodcaller("write", text.encode()))
+        return text

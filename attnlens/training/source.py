@@ -14,7 +14,7 @@ from attnlens.checkpoints import open_checkpoint
 from attnlens.errors import UnsupportedAttentionError, UsageError
 from attnlens.layouts import read_heads
 from attnlens.models.open import EMBEDDED
-from attnlens.models.weights import parse_object
+from attnlens.models.weights import config_in, parse_object
 from attnlens.strict_json import there
 from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
@@ -156,10 +156,7 @@ def _seen(model: str | None, opened: OpenedModel) -> tuple[Seen, ...] | None:
     if METADATA_KEY in opened.checkpoint.metadata:
         return read(opened.checkpoint.metadata[METADATA_KEY])
     folder = EMBEDDED if model is None else Path(str(model).removeprefix("local-dir:"))
-    config = folder / "config.json"
-    if not there(config.is_file):
-        return None
-    return read(parse_object(config.read_bytes(), config).get(METADATA_KEY))
+    return read(config_in(folder).get(METADATA_KEY)) if there((folder / "config.json").is_file) else None
 
 
 def _sizes_of(opened: OpenedModel) -> dict[str, Any]:
