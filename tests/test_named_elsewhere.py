@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import attnlens
-from attnlens.errors import CheckpointError, ModelNotFoundError
+from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.inits import file
 from attnlens.models.weights import weights_in
 
@@ -158,3 +158,99 @@ def test_a_tensor_that_two_shards_hold_is_refused(tmp_path):
     save_file(held, tmp_path / last)
     again = attnlens.inspect(str(tmp_path), fold="raw")
     assert (again.stats.column("alpha") == whole.stats.column("alpha")).all()
+
+
+def test_a_configuration_that_brings_its_code_is_not_run(tmp_path):
+    described(tmp_path, {"model_type": "new", "auto_map": {"AutoConfig": "new.Config", "AutoModel": "new.Model"}})
+    (tmp_path / "new.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
+    with pytest.raises(ModelNotFoundError, match=r"transformers cannot build what .* describes"):
+        file.build(str(tmp_path), 0, {})
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"model_args": {"depth": "x"}},
+        {"model_args": {"embed_dim": 65536, "num_heads": 4, "depth": 100}},
+        {"pretrained_cfg": {"num_classes": 10**11, "input_size": [3, 224, 224]}},
+        {"pretrained_cfg": {"num_classes": "x", "input_size": "y"}},
+    ],
+)
+def test_a_network_that_cannot_be_drawn_is_told_in_a_line(tmp_path, stated):
+    folder = described(tmp_path / "model", {"architecture": "vit_tiny_patch16_224", **stated})
+    with pytest.raises(ModelNotFoundError, match=r"cannot build|more than|is a model of"):
+        file.build(folder, 0, {})
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a small network, and return a function that writes it again with another record of itself."""
+    file.init_file("vit_tiny_patch16_224", tmp_path / "own.safetensors", model_args={"depth": 1, "num_classes": 0})
+    weights = load_file(tmp_path / "own.safetensors")
+    about = {"architecture": "vit_tiny_patch16_224", "model_args": '{"depth": 1, "num_classes": 0}'}
+
+    def write(record):
+        text = record if isinstance(record, str) else json.dumps(record)
+        save_file(weights, tmp_path / "w.safetensors", {**about, file.METADATA_KEY: text})
+        return tmp_path / "w.safetensors"
+
+    return write
+
+
+RECORD = {"init": "mimetic", "seed": 0, "options": {}, "params": None}
+
+
+@pytest.mark.parametrize(
+    ("init", "options"),
+    [
+        ("transfer-attention", {"teacher": "somebody/SECRET"}),
+        ("transfer-attention", {"teacher": "/SECRET.safetensors"}),
+        ("transfer-filters", {"teacher": "embedded", "checkpoint": "/SECRET.safetensors"}),
+        ("weight-selection", {"teacher": ["SECRET"]}),
+        ("norm-matched", {"of": "transfer-attention", "teacher": "/SECRET.safetensors"}),
+        ("fitted", {"params": "/SECRET.json"}),
+        ("conv-covariance", {"params": "/SECRET.json"}),
+    ],
+)
+def test_a_file_that_is_verified_has_nothing_read_that_it_names(written, init, options):
+    path = written({**RECORD, "init": init, "options": options})
+    OPENED.clear()
+    with pytest.raises(UsageError, match=r"the file was made with .*: pass that option again$"):
+        attnlens.verify_init(None, path)
+    assert not OPENED
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "x",
+        "[" * 100_000,
+        "{}",
+        [],
+        {**RECORD, "options": []},
+        {**RECORD, "init": 3},
+        {**RECORD, "seed": "0"},
+        {**RECORD, "params": {"sha256": 5}},
+        {**RECORD, "params": []},
+    ],
+)
+def test_a_record_that_init_does_not_write_is_refused(written, record):
+    with pytest.raises(UsageError, match="is no record of attnlens"):
+        attnlens.verify_init(None, written(record))
+
+
+def test_a_number_beyond_float64_is_no_option(written):
+    with pytest.raises(UsageError, match="pass a finite number"):
+        attnlens.verify_init(None, written({**RECORD, "options": {"alpha_qk": 10**400}}))
+
+
+def test_init_says_how_to_verify_what_was_made_of_other_files(run):
+    assert run("init", "vit_tiny_patch16_224", "--model-arg", "depth=1", "-o", "teacher.safetensors").code == 0
+    made = ("--init", "transfer-attention", "--option", "teacher=teacher.safetensors")
+    done = run("init", "vit_tiny_patch16_224", "--model-arg", "depth=1", *made, "-o", "w.safetensors")
+    assert done.code == 0, done.err
+    told = done.err.partition("to check it: attnlens ")[2].split()
+    assert told == ["verify-init", "--checkpoint", "w.safetensors", "--option", "teacher=teacher.safetensors"]
+    assert run(*told).code == 0
+    assert run(*told[:3]).code == 2

@@ -37,7 +37,7 @@ def init(
 ) -> None:
     """Write the weights of a new network whose attention or filters start from an initialiser, mimetic by default."""
     from attnlens.inits import init_file
-    from attnlens.inits.file import of_transformers
+    from attnlens.inits.file import READ_FROM, of_transformers
 
     if list_:
         _print_list(json_)
@@ -56,7 +56,10 @@ def init(
         note(f"wrote {output} and config.json, to be loaded by: from_pretrained({str(output.parent)!r})")
     else:
         note(f"wrote {output}, to be loaded by: timm.create_model({_call(model, arguments, output)})")
-    note(f"to check it: attnlens verify-init --checkpoint {shlex.quote(str(output))}")
+    again = ["--checkpoint", str(output)]
+    for option in (option for option in READ_FROM if given.get(option) is not None):
+        again += ["--params", str(given[option])] if option == "params" else ["--option", f"{option}={given[option]}"]
+    note(f"to check it: attnlens verify-init {shlex.join(again)}")
 
 
 def choose_initialiser(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from attnlens.errors import ModelNotFoundError, UnsupportedAttentionError, UsageError
+from attnlens.errors import AttnlensError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.heads import Array, HeadWeights
 from attnlens.inits.caveats import layer_notes, whole_layer_reason
 from attnlens.inits.folding import UnusableScaleError, folding_notes, gains, silent_roles, unfolded
@@ -23,7 +23,8 @@ from attnlens.inits.report import FilterReport, InitReport, ProductReport, Skipp
 from attnlens.layouts import AttentionSpec, read_heads, write_heads
 from attnlens.layouts.depthwise import FilterSpec, read_filters, write_filters
 from attnlens.layouts.read_write import Tensors
-from attnlens.models.architecture import Architecture, suggest
+from attnlens.memory import check_fits
+from attnlens.models.architecture import Architecture, modules_counted, suggest
 from attnlens.models.live import open_live
 from attnlens.models.undress import LiveWeights
 from attnlens.statistics.depth import relative_depth
@@ -113,6 +114,27 @@ def build_model(name: str, seed: int, timm_kwargs: Mapping[str, Any]) -> nn.Modu
         if ":" not in name and not timm.is_model(base):
             raise ModelNotFoundError(f"timm has no architecture named {base!r}{suggest(base, timm.list_models())}")
         return timm.create_model(name, **timm_kwargs)
+
+
+def build_checked(name: str, seed: int, timm_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Return what `build_model` does, of arguments or a folder's ``config.json`` that somebody else wrote.
+
+    Raises `ModelNotFoundError` for a network that timm cannot build of them, that has more modules than any, or is
+    larger than the memory that is free.
+    """
+    import torch
+
+    told = f"{name} with {dict(timm_kwargs)}"
+    try:
+        if timm_kwargs or ":" in name:
+            with torch.device("meta"), modules_counted(name):
+                check_fits(build_model(name, seed, timm_kwargs), told)
+        return build_model(name, seed, timm_kwargs)
+    except AttnlensError:
+        raise
+    except Exception as error:  # any constructor of timm's, with any arguments
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelNotFoundError(f"timm cannot build {told} ({reason}): fix the arguments") from error
 
 
 @contextmanager

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from attnlens.checkpoints.written import write_safetensors
 from attnlens.errors import CheckpointError, ModelNotFoundError, ParamsError, UnsupportedAttentionError, UsageError
-from attnlens.inits.apply import build_model, init_
+from attnlens.inits.apply import build_checked, init_
 from attnlens.inits.pretrained_folder import build_pretrained, save_pretrained
 from attnlens.inits.registry import find_initialiser
 from attnlens.inits.report import InitReport, describe_option
-from attnlens.memory import check_fits
-from attnlens.models.architecture import check_model_args, on_meta
+from attnlens.models.architecture import check_model_args
 from attnlens.models.described import describe_architecture
 from attnlens.models.open import EMBEDDED
 from attnlens.models.weights import config_in
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "attnlens"
 """Entry of a safetensors file's metadata that says how `attnlens init` made it."""
+
+READ_FROM = ("params", "teacher", "checkpoint")
+"""Options of initialisers that name a file, or a model."""
 
 
 class Built(NamedTuple):
@@ -51,19 +53,11 @@ def build(model: str | None, seed: int, model_args: Mapping[str, Any]) -> Built:
     if there(folder.is_dir):
         architecture, whole, given = _folder_network(folder)
         resolved = {**given, **model_args}
-        _check_fits(architecture, resolved)
-        module = build_model(f"local-dir:{folder}" if whole else architecture, seed, resolved)
+        module = build_checked(f"local-dir:{folder}" if whole else architecture, seed, resolved)
         return Built(module, architecture.partition(".")[0], resolved)
     assert model is not None
-    _check_fits(model.removeprefix("timm/"), model_args)
-    module = build_model(model, seed, model_args)
+    module = build_checked(model, seed, model_args)
     return Built(module, model.removeprefix("timm/").partition(".")[0], dict(model_args))
-
-
-def _check_fits(architecture: str, model_args: Mapping[str, Any]) -> None:
-    """Raise `ModelNotFoundError` where arguments make a network that cannot be built, or is larger than memory."""
-    if model_args and ":" not in architecture:
-        check_fits(on_meta(architecture, dict(model_args)), f"{architecture} with model_args {dict(model_args)}")
 
 
 def of_transformers(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -114,9 +115,7 @@ def find_initialiser(name: str) -> Initialiser:
 
 def number(option: str, value: Any, least: float | None = None) -> float:
     """Return the value of a numeric option; raises `UsageError` where it is none, not finite, or below ``least``."""
-    import math
-
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise UsageError(f"{option} = {value!r} is not accepted: pass a finite number")
     if least is not None and value < least:
         raise UsageError(f"{option} = {value!r} is not accepted: pass a number of at least {least:g}")
