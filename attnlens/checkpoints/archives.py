@@ -9,7 +9,6 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ _LONGEST_HEADER = 10_000
 _DAMAGE = (ValueError, EOFError, OSError, NotImplementedError, RuntimeError, OverflowError, struct.error)
 
 
-def check_archive(path: Path, *, stored: bool = False) -> list[zipfile.ZipInfo]:
+def check_archive(file: IO[bytes], *, stored: bool = False) -> list[zipfile.ZipInfo]:
     """Return the members of a zip archive whose content is bounded by `EXPANDS` times the file, plus `ALLOWANCE`.
 
     Python's reader never returns more of a member than its entry declares, so the sum of the entries bounds what can
@@ -46,7 +45,7 @@ def check_archive(path: Path, *, stored: bool = False) -> list[zipfile.ZipInfo]:
     members, two of one name, methods other than stored and deflated.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except _DAMAGE as error:
         raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
@@ -56,7 +55,7 @@ def check_archive(path: Path, *, stored: bool = False) -> list[zipfile.ZipInfo]:
             raise zipfile.BadZipFile(f"{member.filename!r} is encrypted or compressed in a way that is not used here")
     if len({member.filename for member in members}) < len(members):
         raise zipfile.BadZipFile("two members have one name")
-    content, size = sum(member.file_size for member in members), path.stat().st_size
+    content, size = sum(member.file_size for member in members), file.seek(0, io.SEEK_END)
     if content > (size if stored else EXPANDS * size + ALLOWANCE):
         raise zipfile.BadZipFile(f"{size} bytes on disk claim to hold {content}")
     return members
@@ -100,9 +99,8 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return tuple(shape), by_columns, kind
 
 
-def data_offset(path: Path, member: zipfile.ZipInfo) -> int:
+def data_offset(file: IO[bytes], member: zipfile.ZipInfo) -> int:
     """Return where in the file a member's content begins: behind its local header."""
-    with path.open("rb") as file:
-        file.seek(member.header_offset + 26)
-        name, extra = struct.unpack("<HH", file.read(4))
+    file.seek(member.header_offset + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
     return int(member.header_offset + 30 + name + extra)

@@ -8,10 +8,12 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from attnlens.errors import CheckpointError
+from attnlens.errors import CheckpointError, first_line
+from attnlens.strict_json import there
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,12 +92,19 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """Return what is said of a file that cannot be opened."""
     more = ": raise the limit, `ulimit -n 65536`" if error.errno in _TOO_MANY else ""
     return CheckpointError(f"cannot read {path}: {error.strerror or error}{more}")
+
+
+@cache
+def _paths_to_open_files() -> bool:
+    """Whether this system has a path to each file that is open, as Linux has."""
+    return there(Path("/proc/self/fd").is_dir)
 
 
 class _OnDisk:
@@ -112,8 +121,11 @@ class _OnDisk:
         self._status = path.stat()
 
     def written(self) -> None:
-        """Take the file as it is now: its owner has written to it."""
-        self._status = self.path.stat()
+        """Take the file as it is now, which is the same one: its owner has written to it."""
+        now = self.path.stat()
+        if (now.st_dev, now.st_ino) != (self._status.st_dev, self._status.st_ino):
+            self._compare(now)
+        self._status = now
 
     def size(self) -> int:
         """Return the file's length."""
@@ -124,10 +136,9 @@ class _OnDisk:
         if self.held_in is not None:
             return {**self.held_in.provenance(), **({"member": self.member} if self.member else {})}
         known = _identity(self._status)
-        with self._reading(), self.path.open("rb") as file:
-            self._compare(os.fstat(file.fileno()))
+        with self.reading() as file:
             if known not in HASHES:  # a report reads one file several times
-                HASHES[known] = hashlib.file_digest(file, "sha256").hexdigest()
+                HASHES[known] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         return {"file": self.path.name, "bytes": self._status.st_size, "sha256": HASHES[known]}
 
     def check(self) -> None:
@@ -139,23 +150,55 @@ class _OnDisk:
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         """Return what is said where a file that was opened cannot be read again."""
-        if error.errno in _TOO_MANY:
-            return unreadable(self.path, error)
-        return CheckpointError(f"{self.path} was removed while it was read ({error.strerror})")
+        if error.errno in _GONE:
+            return CheckpointError(f"{self.path} was removed while it was read ({error.strerror})")
+        return unreadable(self.path, error)
 
     def _compare(self, now: os.stat_result) -> None:
         if _identity(now) != _identity(self._status):
             raise CheckpointError(f"{self.path} was replaced, cut or changed while it was read: run again")
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Read only from the file that was opened, at its length: a mapped page beyond a file's end is a bus error."""
+    def held(self) -> Iterator[IO[bytes]]:
+        """Yield the file that was opened, open: a link above it may lead its name to another, and back, meanwhile.
+
+        What is read, mapped and hashed comes out of what is yielded, never from the name once more. It has its length:
+        a mapped page beyond a file's end is a bus error.
+        """
+        with self.path.open("rb") as file:
+            self._compare(os.fstat(file.fileno()))
+            yield file
         self.check()
+
+    @contextmanager
+    def reading(self) -> Iterator[IO[bytes]]:
+        """Yield the file as `held` does; what the system refuses is a `CheckpointError`."""
         try:
-            yield
+            with self.held() as file:
+                yield file
         except OSError as error:
             raise self._unreadable(error) from error
-        self.check()
+
+    def place_of(self, file: IO[bytes]) -> str:
+        """Return a path that leads to the very file that is open, for libraries that take a path alone.
+
+        Where there is none, as there is on Linux, it is the name, which is compared before and after.
+        """
+        return f"/proc/self/fd/{file.fileno()}" if _paths_to_open_files() else str(self.path)
+
+    @contextmanager
+    def by_path(self, file: IO[bytes]) -> Iterator[str]:
+        """Yield `place_of` a file to a library that opens it; what that raises names the path that was given."""
+        place = self.place_of(file)
+        try:
+            yield place
+        except (OSError, RuntimeError) as error:
+            try:
+                os.close(os.open(place, os.O_RDONLY))
+            except OSError as reason:  # libraries tell it without its number, or call it another
+                raise OSError(reason.errno, reason.strerror, str(self.path)) from error
+            text = first_line(error).replace(place, str(self.path))
+            raise CheckpointError(f"cannot read {self.path}: {text}") from error
 
 
 class _File(_OnDisk, Checkpoint):

@@ -137,8 +137,10 @@ def _loaded(name: str, model_args: dict[str, Any], checkpoint: NpzFile) -> dict[
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
-    with _told(f"timm's load_pretrained for {name}"):
-        reader(str(checkpoint.path))
+    with checkpoint.reading() as file:
+        place = checkpoint.place_of(file)
+        with _told(f"timm's load_pretrained for {name}", {place: str(checkpoint.path)}):
+            reader(place)
     return {key: value for key, value in model.state_dict().items() if not value.isnan().any()}
 
 
@@ -174,7 +176,8 @@ def _torch_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     if isinstance(checkpoint, SafetensorsFile):
         from safetensors.torch import load_file
 
-        return dict(load_file(checkpoint.path))
+        with checkpoint.reading() as file, checkpoint.by_path(file) as place:
+            return dict(load_file(place))
     return {
         name: torch.from_numpy(np.array(value, _plain_type(value.dtype))) if isinstance(value, np.ndarray) else value
         for name, value in checkpoint.items()
@@ -197,12 +200,16 @@ def _check_size(name: str, model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Turn what a conversion raises into one line, and keep what it prints off stdout, where JSON may be going."""
+def _told(what: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Turn what a conversion raises into one line, and keep what it prints off stdout, where JSON may be going.
+
+    ``names`` has for a path what is said in its place.
+    """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except _MISFITS as error:
-        raise CheckpointError(
-            f"{what} cannot read this file either ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        text = first_line(error)
+        for place, name in (names or {}).items():
+            text = text.replace(place, name)
+        raise CheckpointError(f"{what} cannot read this file either ({type(error).__name__}: {text})") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
+import weakref
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,30 +29,29 @@ class SafetensorsFile(_File):
         super().__init__(path)
         from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(path, framework="numpy") as file:
-                self.metadata = dict(file.metadata() or {})
-            with path.open("rb") as file:
+        with self.held() as file:
+            try:
+                with self.by_path(file) as place, safe_open(place, framework="numpy") as checked:
+                    self.metadata = dict(checked.metadata() or {})
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = parse_json(file.read(length))
-        except (SafetensorError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file ({error}): it is truncated or corrupt, download it again"
-            ) from error
+            except (SafetensorError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file ({error}): it is truncated or corrupt, download it again"
+                ) from error
         header.pop("__metadata__", None)
         self._start = 8 + length
         self._header: dict[str, dict[str, Any]] = header
+        self._bytes: NDArray[np.uint8] | None = None
         for name in header:
             self._check_empty(name, self.shape(name))
-
-    @cached_property
-    def _bytes(self) -> NDArray[np.uint8]:
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return a tensor as a read-only view of the file."""
         begin, end = self.span(name)
-        with self._reading():
+        with self.reading() as file:
+            if self._bytes is None:
+                self._bytes = np.memmap(file, dtype=np.uint8, mode="r")
             data = self._bytes[begin:end]
         kind, shape = _numpy_type(self._header[name]["dtype"], name), self.shape(name)
         try:
@@ -61,7 +61,7 @@ class SafetensorsFile(_File):
 
     def let_go(self) -> None:
         """Take the pages that were read off this process; a view that is left reads them anew."""
-        mapped = getattr(self.__dict__.get("_bytes"), "_mmap", None)
+        mapped = getattr(self._bytes, "_mmap", None)
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -96,16 +96,19 @@ class NpzFile(_File):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        try:
-            members = check_archive(path)
-        except zipfile.BadZipFile as error:
-            raise CheckpointError(f"{path} is no whole numpy archive ({error}): truncated or corrupt") from error
-        self._archive = zipfile.ZipFile(path)
+        with self.held() as file:
+            try:
+                members = check_archive(file)
+            except zipfile.BadZipFile as error:
+                raise CheckpointError(f"{path} is no whole numpy archive ({error}): truncated or corrupt") from error
+            kept = os.fdopen(os.dup(file.fileno()), "rb")
+            weakref.finalize(self, kept.close)
+            self._archive = zipfile.ZipFile(kept)
         self._members = {m.filename.removesuffix(".npy"): m for m in members if m.filename.endswith(".npy")}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Read an array out of the archive."""
-        with self._reading(), self._opened(name) as file:
+        with self.reading(), self._opened(name) as file:
             stored = read_array(file)
         if stored.dtype == np.dtype("V2"):
             import ml_dtypes

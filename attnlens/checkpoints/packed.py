@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import io
 import lzma
+import os
 import sys
 import tarfile
 import tempfile
@@ -18,7 +19,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
@@ -73,7 +74,8 @@ def open_packed(path: Path, wanted: str | None, opener: Callable[[Path], Checkpo
     try:
         with _told(path):
             outer = _OnDisk(path)
-            file, member, network = _unpack(path, folder, wanted)
+            with outer.held() as packed:
+                file, member, network = _unpack(packed, path, folder, wanted)
         try:
             stored = opener(file)
         except CheckpointError as error:
@@ -99,18 +101,22 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _unpack(path: Path, folder: Path, wanted: str | None) -> tuple[Path, str, str | None]:
-    """Return the weight file, its name in the archive ("" without one) and the network that is asked for in it."""
-    bound = EXPANDS * path.stat().st_size + ALLOWANCE
-    kind = kind_of(path)
-    if kind == "compressed":
-        inner = folder / f"weights{_suffix(path.with_suffix('').name)}"
-        _write(_decompressed(path), inner, bound)
-        if kind_of(inner) != "tar":
-            return inner, "", wanted
-        path = inner.rename(folder / "archive")
-        kind = "tar"
-    with _zip_members(path) if kind == "zip" else _tar_members(path) as members:
+def _unpack(packed: IO[bytes], path: Path, folder: Path, wanted: str | None) -> tuple[Path, str, str | None]:
+    """Return the weight file, its name in the archive ("" without one) and the network that is asked for in it.
+
+    What is unpacked comes out of ``packed``; its path says what it is called.
+    """
+    bound = EXPANDS * os.fstat(packed.fileno()).st_size + ALLOWANCE
+    with ExitStack() as opened:
+        kind = kind_of(path)
+        if kind == "compressed":
+            inner = folder / f"weights{_suffix(path.with_suffix('').name)}"
+            _write(_decompressed(packed), inner, bound)
+            if kind_of(inner) != "tar":
+                return inner, "", wanted
+            packed = opened.enter_context(inner.rename(folder / "archive").open("rb"))
+            kind = "tar"
+        members = opened.enter_context(_zip_members(packed) if kind == "zip" else _tar_members(packed))
         chosen, network = _choose(members, wanted)
         return _copied(members, chosen, folder, bound), chosen, network
 
@@ -166,10 +172,10 @@ def _check_count(members: int) -> None:
 
 
 @contextmanager
-def _zip_members(path: Path) -> Iterator[dict[str, Member]]:
-    members = check_archive(path)
+def _zip_members(packed: IO[bytes]) -> Iterator[dict[str, Member]]:
+    members = check_archive(packed)
     _check_count(len(members))
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(packed) as archive:
         links = {member.filename for member in members if member.external_attr >> 28 == 0xA}  # S_IFLNK's four bits
         yield {
             member.filename: Member(
@@ -181,8 +187,8 @@ def _zip_members(path: Path) -> Iterator[dict[str, Member]]:
 
 
 @contextmanager
-def _tar_members(path: Path) -> Iterator[dict[str, Member]]:
-    with tarfile.open(path, "r:", tarinfo=bounded_members()) as archive:
+def _tar_members(packed: IO[bytes]) -> Iterator[dict[str, Member]]:
+    with tarfile.open(fileobj=packed, mode="r:", tarinfo=bounded_members()) as archive:
         found: dict[str, Member] = {}
         for count, member in enumerate(members_of(archive)):
             _check_count(count)
@@ -218,15 +224,14 @@ def _write(chunks: Iterator[bytes], target: Path, bound: int) -> None:
             file.write(chunk)
 
 
-def _decompressed(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        start = file.read(6)
-        file.seek(0)
-        if start.startswith(b"\xfd7zXZ"):
-            yield from _of_xz(file)
-            return
-        opened: Any = gzip.open if start.startswith(b"\x1f\x8b") else bz2.open if start.startswith(b"BZh") else _zstd()
-        yield from _chunks(opened(file))
+def _decompressed(file: IO[bytes]) -> Iterator[bytes]:
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(b"\xfd7zXZ"):
+        yield from _of_xz(file)
+        return
+    opened: Any = gzip.open if start.startswith(b"\x1f\x8b") else bz2.open if start.startswith(b"BZh") else _zstd()
+    yield from _chunks(opened(file))
 
 
 def _of_xz(file: IO[bytes]) -> Iterator[bytes]:

@@ -77,15 +77,16 @@ def _scan_zip(path: Path) -> None:
     """Look through the pickle of a zip archive, which must look the same to Python's reader and to torch's."""
     import torch
 
-    members = check_archive(path, stored=True)
+    with path.open("rb") as file:
+        members = check_archive(file, stored=True)
     reader = torch._C.PyTorchFileReader(str(path))  # noqa: SLF001  # the reader `torch.load` uses
     own = {member.filename.partition("/")[2]: member for member in members}
     if len(own) < len(members) or set(own) != set(reader.get_all_records()):
         raise zipfile.BadZipFile("its directory can be read in two ways")
     offset = reader.get_record_offset("data.pkl")  # type: ignore[attr-defined]
-    if offset != data_offset(path, own["data.pkl"]):
-        raise zipfile.BadZipFile("its directory can be read in two ways")
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        if offset != data_offset(file, own["data.pkl"]):
+            raise zipfile.BadZipFile("its directory can be read in two ways")
         _scan(io.BytesIO(archive.read(own["data.pkl"])))
 
 

@@ -11,7 +11,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from attnlens.checkpoints.archives import check_archive, data_offset
 from attnlens.checkpoints.base import _File
@@ -59,8 +59,22 @@ class TorchFile(_File):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._places: dict[str, tuple[int, int]] = {}
+        with self.held() as file:
+            root = self._parse(file)
+        if any("\ud800" <= c <= "\udfff" for name in self._tensors if not name.isascii() for c in name):
+            raise CheckpointError(f"{path} holds names that are no text: corrupt, or not plain data")
+        if not any(isinstance(value, TensorRef) for value in self._tensors.values()):
+            raise CheckpointError(f"{path} holds {_outline(root)}, and holds no tensors: save model.state_dict()")
+        for name, value in self._tensors.items():
+            if isinstance(value, TensorRef):
+                self._check_empty(name, value.shape)
+        self.metadata = _stated(root)
+
+    def _parse(self, file: IO[bytes]) -> Any:
+        """Read what is pickled, the tensors by name, and where their numbers are."""
+        path = self.path
         try:
-            root = self._read_root()
+            root = self._read_root(file)
             self._tensors, self.keys_in_front = named_tensors(root, TIED * self._status.st_size)
             self._check()
         except CheckpointError as error:
@@ -74,34 +88,24 @@ class TorchFile(_File):
             raise CheckpointError(
                 f"{path} is no PyTorch checkpoint ({_first_line(error)}): truncated or corrupt"
             ) from error
-        if any("\ud800" <= c <= "\udfff" for name in self._tensors if not name.isascii() for c in name):
-            raise CheckpointError(f"{path} holds names that are no text: corrupt, or not plain data")
-        if not any(isinstance(value, TensorRef) for value in self._tensors.values()):
-            raise CheckpointError(f"{path} holds {_outline(root)}, and holds no tensors: save model.state_dict()")
-        for name, value in self._tensors.items():
-            if isinstance(value, TensorRef):
-                self._check_empty(name, value.shape)
-        self.metadata = _stated(root)
+        return root
 
-    def _read_root(self) -> Any:
-        with self.path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-        if zipped:
-            return self._read_zip()
-        with self.path.open("rb") as file:
-            return self._read_legacy(UpToEnd(file))
+    def _read_root(self, file: IO[bytes]) -> Any:
+        zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        return self._read_zip(file) if zipped else self._read_legacy(UpToEnd(file))
 
-    def _read_zip(self) -> Any:
-        members = {member.filename: member for member in check_archive(self.path)}
+    def _read_zip(self, file: IO[bytes]) -> Any:
+        members = {member.filename: member for member in check_archive(file)}
         top = next(name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")).partition("/")[0]
-        with zipfile.ZipFile(self.path) as archive:
+        with zipfile.ZipFile(file) as archive:
             pickled = archive.read(members[f"{top}/data.pkl"])
             order = members.get(f"{top}/byteorder")
             if order is not None and archive.read(order) != b"little":
                 raise ValueError("its numbers are big-endian")
         for name, member in members.items():
             if name.startswith(f"{top}/data/") and member.compress_type == zipfile.ZIP_STORED:
-                self._places[name.removeprefix(f"{top}/data/")] = (data_offset(self.path, member), member.file_size)
+                self._places[name.removeprefix(f"{top}/data/")] = (data_offset(file, member), member.file_size)
         return read_pickle(io.BytesIO(pickled))
 
     def _read_legacy(self, content: UpToEnd) -> Any:
@@ -155,8 +159,9 @@ class TorchFile(_File):
         if not math.prod(ref.shape):
             return torch.zeros(ref.shape, dtype=kind)
         begin, length = self._places[ref.storage.key]
-        with self._reading():
-            whole = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self._status.st_size)
+        with self.reading() as file:
+            with self.by_path(file) as place:
+                whole = torch.UntypedStorage.from_file(place, shared=False, nbytes=self._status.st_size)
             empty = torch.empty(0, dtype=kind)
             run = whole[begin : begin + length]
             misplaced = begin % kind.itemsize  # torch reads numbers only where their width divides their place

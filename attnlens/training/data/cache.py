@@ -60,14 +60,13 @@ def write_decoded(file: IO[bytes], data: Decoded) -> None:
 
 def read_decoded(path: Path) -> Decoded:
     """Read what `write_decoded` wrote, into memory or mapped. Raises one of `DAMAGED_ARRAY` for anything else."""
-    members = check_archive(path, stored=True)
     found: dict[str, Any] = {}
     whole = fits(path.stat().st_size)
-    with zipfile.ZipFile(path) as archive:
-        for member in members:
+    with path.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+        for member in check_archive(opened, stored=True):
             with archive.open(member) as file:
                 shape, kind = array_header(file)
-                name, start = member.filename.removesuffix(".npy"), data_offset(path, member) + file.tell()
+                name, start = member.filename.removesuffix(".npy"), data_offset(opened, member) + file.tell()
             if name in ("train", "test") and not whole:
                 found[name] = _mapped(path, start, shape, kind)
     with np.load(path, allow_pickle=False) as stored:
