@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
+from attnlens.checkpoints.adapter_config import AdapterConfig
+from attnlens.checkpoints.adapters import with_adapter
 from attnlens.checkpoints.applied import unread_beside
 from attnlens.checkpoints.formats import refuse_folder
 from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
@@ -303,16 +305,14 @@ def _open_adapter(
     folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any], access: Access
 ) -> OpenedModel:
     """Open a folder of PEFT: the base model its configuration names, where it is at hand, with the adapter merged."""
-    from attnlens.checkpoints.adapters import base_of, with_adapter
-
-    base = base_of(folder)
+    base = (config := AdapterConfig(folder)).base()
     if checkpoint is not None or not base or not there(Path(base).exists):
         raise ModelNotFoundError(
             f"{folder} is a PEFT adapter of {base or 'a base that it does not name'}, which is no folder or file here: "
             "merge it (peft's merge_and_unload), save the result with save_pretrained, and give that folder"
         )
     opened = _open(Path(base).absolute(), None, access, given)  # what is there, under whatever name
-    merged = with_adapter(opened.checkpoint, folder)
+    merged = with_adapter(opened.checkpoint, config, inputs_first=opened.architecture.inputs_first)
     return replace(opened, name=folder.resolve().name, checkpoint=merged, source={"model": name, "base": base})
 
 

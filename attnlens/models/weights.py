@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
+from attnlens.checkpoints.adapter_config import ADAPTER_BESIDE
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
 from attnlens.checkpoints.formats import OTHER_FORMATS, PACKED_SUFFIXES
 from attnlens.checkpoints.networks import rechosen
@@ -58,8 +59,11 @@ def is_weight_name(path: Path) -> bool:
 
 
 def weights_in(folder: Path) -> Path:
-    """Return the weight file, or the index of its shards, of a model folder."""
+    """Return the weight file, or the index of its shards, of a model folder. Refuses one with an adapter in it."""
     from attnlens.checkpoints.hub import WEIGHT_FILES
+
+    if there((folder / "adapter_config.json").is_file):
+        raise CheckpointError(f"{folder} {ADAPTER_BESIDE}")
 
     names = tuple(dict.fromkeys((*TRANSFORMERS_FILES, *WEIGHT_FILES, *DIFFUSERS_FILES)))
     found = next((folder / name for name in names if there((folder / name).is_file)), None)
