@@ -14,9 +14,10 @@ from attnlens.strict_json import read_json, there, within
 NAMES = re.compile(r"(\^?[\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
 """An expression of PEFT's that is the end of a module's name, or behind ``^`` the whole of it."""
 ADAPTER_BESIDE = (
-    "holds a model and an adapter_config.json, and which of the two is meant, or both, is not known: put the adapter's "
-    "files into a folder of their own, or merge it (peft's merge_and_unload) and give the merged model"
+    "holds an adapter_config.json: an adapter is read from a folder without config.json and without a number of heads, "
+    "a model from one without adapter_config.json; or merge the two (peft's merge_and_unload) and give the merged model"
 )
+"""What is said of a place that may hold both, of which libraries read one, or both, as they are installed."""
 _EVERY_LINEAR = "all-linear"
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """Where PEFT finds a layer's number when no ``layers_pattern`` is given."""

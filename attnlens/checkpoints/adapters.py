@@ -108,7 +108,7 @@ def _ignored(both: _Beside, stated: AdapterConfig, method: str) -> Iterator[str]
                 yield f"PEFT does not read {name} beside {adapted[module]}"
         elif not part and (stored.removeprefix(FRONT) != name or (stated.adapts(module) and name in both.base)):
             yield f"PEFT does not read {stored} without an adapter beside it"
-        elif not part and name not in both.base and "trainable_tokens" not in name:
+        elif not part and name not in both.base and f"{module}.weight" in both.base:
             yield f"PEFT does not read {name}, which the base does not have"
     if method == "LORA" and stated.data.get("use_dora"):
         yield from (f"use_dora is set, and {name} has no magnitudes" for name in adapted if name not in magnitudes)

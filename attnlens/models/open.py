@@ -266,7 +266,7 @@ def _pretrained(
 
 
 def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, given: dict[str, Any]) -> OpenedModel:
-    from attnlens.checkpoints.hub import fetch, open_weights
+    from attnlens.checkpoints.hub import fetch, open_weights, refuse_adapter
 
     repo, _, revision = repo.partition("@")
     config = fetch(repo, "config.json", revision or None, offline=access.offline)
@@ -274,6 +274,7 @@ def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, 
         raise ModelNotFoundError(f"{repo} has no config.json: pass its architecture as MODEL and --checkpoint FILE")
     if checkpoint is not None:
         return _configured(config, repo, weights_of(checkpoint, access), {"model": name, "hub": repo}, given)
+    refuse_adapter(repo, revision or None, offline=access.offline)
     weights, source = open_weights(repo, None, revision or None, offline=access.offline, remote=access.remote)
     return _configured(config, repo, rechosen(weights, access.network), {"model": name, **source}, given)
 
@@ -387,7 +388,6 @@ def _described_by(
     weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights  # a configuration describes all parts
     if isinstance(data.get("_class_name"), str):
         return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, where), weights, source)
-
     if "model_type" not in data:
         told = told_model_type(data, weights)
         data = {**data, "model_type": told}
