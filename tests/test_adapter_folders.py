@@ -109,6 +109,7 @@ UNREAD = {
         {f"{FRONT}model.layers.0.self_attn.v_proj.lora_down.weight": torch.ones(2, 3)},
         "reads no .*lora_down",
     ),
+    "saved": ({"modules_to_save": ["v_proj"]}, {}, "modules_to_save names the module of .*v_proj.weight"),
     "method": ({}, {f"{FRONT}model.layers.0.self_attn.v_proj.ia3_l": torch.ones(3, 1)}, "reads no .*ia3_l for LORA"),
 }
 
@@ -118,6 +119,13 @@ def test_a_tensor_that_peft_does_not_read_or_would_miss_is_refused(tmp_path, cas
     stated, tensors, message = UNREAD[case]
     with pytest.raises(CheckpointError, match=f"does not agree with its adapter_config.json: .*{message}"):
         written(tmp_path, stated, tensors)
+
+
+def test_a_vector_on_the_other_side_than_feedforward_modules_say_is_refused(tmp_path):
+    stated = {"peft_type": "IA3", "feedforward_modules": []}
+    assert written(tmp_path, stated, {}, "IA3")[f"{LAYERS[0]}.weight"].max() == 1
+    with pytest.raises(CheckpointError, match="which feedforward_modules contradicts"):
+        written(tmp_path, {**stated, "feedforward_modules": ["q_proj"]}, {}, "IA3")
 
 
 def test_what_peft_reads_beside_an_adapter_is_read(tmp_path):

@@ -76,6 +76,11 @@ class AdapterConfig(_OnDisk):
             module = module.removesuffix(".base_layer")
         return not self._parameters.isdisjoint(("", *_ends(module)))
 
+    def is_feedforward(self, module: str) -> bool | None:
+        """Whether IA3 scales a module's inputs; None where nothing or an expression tells."""
+        names = self.data.get("feedforward_modules")
+        return module.endswith(tuple(map(str, names))) if isinstance(names, list) else None
+
     def saves(self, module: str) -> bool | None:
         """Whether a module is one of ``modules_to_save``, or in one."""
         runs = (run for end in _ends(module) for run in _beginnings(end)) if self._saved else ()

@@ -110,6 +110,15 @@ def _ignored(both: _Beside, stated: AdapterConfig, method: str) -> Iterator[str]
             yield f"PEFT does not read {stored} without an adapter beside it"
         elif not part and name not in both.base and f"{module}.weight" in both.base:
             yield f"PEFT does not read {name}, which the base does not have"
+        elif (
+            part
+            and part["part"] == "ia3_l"
+            and stated.is_feedforward(module) not in (None, both.shape(name)[:1] == (1,))
+        ):
+            yield f"{name} has shape {both.shape(name)}, which feedforward_modules contradicts"
+    for name in both.base:
+        if name.endswith(".weight") and name not in both.own and stated.saves(name.removesuffix(".weight")):
+            yield f"modules_to_save names the module of {name}, which is not in the file"
     if method == "LORA" and stated.data.get("use_dora"):
         yield from (f"use_dora is set, and {name} has no magnitudes" for name in adapted if name not in magnitudes)
     elif magnitudes:
