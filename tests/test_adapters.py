@@ -11,10 +11,13 @@ from safetensors.torch import save_file
 
 import attnlens
 from attnlens.checkpoints import open_checkpoint
+from attnlens.checkpoints.adapter_config import AdapterConfig
 from attnlens.checkpoints.adapters import with_adapter
 from attnlens.errors import CheckpointError, ModelNotFoundError
 
 LAYERS = [f"model.layers.{i}.self_attn.{name}" for i in (0, 1, 10) for name in ("q_proj", "k_proj")]
+
+STATED = {"lora_alpha": 8, "r": 2, "target_modules": ["q_proj", "k_proj"]}
 
 
 def merged(folder, **config):
@@ -24,8 +27,8 @@ def merged(folder, **config):
     ends = {"lora_A": (2, 3), "lora_B": (3, 2)}
     tensors = {f"base_model.model.{x}.{end}.weight": torch.ones(shape) for x in LAYERS for end, shape in ends.items()}
     save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 2, **config}))
-    found = with_adapter(open_checkpoint(folder / "base.safetensors"), folder / "adapter")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({**STATED, **config}))
+    found = with_adapter(open_checkpoint(folder / "base.safetensors"), AdapterConfig(folder / "adapter"))
     return [float(found[f"{name}.weight"][0, 0]) for name in LAYERS]
 
 
@@ -75,7 +78,8 @@ def test_the_time_for_alphas_does_not_grow_with_layers_times_names(tmp_path, mon
             return super().items()
 
     names = Counted({f"other{i}": 1 for i in range(1000)})
-    monkeypatch.setattr("attnlens.checkpoints.adapters._config", lambda _: {"lora_alpha": 8, "alpha_pattern": names})
+    stated = {**STATED, "alpha_pattern": names}
+    monkeypatch.setattr("attnlens.checkpoints.adapter_config.read_json", lambda _: stated)
     assert merged(tmp_path) == [8] * 6
     assert lookups < 1100
 

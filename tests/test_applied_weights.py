@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import attnlens
 from attnlens.checkpoints import open_checkpoint
+from attnlens.checkpoints.adapter_config import AdapterConfig
 from attnlens.checkpoints.adapters import with_adapter
 from attnlens.checkpoints.applied import unread_beside
 from attnlens.errors import CheckpointError, ModelNotFoundError
@@ -261,7 +262,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
     base = open_checkpoint(tmp_path / "base.safetensors")
     with pytest.raises(CheckpointError, match=r"adapts other\.q\.lora_A\.weight, which its base does not have"):
-        with_adapter(base, tmp_path / "adapter")
+        with_adapter(base, AdapterConfig(tmp_path / "adapter"))
 
 
 def test_a_folder_of_peft_without_its_base_says_what_to_do(tmp_path):

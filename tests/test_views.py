@@ -42,7 +42,7 @@ VIEWS = {
     HeadsOf: HeadsOf,
     RenamedWeights: lambda file: RenamedWeights(file, {"w": ("a.w", slice(None))}, "renamed"),
     ReorderedRows: lambda file: ReorderedRows(file, {}, "qkv"),
-    _Beside: lambda file: _Beside(file, file),
+    _Beside: lambda file: _Beside(file, file, file),
 }
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from attnlens.checkpoints.adapter_config import ADAPTER_BESIDE
 from attnlens.checkpoints.base import INDEX_SUFFIX, Checkpoint
 from attnlens.checkpoints.download import cached_path, is_whole
 from attnlens.checkpoints.open import as_read, open_checkpoint
@@ -104,6 +105,18 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, offline: boo
         return None
     _check_hash(path, declared, f"{repo}/{filename}")
     return path
+
+
+def refuse_adapter(repo: str, revision: str | None, *, offline: bool) -> None:
+    """Raise `CheckpointError` where a repository with a model holds an adapter too.
+
+    The hub is asked where the cache does not know and does not hold the weights yet.
+    """
+    found = _cached(repo, "adapter_config.json", revision)
+    if found is None and find_weights(repo, None, revision) is None and not is_offline(offline):
+        found = fetch(repo, "adapter_config.json", revision)
+    if isinstance(found, Path):
+        raise CheckpointError(f"{repo} {ADAPTER_BESIDE}")
 
 
 def _check_hash(path: Path, declared: str | None, name: str) -> None:

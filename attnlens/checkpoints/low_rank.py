@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from attnlens.checkpoints.adapter_config import NAMES
 from attnlens.checkpoints.base import Checkpoint
 from attnlens.checkpoints.computed import Plan, Values
 from attnlens.errors import CheckpointError
 
 # Adapters of low rank: ends of the names of A and B, in loralib, PEFT and kohya's files.
 _LOW_RANK = re.compile(r"^(?P<stem>.+?)\.(?P<end>lora_A|lora_down)(?P<kind>(\.\w+)?\.weight|)$")
-_NAMES = re.compile(r"(\^?[\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
-"""A key of PEFT's ``alpha_pattern`` that is the end of a module's name, or behind ``^`` the whole of it."""
 FRONT = "base_model.model."
 """What PEFT puts in front of the names of a model's modules."""
 _MERGE = ": merge it (peft's merge_and_unload, loralib's eval()) and save the merged weights without it"
@@ -48,7 +47,8 @@ def adapted(stored: Checkpoint, about: Callable[[], Mapping[str, Any]]) -> Check
             _low_rank(plan, low, bases.get(target, target), stated)
     for name in stored:
         if ".ia3_l" in name:
-            _ia3(plan, name, bases)
+            stated = stated or _Stated(about().get("adapter"))
+            _ia3(plan, name, bases, stated.turned)
     return plan.view("adapters merged")
 
 
@@ -71,7 +71,10 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, stated: _Stated) -> N
             "its adapter_config.json states the scale"
         )
         return
-    turned = bool(stated.config.get("fan_in_fan_out"))
+    if stated.rank(stem) not in (None, rank):
+        plan.refused[target] = f"has an adapter {a} of rank {rank}, where its configuration states another{_MERGE}"
+        return
+    turned = stated.turned
     rows, columns = shape[::-1] if turned and len(shape) == 2 else shape if len(shape) == 2 else (0, 0)
     if rank < 1 or len(low) != 2 or len(high) != 2 or (high[0], high[1], low[1]) != (rows, low[0], columns):
         plan.refused[target] = (
@@ -97,37 +100,58 @@ def _low_rank(plan: Plan, found: re.Match[str], base: str, stated: _Stated) -> N
 
 
 class _Stated:
-    """What an ``adapter_config.json`` states of scales; nothing where there is none."""
+    """What an ``adapter_config.json`` states of scales, ranks and axes; nothing where there is none."""
 
     def __init__(self, config: Any) -> None:
         self.config: Mapping[str, Any] = config if isinstance(config, dict) else {}
-        self._alphas: dict[str, tuple[int, Any]] = {}
-        patterns = self.config.get("alpha_pattern")
-        for order, (pattern, alpha) in enumerate(patterns.items() if isinstance(patterns, dict) else ()):
-            names = _NAMES.fullmatch(pattern)
-            if names is None:
-                raise CheckpointError(
-                    f"the adapter_config.json states alpha of the modules {pattern!r}, and expressions out of files "
-                    "are not run: merge the adapter (peft's merge_and_unload) and give the merged model"
-                )
-            self._alphas.setdefault(names[1].replace("\\", ""), (order, alpha))
+        self.turned = bool(self.config.get("fan_in_fan_out"))
+        self._alphas, self._ranks = (_ByName(self.config.get(key)) for key in ("alpha_pattern", "rank_pattern"))
+        if self._alphas.expression is not None:
+            raise CheckpointError(
+                f"the adapter_config.json states alpha of the modules {self._alphas.expression!r}, and expressions out "
+                "of files are not run: merge the adapter (peft's merge_and_unload) and give the merged model"
+            )
+
+    def rank(self, layer: str) -> Any:
+        """Return the rank PEFT gives a layer; None where it is not stated, or by an expression."""
+        return self._ranks.of(layer, self.config.get("r")) if self._ranks.expression is None else None
 
     def scale(self, layer: str, rank: int) -> float | None:
-        """Return alpha / r, or alpha / sqrt(r), of a layer; None where it is not stated.
-
-        Of ``alpha_pattern``, as PEFT reads it, the first is taken whose names are the layer's, or its end at a dot.
-        """
-        name = layer.rpartition(FRONT)[2]
-        ends = (f"^{name}", name, *(name[dot.end() :] for dot in re.finditer(r"\.", name)))
-        stated = [self._alphas[end] for end in ends if end in self._alphas]
-        _, alpha = min(stated, key=lambda known: known[0], default=(0, self.config.get("lora_alpha")))
+        """Return alpha / r, or alpha / sqrt(r), of a layer; None where it is not stated."""
+        alpha = self._alphas.of(layer, self.config.get("lora_alpha"))
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or rank < 1 or abs(alpha) > sys.float_info.max:
             return None
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
-def _ia3(plan: Plan, name: str, bases: Mapping[str, str]) -> None:
-    """Scale rows (and the bias) by an IA3 vector ``[out, 1]``, or columns by one ``[1, in]``."""
+class _ByName:
+    """What a configuration states of modules by their names, or by the ends of these."""
+
+    expression: str | None = None
+    """One of its keys that is more than a name."""
+
+    def __init__(self, patterns: Any) -> None:
+        self._values: dict[str, tuple[int, Any]] = {}
+        for order, (pattern, value) in enumerate(patterns.items() if isinstance(patterns, dict) else ()):
+            names = NAMES.fullmatch(pattern)
+            if names is None:
+                self.expression = pattern
+            else:
+                self._values.setdefault(names[1].replace("\\", ""), (order, value))
+
+    def of(self, layer: str, otherwise: Any) -> Any:
+        """Return, as PEFT does, the first value whose names are the layer's, or its end at a dot."""
+        name = layer.rpartition(FRONT)[2]
+        ends = (f"^{name}", name, *(name[dot.end() :] for dot in re.finditer(r"\.", name)))
+        stated = [self._values[end] for end in ends if end in self._values]
+        return min(stated, key=lambda known: known[0], default=(0, otherwise))[1]
+
+
+def _ia3(plan: Plan, name: str, bases: Mapping[str, str], turned: bool) -> None:
+    """Scale rows (and the bias) by an IA3 vector ``[out, 1]``, or columns by one ``[1, in]``.
+
+    Of a weight that is ``turned``, stored ``[in, out]``, columns are the outputs.
+    """
     stem = name.partition(".ia3_l")[0]
     target, bias = f"{stem}.weight", f"{stem}.bias"
     base, vector = bases.get(target, target), plan.stored.shape(name)
@@ -136,10 +160,11 @@ def _ia3(plan: Plan, name: str, bases: Mapping[str, str]) -> None:
     shape = plan.stored.shape(base)
     already = plan.made.get(target)
     several = already is not None and already.parts != (base,)
-    if several or len(shape) != 2 or vector not in ((shape[0], 1), (1, shape[1])):
+    outputs, inputs = (shape[::-1] if turned else shape) if len(shape) == 2 else (0, 0)
+    if several or len(shape) != 2 or vector not in ((outputs, 1), (1, inputs)):
         plan.refused[target] = f"has an adapter {name} of shape {vector} beside it{_MERGE}"
         return
-    plan.make(target, (base, name), shape, lambda w, scale: w * scale)
+    plan.make(target, (base, name), shape, lambda w, scale: w * (scale.T if turned else scale))
     own_bias = bases.get(bias, bias)
-    if vector == (shape[0], 1) and own_bias in plan.stored:
+    if vector == (outputs, 1) and own_bias in plan.stored:
         plan.make(bias, (own_bias, name), plan.stored.shape(own_bias), lambda b, scale: b * scale[:, 0])

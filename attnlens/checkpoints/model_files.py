@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from attnlens.checkpoints.adapters import base_of
+from attnlens.checkpoints.adapter_config import AdapterConfig
 from attnlens.checkpoints.base import INDEX_SUFFIX
 from attnlens.checkpoints.formats import PACKED_SUFFIXES, SUFFIXES
 from attnlens.checkpoints.packed import CONFIGURATIONS
@@ -38,5 +38,5 @@ def _files_of(path: Path) -> tuple[set[Path], Path | None]:
     base = ""
     if whole and there((folder / "adapter_config.json").is_file):
         with suppress(CheckpointError):
-            base = base_of(folder)
+            base = AdapterConfig(folder).base()
     return {file for file in files if there(file.is_file)}, Path(base) if base and there(Path(base).exists) else None

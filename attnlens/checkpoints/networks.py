@@ -16,6 +16,7 @@ from typing import Any
 
 from attnlens.checkpoints.base import Checkpoint, View
 from attnlens.errors import CheckpointError, UsageError
+from attnlens.words import counted
 
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"))
 _AROUND = ("module.", "_forward_module.", "base_model.model.")
@@ -127,6 +128,14 @@ def _wanted(origin: Checkpoint, found: tuple[Network, ...], wanted: str) -> Netw
     if not tensors:
         raise UsageError(f"the file holds no weights {wanted!r}: it holds {names_of(found)}")
     return Network(wanted, tensors)
+
+
+def outline(checkpoint: Checkpoint) -> str:
+    """Say what a file holds: its networks, where there are several, and the first names."""
+    names = list(checkpoint)
+    several = checkpoint.networks if isinstance(checkpoint, ChosenNetwork) else ()
+    told = f"the networks {names_of(several)}, and " if len(several) > 1 else ""
+    return f"{told}{counted(len(names), 'tensor')}, {', '.join(names[:2])}, ..."
 
 
 def names_of(found: Iterable[Network]) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
+from attnlens.checkpoints.adapter_config import AdapterConfig
+from attnlens.checkpoints.adapters import with_adapter
 from attnlens.checkpoints.applied import unread_beside
 from attnlens.checkpoints.formats import refuse_folder
-from attnlens.checkpoints.networks import ChosenNetwork, names_of, rechosen
+from attnlens.checkpoints.networks import ChosenNetwork, outline, rechosen
 from attnlens.errors import AttnlensError, CheckpointError, ModelNotFoundError, UnsupportedAttentionError, UsageError
 from attnlens.models.architecture import Architecture, check_model_args
 from attnlens.models.bare import check_heads, of_lens, open_bare
@@ -27,7 +29,16 @@ from attnlens.models.row_order import ReorderedRows
 from attnlens.models.sizes import in_words, shown_arguments
 from attnlens.models.transformers import describe_transformers, told_model_type
 from attnlens.models.undress import LiveWeights
-from attnlens.models.weights import alone_in, is_weight_name, parse_object, title_of, weights_in, weights_of
+from attnlens.models.weights import (
+    alone_in,
+    config_in,
+    is_weight_name,
+    parse_object,
+    title_of,
+    weights_in,
+    weights_of,
+    weights_on_hub,
+)
 from attnlens.strict_json import there, within
 from attnlens.words import counted
 
@@ -264,7 +275,7 @@ def _pretrained(
 
 
 def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, given: dict[str, Any]) -> OpenedModel:
-    from attnlens.checkpoints.hub import fetch, open_weights
+    from attnlens.checkpoints.hub import fetch
 
     repo, _, revision = repo.partition("@")
     config = fetch(repo, "config.json", revision or None, offline=access.offline)
@@ -272,8 +283,8 @@ def _open_hub(repo: str, checkpoint: Weights | None, name: str, access: Access, 
         raise ModelNotFoundError(f"{repo} has no config.json: pass its architecture as MODEL and --checkpoint FILE")
     if checkpoint is not None:
         return _configured(config, repo, weights_of(checkpoint, access), {"model": name, "hub": repo}, given)
-    weights, source = open_weights(repo, None, revision or None, offline=access.offline, remote=access.remote)
-    return _configured(config, repo, rechosen(weights, access.network), {"model": name, **source}, given)
+    weights, source = weights_on_hub(repo, config, revision, access)
+    return _configured(config, repo, weights, {"model": name, **source}, given)
 
 
 def _open_folder(
@@ -303,16 +314,14 @@ def _open_adapter(
     folder: Path, checkpoint: Weights | None, name: str, given: dict[str, Any], access: Access
 ) -> OpenedModel:
     """Open a folder of PEFT: the base model its configuration names, where it is at hand, with the adapter merged."""
-    from attnlens.checkpoints.adapters import base_of, with_adapter
-
-    base = base_of(folder)
+    base = (config := AdapterConfig(folder)).base()
     if checkpoint is not None or not base or not there(Path(base).exists):
         raise ModelNotFoundError(
             f"{folder} is a PEFT adapter of {base or 'a base that it does not name'}, which is no folder or file here: "
             "merge it (peft's merge_and_unload), save the result with save_pretrained, and give that folder"
         )
     opened = _open(Path(base).absolute(), None, access, given)  # what is there, under whatever name
-    merged = with_adapter(opened.checkpoint, folder)
+    merged = with_adapter(opened.checkpoint, config, inputs_first=opened.architecture.inputs_first)
     return replace(opened, name=folder.resolve().name, checkpoint=merged, source={"model": name, "base": base})
 
 
@@ -334,7 +343,6 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
             parse_object(packed_with.encode(), where), where, title_of(path), checkpoint, {"model": path.name}, given
         )
     if there(config.is_file):
-        config = within(path.parent, config, CheckpointError)
         return _configured(config, title_of(path), checkpoint, {"model": path.name}, given)
     lens = of_lens(checkpoint, title_of(path), {"model": path.name})
     if lens is not None:
@@ -353,27 +361,15 @@ def _open_file(path: Path, given_as: str, given: dict[str, Any], access: Access)
     raise UsageError(
         f"{path} does not say which architecture it is for: name it, as MODEL with --checkpoint {path}, "
         f"or give --num-heads to read it by its tensors' names ({given_as} was a file; it holds "
-        f"{_outline(checkpoint)})"
+        f"{outline(checkpoint)})"
     )
-
-
-def _outline(checkpoint: Checkpoint) -> str:
-    """Say what a file holds: its networks, where there are several, and the first names."""
-    names = list(checkpoint)
-    several = checkpoint.networks if isinstance(checkpoint, ChosenNetwork) else ()
-    told = f"the networks {names_of(several)}, and " if len(several) > 1 else ""
-    return f"{told}{counted(len(names), 'tensor')}, {', '.join(names[:2])}, ..."
 
 
 def _configured(
     config: Path, title: str, weights: Checkpoint, source: dict[str, str], given: dict[str, Any]
 ) -> OpenedModel:
     """Open weights of the architecture a ``config.json`` names: timm's with its ``model_args``, or transformers'."""
-    try:
-        data = parse_object(config.read_bytes(), config)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {config}: {error.strerror}") from error
-    return _described_by(data, str(config), title, weights, source, given)
+    return _described_by(config_in(config.parent), str(config), title, weights, source, given)
 
 
 def _described_by(
@@ -387,7 +383,6 @@ def _described_by(
     weights = weights.whole() if isinstance(weights, ChosenNetwork) else weights  # a configuration describes all parts
     if isinstance(data.get("_class_name"), str):
         return OpenedModel(title, describe_diffusers(data, data["_class_name"], weights, where), weights, source)
-
     if "model_type" not in data:
         told = told_model_type(data, weights)
         data = {**data, "model_type": told}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlens.checkpoints import Checkpoint, open_checkpoint
+from attnlens.checkpoints.adapter_config import ADAPTER_BESIDE
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
 from attnlens.checkpoints.formats import OTHER_FORMATS, PACKED_SUFFIXES
 from attnlens.checkpoints.networks import rechosen
@@ -68,9 +69,14 @@ def is_weight_name(path: Path) -> bool:
 
 
 def weights_in(folder: Path) -> Path:
-    """Return the weight file, or the index of its shards, of a model folder: the one that its library would take."""
+    """Return the weight file, or the index of its shards, of a model folder: the one that its library would take.
+
+    Refuses a folder with an adapter in it, and one whose configuration names another file.
+    """
+    if there((folder / "adapter_config.json").is_file):
+        raise CheckpointError(f"{folder} {ADAPTER_BESIDE}")
     if there((folder / "config.json").is_file):
-        check_names_no_file(config_in(folder), folder / "config.json")
+        _check_names_no_file(config_in(folder), folder / "config.json")
     names = (*TRANSFORMERS_FILES, *TIMM_FILES, *DIFFUSERS_FILES)
     found = next((folder / name for name in names if there((folder / name).is_file)), None)
     if found is None:
@@ -103,7 +109,17 @@ def config_in(folder: Path) -> dict[str, Any]:
     return parse_object(content, path)
 
 
-def check_names_no_file(config: Mapping[str, Any], where: Path | str) -> None:
+def weights_on_hub(repo: str, config: Path, revision: str, access: Access) -> tuple[Checkpoint, dict[str, str]]:
+    """Open the weights of a hub repository with a ``config.json``, and say which repository and commit they are of."""
+    from attnlens.checkpoints.hub import open_weights, refuse_adapter
+
+    refuse_adapter(repo, revision or None, offline=access.offline)
+    _check_names_no_file(config_in(config.parent), repo)
+    found, source = open_weights(repo, None, revision or None, offline=access.offline, remote=access.remote)
+    return rechosen(found, access.network), source
+
+
+def _check_names_no_file(config: Mapping[str, Any], where: Path | str) -> None:
     """Refuse a configuration that has transformers read weights from a file of another name than it looks for."""
     if named := config.get("transformers_weights"):
         raise CheckpointError(

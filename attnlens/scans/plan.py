@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attnlens.checkpoints.base import INDEX_SUFFIX, NUMPY_SUFFIXES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES
 from attnlens.checkpoints.model_files import model_files
+from attnlens.checkpoints.packed import CONFIGURATIONS
 from attnlens.errors import ModelNotFoundError, UsageError
 from attnlens.models.catalogue import Entry, load_catalogue
 from attnlens.patterns import matching_paths
@@ -128,7 +129,11 @@ def _of_paths(pattern: str, paths: Sequence[Path], notes: list[str]) -> list[Job
 def _holds_model(folder: Path) -> bool:
     names = [path.name for path in folder.iterdir()]
     weights = [name for name in names if name.endswith(_WEIGHTS)]
-    return "config.json" in names or len(weights) == 1 or any(name.endswith(INDEX_SUFFIX) for name in names)
+    return (
+        not {*CONFIGURATIONS}.isdisjoint(names)
+        or len(weights) == 1
+        or any(name.endswith(INDEX_SUFFIX) for name in names)
+    )
 
 
 def _of_names(pattern: str, notes: list[str]) -> list[Job]:
