@@ -25,7 +25,8 @@ from attnlens.inits.rules.reduced import keeping
 from attnlens.inits.verify import verify
 from attnlens.inits.verify.factors import skipped_directions
 from attnlens.inits.verify.mistakes import clones
-from attnlens.inits.verify.verify import Claim, _builder, recorded
+from attnlens.inits.verify.record import Claim, recorded
+from attnlens.inits.verify.verify import _builder
 from attnlens.models.opened import OpenedModel
 from tests.drawn_cases import NETWORKS, rope, teacher, vit
 from tests.filter_models import both
@@ -281,12 +282,15 @@ def test_what_a_file_says_is_compared_unless_something_else_is_said(tmp_path):
         "options": {"params": params},
         "params": {"file": "p.json", "sha256": sha256},
     }
-    assert recorded(opened_with(fitted), None, {}) == Claim("fitted", 5, {"params": params})
-    assert recorded(opened_with({**fitted, "params": None}), None, {}).init == "fitted"
+    given = {"params": params}
+    assert recorded(opened_with(fitted), None, {}, tmp_path) == Claim("fitted", 5, given)
+    assert recorded(opened_with({**fitted, "params": None}), None, given).init == "fitted"
+    with pytest.raises(UsageError, match=r"^the file was made with params = .*p\.json: pass that option again$"):
+        recorded(opened_with(fitted), None, {})
     other = {**fitted, "params": {"file": "p.json", "sha256": "0123456789abcdef" * 4}}
     told = r"^net was made with a parameter file p\.json of another content \(sha256 0123456789ab\.\.\.\): pass that"
     with pytest.raises(UsageError, match=told):
-        recorded(opened_with(other), None, {})
+        recorded(opened_with(other), None, given)
     from_object = {"init": "fitted", "seed": 5, "options": {"ov": "head", "params": "<InitParams>"}}
     with pytest.raises(UsageError, match=r"^the file was made with params = <InitParams>: pass that option again$"):
         recorded(opened_with(from_object), None, {})

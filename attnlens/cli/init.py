@@ -58,7 +58,10 @@ def init(
         note(f"wrote {output}, to be loaded by: timm.create_model({_call(model, arguments, output)})")
     again = ["--checkpoint", str(output)]
     for option in (option for option in READ_FROM if given.get(option) is not None):
-        again += ["--params", str(given[option])] if option == "params" else ["--option", f"{option}={given[option]}"]
+        if option != "params":
+            again += ["--option", f"{option}={given[option]}"]
+        elif Path(given[option]).absolute().parent != output.absolute().parent:
+            again += ["--params", str(given[option])]
     note(f"to check it: attnlens verify-init {shlex.join(again)}")
 
 

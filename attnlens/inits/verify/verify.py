@@ -7,16 +7,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from attnlens.circuits import Fold
-from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.errors import UnsupportedAttentionError
 from attnlens.heads import HeadWeights
 from attnlens.inits.apply import build_checked, make_layer, planned_heads, planned_layers, run_each
 from attnlens.inits.caveats import whole_layer_reason
-from attnlens.inits.file import METADATA_KEY, READ_FROM, params_record
 from attnlens.inits.folding import gains, scaled, silent_roles
 from attnlens.inits.plan import ALL_HEADS, Layer, Network, Plan, Rule, without_silent
 from attnlens.inits.random import Streams
@@ -39,6 +38,7 @@ from attnlens.inits.verify.mistakes import (
     spread_limits,
     tolerance_at,
 )
+from attnlens.inits.verify.record import Claim, folder_of, recorded
 from attnlens.inits.verify.reuse import Signs, reused, signs_of
 from attnlens.layouts import AttentionSpec
 from attnlens.layouts.depthwise import FilterSpec
@@ -47,7 +47,6 @@ from attnlens.models.open import open_model
 from attnlens.models.opened import OpenedModel
 from attnlens.statistics.inverse import Parameters
 from attnlens.statistics.table import StatsTable, Tabular
-from attnlens.strict_json import parse_json
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -106,14 +105,6 @@ _FIRST = ("layer", "circuit", "head", "problem", "mistake")
 """Columns that a table of checks begins with."""
 
 
-class Claim(NamedTuple):
-    """What a network is said to have been initialised with."""
-
-    init: str
-    seed: int | None
-    options: dict[str, Any]
-
-
 def verify_init(
     model: str | os.PathLike[str] | nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
@@ -139,7 +130,7 @@ def verify_init(
     """
     opened = open_model(model, checkpoint, filters=True, model_args=model_args, input_size=input_size)
     named = Claim(find_initialiser(init).name, seed, options) if init is not None else None
-    claim = named or recorded(opened, seed, options)
+    claim = named or recorded(opened, seed, options, folder_of(model if checkpoint is None else checkpoint))
     chosen = find_initialiser(claim.init)
     architecture, tensors = opened.architecture, opened.checkpoint
     network = Network(architecture, tensors, Streams(claim.seed or 0), _builder(model, opened))
@@ -160,51 +151,6 @@ def verify_init(
     return VerifyReport(
         opened.name, claim.init, claim.seed, claim.options, rule.fold, whole, tuple(checks), tuple(skipped)
     )
-
-
-def recorded(opened: OpenedModel, seed: int | None, options: dict[str, Any]) -> Claim:
-    """Return what the metadata of a file says; `fitted` where it says nothing of the parameters given, else `mimetic`.
-
-    Raises `UsageError` where an option was an object that the file could not hold, or names a file or model, which are
-    followed only where they are given here; and where parameters have changed.
-    """
-    text = opened.checkpoint.metadata.get(METADATA_KEY)
-    if text is None:
-        return Claim("fitted" if "params" in options else "mimetic", seed, options)
-    data = _record(opened, text)
-    if "params" in options and not find_initialiser(data["init"]).takes("params"):
-        return Claim("fitted", seed, options)
-    resolved = {**data["options"], **options}
-    objects = [name for name, value in resolved.items() if isinstance(value, str) and value.startswith("<")]
-    files = [name for name in READ_FROM if name not in options and data["options"].get(name) is not None]
-    for name in (*objects, *files):
-        raise UsageError(f"the file was made with {name} = {resolved[name]!r:.300}: pass that option again")
-    made_with = data.get("params")
-    given = params_record(resolved.get("params")) if made_with else None
-    if given and made_with and given["sha256"] != made_with["sha256"]:
-        raise UsageError(
-            f"{opened.name} was made with a parameter file {made_with['file']} of another content (sha256 "
-            f"{made_with['sha256'][:12]}...): pass that file as --params"
-        )
-    return Claim(data["init"], data["seed"] if seed is None else seed, resolved)
-
-
-def _record(opened: OpenedModel, text: str) -> dict[str, Any]:
-    """Return the record of `init_file`, which anybody may have written. Raises `UsageError` for another."""
-    try:
-        data = parse_json(text, constant=float)
-        seed, params, options = data["seed"], data.get("params"), data["options"]
-        held = isinstance(data["init"], str) and isinstance(options, dict) and type(seed) is int
-        held = held and (params is None or all(isinstance(params[name], str) for name in ("file", "sha256")))
-        reason = "" if held else "a value of another type"
-    except (ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    if reason:
-        raise UsageError(
-            f"what {opened.name} says of its initialisation is no record of attnlens ({reason}): say what it is to be, "
-            "as --init mimetic"
-        )
-    return cast("dict[str, Any]", data)
 
 
 def _builder(model: Any, opened: OpenedModel) -> Callable[[], nn.Module] | None:
