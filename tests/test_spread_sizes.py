@@ -106,7 +106,7 @@ RESAMPLED = {
     "patches": ({"patch_embed.proj.weight": (1, 1, 72, 72)}, {}),
     "positions": ({"pos_embed": (1, 2, 20_000)}, {"img_size": 1024}),
     "a tower's positions": ({"visual.trunk.pos_embed": (1, 2, 20_000)}, {"img_size": 1024}),
-    "patches of a window network": ({"patch_embed.proj.weight": (1, 1, 120, 120)}, {}),
+    "patches of a window network": ({"patch_embed.proj.weight": (1, 1, 80, 80)}, {"embed_dim": 48}),
 }
 CONVERTED = """
 import contextlib, json, sys
