@@ -342,4 +342,4 @@ def test_what_no_tensor_can_be_made_of_is_told_in_one_line():
 
     text = StateDict({"visual.trunk.x": np.array(["text"])})
     with pytest.raises(CheckpointError, match=r"checkpoint_filter_fn .* cannot read this file either \(TypeError"):
-        convert("vit_tiny_patch16_224", SMALL, text)
+        convert("vit_tiny_patch16_224", SMALL, text, lambda _: None)

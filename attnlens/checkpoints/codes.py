@@ -64,7 +64,12 @@ def dequantised(stored: Checkpoint, about: Callable[[], Mapping[str, Any]]) -> C
                 f"that its rows are divided by 127{_ORIGINAL}"
             )
             continue
-        if zero in stored:
+        if zero in stored and stored.shape(zero) != scales:
+            plan.refused[codes] = (
+                f"has a zero point of shape {stored.shape(zero)} and its {leaf} shape {scales}, of which no rule is "
+                f"known{_ORIGINAL}"
+            )
+        elif zero in stored:
             plan.make(
                 codes,
                 (*parts, zero),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,26 @@ from attnlens.errors import CheckpointError
 Values = NDArray[np.float64]
 
 
+class _Sized(np.ndarray[Any, np.dtype[np.float64]]):
+    """Values whose operations, entry by entry, give no more entries than the largest operand: `ValueError` if more.
+
+    Shapes that differ may broadcast to a product of both. What is made of a file's tensors is no larger than they are.
+    """
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        """Apply a ufunc as numpy does, where the result is no larger."""
+        plain = [value.view(np.ndarray) if isinstance(value, _Sized) else value for value in inputs]
+        if method == "__call__" and ufunc.signature is None:
+            shapes = [np.shape(value) for value in plain]
+            if math.prod(np.broadcast_shapes(*shapes)) > max(map(math.prod, shapes)):
+                raise ValueError(f"{' and '.join(map(str, shapes))} broadcast to more than either")
+        found = getattr(ufunc, method)(*plain, **options)
+        return found.view(_Sized) if isinstance(found, np.ndarray) else found
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A tensor made from stored ones: their names, its shape, the formula."""
+    """A tensor made from stored ones: their names, its shape, the formula, whose operations may not spread them."""
 
     parts: tuple[str, ...]
     shape: tuple[int, ...]
@@ -86,8 +104,12 @@ class AppliedWeights(View):
         recipe = self._made[name]
         try:
             with np.errstate(all="ignore"):  # what is not finite is told by the reader of heads, with the name
-                values = recipe.formula(*(widened_codes(self._stored[part]) for part in recipe.parts))
+                values = recipe.formula(*(widened_codes(self._stored[part]).view(_Sized) for part in recipe.parts))
             return np.ascontiguousarray(np.broadcast_to(values, recipe.shape))
+        except MemoryError as error:
+            raise CheckpointError(
+                f"{name} cannot be computed ({self._how}): it takes more memory than there is"
+            ) from error
         except (ValueError, IndexError) as error:
             shapes = ", ".join(f"{part} {self._stored.shape(part)}" for part in recipe.parts)
             raise CheckpointError(f"{name} cannot be computed ({self._how}): the shapes of {shapes} differ") from error

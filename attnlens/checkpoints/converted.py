@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -93,55 +94,106 @@ def below_prefix(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> Pre
     return PrefixedWeights(checkpoint, fitting[0]) if len(fitting) == 1 else None
 
 
-def convert(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> ConvertedWeights:
+def convert(
+    name: str, model_args: dict[str, Any], checkpoint: Checkpoint, check: Callable[[dict[str, Any]], None]
+) -> ConvertedWeights:
     """Pass a foreign checkpoint through what timm itself passes checkpoints of architecture ``name`` through.
 
     State dicts go through the architecture's ``checkpoint_filter_fn``, JAX/Flax archives through the model's
-    ``load_pretrained``. Raises `CheckpointError` when timm has neither for the architecture, or it fails.
+    ``load_pretrained``. ``check`` is given what `rehearse` takes, and raises where that takes too much. Raises
+    `CheckpointError` when timm has neither for the architecture, or it fails.
     """
     checkpoint.check()
     if isinstance(checkpoint, NpzFile) and any("/" in key for key in checkpoint):
-        found, how = _loaded(name, model_args, checkpoint), LOADER
+        found, how = _loaded(name, model_args, checkpoint, check), LOADER
     else:
-        found, how = _filtered(name, model_args, checkpoint), FILTER
+        found, how = _filtered(name, model_args, checkpoint, check), FILTER
     checkpoint.check()
     return ConvertedWeights(found, checkpoint, how)
 
 
-def _filtered(name: str, model_args: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def rehearse(request: Mapping[str, Any]) -> None:
+    """Convert zeros of the types and shapes of a file's tensors, or its JAX archive: what that costs is measured."""
+    import torch
+
+    if "path" in request:
+        _read(request["name"], _empty(request["name"], request["model_args"]), request["path"])
+        return
+    with _told(f"timm's checkpoint_filter_fn for {request['name']}"):
+        state = {}
+        for key, kind, shape in request["tensors"]:
+            dtype = getattr(torch, kind)
+            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)  # memory that is not there until it is filled
+            state[key] = torch.from_numpy(zeros).view(dtype).reshape(shape)
+    _through(request["name"], *_filter_of(request["name"], request["model_args"]), state)
+
+
+def _filtered(
+    name: str, model_args: dict[str, Any], checkpoint: Checkpoint, check: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Return what the architecture's ``checkpoint_filter_fn`` makes of a state dict."""
     model, filter_fn = _filter_of(name, model_args)
     if filter_fn is None:
         raise CheckpointError(f"timm has no checkpoint_filter_fn for {name}")
     _check_size(name, model, checkpoint)
-    takes_model = len(inspect.signature(filter_fn).parameters) > 1  # a few take the state dict alone
     with _told(f"timm's checkpoint_filter_fn for {name}"):
         state = _torch_state(checkpoint)
+    tensors = [(key, str(value.dtype).removeprefix("torch."), list(value.shape)) for key, value in state.items()]
+    stored = checkpoint.size() or sum(value.nbytes for value in state.values())
+    check({"name": name, "model_args": model_args, "bytes": stored, "tensors": tensors})
+    return _through(name, model, filter_fn, state)
+
+
+def _through(
+    name: str, model: nn.Module, filter_fn: Callable[..., dict[str, Any]] | None, state: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    assert filter_fn is not None, "it was looked for before"
+    takes_model = len(inspect.signature(filter_fn).parameters) > 1  # a few take the state dict alone
+    with _told(f"timm's checkpoint_filter_fn for {name}"):
         found = filter_fn(state, model) if takes_model else filter_fn(state)
     return {key: value for key, value in found.items() if hasattr(value, "is_meta") and not value.is_meta}
 
 
-def _loaded(name: str, model_args: dict[str, Any], checkpoint: NpzFile) -> dict[str, Any]:
+def _loaded(
+    name: str, model_args: dict[str, Any], checkpoint: NpzFile, check: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Return what the model's own npz reader fills: every tensor starts as NaN; those that keep one are left out."""
+    model = _empty(name, model_args)
+    if not callable(getattr(model, "load_pretrained", None)):
+        raise CheckpointError(f"{checkpoint.path} is a JAX archive, and timm has no reader of those for {name}")
+    _check_size(name, model, checkpoint)
+    path = str(checkpoint.path.absolute())
+    check({"name": name, "model_args": model_args, "bytes": checkpoint.size(), "path": path})
+    with checkpoint.reading() as file:
+        model = _read(name, model, checkpoint.place_of(file), str(checkpoint.path))
+    return {key: value for key, value in model.state_dict().items() if not value.isnan().any()}
+
+
+def _empty(name: str, model_args: dict[str, Any]) -> nn.Module:
+    """Return the architecture on the meta device."""
     import timm
     import torch
 
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **model_args)
-    reader = getattr(model, "load_pretrained", None)
-    if not callable(reader):
-        raise CheckpointError(f"{checkpoint.path} is a JAX archive, and timm has no reader of those for {name}")
-    _check_size(name, model, checkpoint)
+        return timm.create_model(name, pretrained=False, **model_args)
+
+
+def _read(name: str, model: nn.Module, path: str, called: str = "") -> nn.Module:
+    """Return the model, which is on the meta device, as its own npz reader fills it: with NaN where it does not.
+
+    What goes wrong is told of the path that the file is ``called`` by.
+    """
+    import torch
+
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
-    with checkpoint.reading() as file:
-        place = checkpoint.place_of(file)
-        with _told(f"timm's load_pretrained for {name}", {place: str(checkpoint.path)}):
-            reader(place)
-    return {key: value for key, value in model.state_dict().items() if not value.isnan().any()}
+    with _told(f"timm's load_pretrained for {name}", {path: called or path}):
+        reader: Any = model.load_pretrained
+        reader(path)
+    return model
 
 
 def _filter_of(name: str, model_args: dict[str, Any]) -> tuple[nn.Module, Callable[..., dict[str, Any]] | None]:
@@ -209,6 +261,8 @@ def _told(what: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except _MISFITS as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch has no error of its own for that
+            raise CheckpointError(f"{what} takes more memory for this file than there is for it") from error
         text = first_line(error)
         for place, name in (names or {}).items():
             text = text.replace(place, name)

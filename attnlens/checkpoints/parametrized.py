@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -32,10 +33,15 @@ def reparametrised(stored: Checkpoint) -> Checkpoint:
 
 def _weight_norm(plan: Plan, target: str, g: str, v: str) -> None:
     """Apply weight = g v / |v|, the norm taken over every axis along which g has one entry."""
-    shape = plan.stored.shape(v)
-    axes = tuple(axis for axis, size in enumerate(plan.stored.shape(g)) if size == 1)
-    if len(plan.stored.shape(g)) != len(shape):
+    lengths, shape = plan.stored.shape(g), plan.stored.shape(v)
+    axes = tuple(axis for axis, size in enumerate(lengths) if size == 1)
+    if lengths in ((), (1,)):
         axes = tuple(range(len(shape)))
+    elif len(lengths) != len(shape) or any(one not in (1, size) for one, size in zip(lengths, shape, strict=True)):
+        plan.refused[target] = (
+            f"has lengths {g} of shape {lengths} for {v} of shape {shape}, which do not belong together"
+        )
+        return
     plan.make(target, (g, v), shape, lambda g, v: g * v / np.sqrt((v * v).sum(axis=axes, keepdims=True)))
 
 
@@ -57,7 +63,7 @@ def _parametrised(plan: Plan, name: str, listed: Mapping[str, set[str]]) -> None
 def _spectral_norm(plan: Plan, target: str, original: str, u: str, v: str) -> None:
     """Apply weight = W / (u^T W v), as in evaluation: u and v are stored."""
     shape = plan.stored.shape(original)
-    if len(shape) < 2 or plan.stored.shape(u) != shape[:1]:
+    if len(shape) < 2 or plan.stored.shape(u) != shape[:1] or plan.stored.shape(v) != (math.prod(shape[1:]),):
         plan.refused[target] = "is under spectral_norm of another axis than the first: remove it before saving"
         return
     plan.make(target, (original, u, v), shape, lambda w, u, v: w / (u @ w.reshape(len(u), -1) @ v))
@@ -67,7 +73,10 @@ def _wrapped(plan: Plan, target: str) -> None:
     """Apply what keeps the stored weight as ``_orig``: masks of pruning, torch's older spectral_norm."""
     original, mask, u, v = (f"{target}_{end}" for end in ("orig", "mask", "u", "v"))
     held = {name for name in (mask, u, v) if name in plan.stored}
-    if held == {mask}:
+    if held == {mask} and plan.stored.shape(mask) != plan.stored.shape(original):
+        shapes = f"{plan.stored.shape(original)} and {plan.stored.shape(mask)}"
+        plan.refused[target] = f"is stored as {original} and {mask} of shapes {shapes}, which do not belong together"
+    elif held == {mask}:
         plan.make(target, (original, mask), plan.stored.shape(original), lambda w, m: w * m)
     elif held == {u, v}:
         _spectral_norm(plan, target, original, u, v)

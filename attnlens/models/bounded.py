@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
-from attnlens.errors import AttnlensError, ModelNotFoundError, UnsupportedAttentionError
+from attnlens.errors import AttnlensError, CheckpointError, ModelNotFoundError, UnsupportedAttentionError
 from attnlens.models.architecture import Architecture, build, on_meta
 
 SECONDS = 5
@@ -30,6 +30,8 @@ MEMORY = 192 << 20
 """Bytes they may take beside what the libraries take; the dearest of those eleven took 45 MiB."""
 CHEAP_SECONDS, CHEAP_MEMORY = 3, 56 << 20
 """What building alone may take where it is to be done in this process, too."""
+_GROWS, _A_SECOND = 8, 1 << 28
+"""What a conversion may take more: bytes for each byte of the file, and how many of those for a second."""
 _ORDINARY = "vit_tiny_patch16_224"
 _PATIENCE = 120
 """Seconds by the clock after which the process is given up, as on a machine that is out of memory."""
@@ -40,7 +42,7 @@ _START = (
     "from attnlens.models.bounded import serve; serve()"
 )
 _ROOT = str(Path(__file__).parents[2])
-_ERRORS = {kind.__name__: kind for kind in (ModelNotFoundError, UnsupportedAttentionError)}
+_ERRORS = {kind.__name__: kind for kind in (CheckpointError, ModelNotFoundError, UnsupportedAttentionError)}
 
 
 def describe_bounded(name: str, model_args: dict[str, Any]) -> Architecture:
@@ -69,6 +71,22 @@ def check_cheap(name: str, model_args: dict[str, Any]) -> None:
         raise ModelNotFoundError(
             f"{name} with model_args {model_args} takes {cost['seconds']:.1f} seconds and {cost['bytes']} bytes to be "
             "built: weights of other names are not converted for it"
+        )
+
+
+def check_conversion(request: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where timm's conversion of a file, rehearsed, is too costly to be done in this process.
+
+    ``request`` is what `attnlens.checkpoints.converted.rehearse` takes, and the ``bytes`` of the file.
+    """
+    if not _bounds(request["name"]):
+        return
+    cost = _ask({"do": "convert", **request})
+    seconds, most = CHEAP_SECONDS + request["bytes"] / _A_SECOND, CHEAP_MEMORY + _GROWS * request["bytes"]
+    if cost["seconds"] > seconds or cost["bytes"] > most:
+        raise CheckpointError(
+            f"timm's conversion for {request['name']} takes {cost['seconds']:.1f} seconds and {cost['bytes']} bytes "
+            f"for a file of {request['bytes']}: it is not converted"
         )
 
 
@@ -197,13 +215,15 @@ def _work(request: dict[str, Any], writing: int) -> None:
 
     code = 1
     with contextlib.suppress(BaseException):
-        if request["do"] == "build":
+        measured = request["do"] in ("build", "convert")
+        if measured:
             on_meta(_ORDINARY, {})  # maps the libraries' pages, which are no cost of what is asked for
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        _limit()
+        stored = request.get("bytes", 0)
+        _limit(SECONDS + stored // _A_SECOND, MEMORY + 2 * _GROWS * stored)
         try:
             found = _found(request)
-            if request["do"] == "build":
+            if measured:
                 used = resource.getrusage(resource.RUSAGE_SELF)
                 found = {"seconds": used.ru_utime + used.ru_stime, "bytes": 1024 * (used.ru_maxrss - before)}
             answer: dict[str, Any] = {"found": found}
@@ -215,20 +235,25 @@ def _work(request: dict[str, Any], writing: int) -> None:
     os._exit(code)
 
 
-def _limit() -> None:
+def _limit(seconds: int, memory: int) -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statm = Path("/proc/self/statm")
     if statm.exists():  # elsewhere memory has no limit that can be set
-        most = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        most = int(statm.read_text().split()[0]) * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _found(request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "describe":
         return build(request["name"], request["model_args"]).to_json()
+    if request["do"] == "convert":
+        from attnlens.checkpoints.converted import rehearse
+
+        rehearse(request)
+        return {}
     model = on_meta(request["name"], request["model_args"])
     return {"names": list(model.state_dict())} if request["do"] == "name" else {}
 
@@ -236,6 +261,8 @@ def _found(request: dict[str, Any]) -> dict[str, Any]:
 def _too_much(request: dict[str, Any], status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     how = f"more than {SECONDS} processor seconds" if -code in (signal.SIGXCPU, signal.SIGKILL) else f"exit code {code}"
+    if request["do"] == "convert":
+        return f"timm's conversion of a file of {request['bytes']} bytes for {request['name']} takes too much ({how})"
     return (
         f"timm cannot build {request['name']} with model_args {request['model_args']} within {SECONDS} processor "
         f"seconds and {MEMORY >> 20} MiB ({how}): fix the config.json or metadata they come from"

@@ -10,7 +10,7 @@ from attnlens.checkpoints import Checkpoint
 from attnlens.checkpoints.networks import ChosenNetwork
 from attnlens.errors import CheckpointError, ModelNotFoundError, UsageError
 from attnlens.models.architecture import Architecture
-from attnlens.models.bounded import check_cheap
+from attnlens.models.bounded import check_cheap, check_conversion
 from attnlens.models.described import describe_architecture
 from attnlens.models.opened import OpenedModel
 from attnlens.models.renamed import as_timm_names
@@ -66,7 +66,7 @@ def _forms(opened: OpenedModel, told: list[str]) -> Iterator[OpenedModel]:
     if opened.timm_args is not None:
         try:
             check_cheap(opened.architecture.name, opened.timm_args)
-            converted = convert(opened.architecture.name, opened.timm_args, opened.checkpoint)
+            converted = convert(opened.architecture.name, opened.timm_args, opened.checkpoint, check_conversion)
         except (CheckpointError, ModelNotFoundError) as error:
             told.append(str(error))
         else:

@@ -44,7 +44,7 @@ _WORD = (
     r"(open_clip_|flax_|pytorch_|adapter_)?model|checkpoint|ckpt|epoch|global_step|step|iter|of"
     r"|best|last|latest|final|state_dict|ema"
 )
-_COMMON = re.compile(rf"{'|'.join(map(re.escape, sorted(_WHOLE)))}|({_WORD})([._=-]?({_WORD}|\d+))*")
+_COMMON = re.compile(rf"{'|'.join(map(re.escape, sorted(_WHOLE)))}|({_WORD})([._=-]?({_WORD}|\d++))*")
 """Stems that say nothing of which model a file is of"""
 
 

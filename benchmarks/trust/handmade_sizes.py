@@ -36,6 +36,8 @@ def sized() -> Iterator[Case]:
     yield from _numbers()
     yield from _adapted()
     yield from _types()
+    yield from _spread()
+    yield from _resampled()
 
 
 def _block(kind: bytes, content: bytes) -> bytes:
@@ -162,3 +164,42 @@ def _types() -> Iterator[Case]:
         files = {"config.json": json.dumps(seeds.TIMM).encode(), "model.npz": buffer.getvalue()}
         yield Case("timm folder", f"numbers of type {kind}", files)
         yield Case("npz", f"numbers of type {kind}", {"m.npz": buffer.getvalue()}, "m.npz")
+
+
+def _spread() -> Iterator[Case]:
+    """Parts of a weight whose shapes broadcast to their product, 400 million numbers and more."""
+    long = 20_000
+    old = "blocks.0.attn.qkv.weight_{}"
+    new = "blocks.0.attn.qkv.parametrizations.weight.{}"
+    scaled, bias = "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"
+    kinds: dict[str, dict[str, tuple[int, ...]]] = {
+        "a mask": {old.format("orig"): (3 * long, 1), old.format("mask"): (1, 3 * long)},
+        "a mask of the bias": {f"{bias}_orig": (long, 1), f"{bias}_mask": (1, long)},
+        "lengths": {old.format("g"): (3 * long,), old.format("v"): (3 * long, 1)},
+        "lengths, new": {new.format("original0"): (3 * long,), new.format("original1"): (3 * long, 1)},
+        "v": {old.format("orig"): (3 * long, 1), old.format("u"): (3 * long,), old.format("v"): (1, 3 * long)},
+        "a zero point": {scaled: (192, 64), f"{scaled}_scale": (1,), f"{scaled}_zero_point": (4, long)},
+        "an IA3 vector": {scaled: (3 * long, 1), bias: (3 * long, 1), "blocks.0.attn.qkv.ia3_l": (3 * long, 1)},
+    }
+    for what, shapes in kinds.items():
+        state = {"blocks.0.attn.proj.weight": torch.ones(1, long)}
+        if not {scaled, old.format("orig"), old.format("g"), new.format("original0")} & {*shapes}:
+            state[scaled] = torch.ones(3 * long, 1)
+        state |= {name: torch.ones(shape) for name, shape in shapes.items()}
+        if "zero" in what:
+            state[scaled] = state[scaled].to(torch.int8)
+        yield Case("safetensors", f"{what} that spreads", {"m.safetensors": seeds.safetensors(state)}, "m.safetensors")
+
+
+def _resampled() -> Iterator[Case]:
+    """Files that timm's conversions resample to, or by, tensors of gigabytes."""
+    kinds: tuple[tuple[str, tuple[int, ...], dict[str, int]], ...] = (
+        ("patch_embed.proj.weight", (1, 1, 96, 96), {}),
+        ("patch_embed.proj.weight", (1, 1, 160, 160), {}),
+        ("pos_embed", (1, 2, 250_000), {"img_size": 1024}),
+        ("visual.trunk.pos_embed", (1, 2, 250_000), {"img_size": 1024}),
+    )
+    for name, shape, arguments in kinds:
+        state = {name: torch.ones(shape), "blocks.0.attn.qkv.weight": torch.ones(4, 4)}
+        config = {"architecture": "vit_tiny_patch16_224", "model_args": arguments}
+        yield Case("timm folder", f"{name} of {shape} resampled", _folder(config, state))
