@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -98,16 +98,14 @@ def several(given: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else tuple(given)
 
 
-def layer_index(value: Any, known: Iterable[int], missing: str = "was not read") -> int:
+def layer_index(value: Any, known: Collection[int], missing: str = "was not read") -> int:
     """Return the index of a layer that is among those known; ``missing`` says what is wrong with another."""
-    known = sorted(known)
-    wrong = UsageError(f"layer {_shown(value)} {missing}: choose from {known}")
     try:
         layer = index("layer", value)
     except UsageError:
-        raise wrong from None
+        layer = -1
     if layer not in known:
-        raise wrong
+        raise UsageError(f"layer {_shown(value)} {missing}: choose from {sorted(known)}")
     return layer
 
 
