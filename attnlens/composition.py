@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +42,7 @@ HELD = 1 << 28
 """Bytes of weights whose writers, and whose readers, are held at once: earlier layers are read again for each block."""
 
 _BLOCK = 64  # rows and columns of Gram matrices held at once, of every head
+_OF_PAIR = 1 << 10  # bytes that the arrays of a pair of layers take beside their entries
 
 SCORES_HELD = 1 << 27
 """Bytes of scores and deviations that are held, beyond as many as the weights have in float64."""
@@ -210,8 +212,6 @@ class Composition(Drawn, Tabular):
 
     def _drawings(self) -> dict[str, Drawing]:
         """Return what draws ``q_composition``, ``k_composition`` and ``v_composition``."""
-        from functools import partial
-
         from attnlens.figures.composition import draw_composition
 
         about = {"model": self.model, "fold": self.fold}
@@ -312,7 +312,8 @@ def _check_room(opened: OpenedModel, specs: Sequence[IndexedSpec]) -> None:
     """Raise `UsageError` where scores would take more than `SCORES_HELD` bytes beyond those of the weights."""
     heads = [spec.q.heads for _, spec in specs]
     pairs = (sum(heads) ** 2 - sum(number**2 for number in heads)) // 2
-    if 16 * len(KINDS) * pairs > SCORES_HELD + sum(opened.bytes_of(spec) for _, spec in specs):
+    of_layers = _OF_PAIR * (len(heads) * (len(heads) - 1) // 2)
+    if len(KINDS) * (16 * pairs + of_layers) > SCORES_HELD + sum(opened.bytes_of(spec) for _, spec in specs):
         raise UsageError(
             f"{counted(pairs, 'pair')} of heads in {counted(len(specs), 'layer')} of {opened.name} are too many for "
             "weights of this size: choose fewer layers with --layers"
@@ -368,7 +369,7 @@ class _Work:
 
     def _outer(self, slot: Slot) -> int:
         """Return the width of the network's side of a projection: the other axis, flattened to two dimensions."""
-        first, *rest = self._opened.architecture.shapes[slot.named(slot.tensor)[0]]
+        first, *rest = self._opened.architecture.shapes[slot.tensor.replace("{head}", "0")]
         return math.prod(rest) if slot.axis == 0 else first
 
     def writer(self, spec: IndexedSpec) -> Half:
@@ -387,6 +388,7 @@ class _Work:
         return found if weights.W_O is None else {**found, "v": Half.of(ov_circuit(weights, self._fold).T)}
 
 
+@lru_cache(1 << 12)
 def _stream(path: str) -> str:
     """Return what precedes the first number in a path: the layers of one tower share it."""
     parts = path.split(".")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numbers
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from attnlens.errors import UsageError
@@ -21,6 +22,8 @@ _AMERICAN = (
     (re.compile(r"labell"), "label"),
 )
 _NEAR = 0.6
+MOST_LAYERS = 20_000
+"""Layers that may be chosen: no network has as many modules."""
 
 
 def spelled_alike(word: str) -> str:
@@ -98,16 +101,14 @@ def several(given: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else tuple(given)
 
 
-def layer_index(value: Any, known: Iterable[int], missing: str = "was not read") -> int:
+def layer_index(value: Any, known: Collection[int], missing: str = "was not read") -> int:
     """Return the index of a layer that is among those known; ``missing`` says what is wrong with another."""
-    known = sorted(known)
-    wrong = UsageError(f"layer {_shown(value)} {missing}: choose from {known}")
     try:
         layer = index("layer", value)
     except UsageError:
-        raise wrong from None
+        layer = -1
     if layer not in known:
-        raise wrong
+        raise UsageError(f"layer {_shown(value)} {missing}: choose from {sorted(known)}")
     return layer
 
 
@@ -129,9 +130,11 @@ def layer_choice(layers: Any, name: str = "layers") -> list[int] | None:
         return None
     if isinstance(layers, str):
         return _parsed(layers, name)
-    if isinstance(layers, Iterable):
-        return [index("layer", layer) for layer in layers]
-    return [index("layer", layers)]
+    given = layers if isinstance(layers, Iterable) else [layers]
+    found = [index("layer", layer) for layer in islice(given, MOST_LAYERS + 1)]
+    if len(found) > MOST_LAYERS or max(found, default=0) >= MOST_LAYERS:
+        raise _too_many(name)
+    return found
 
 
 def coverage(level: Any) -> float:
@@ -152,10 +155,19 @@ def _parsed(text: str, name: str) -> list[int]:
     layers: list[int] = []
     for piece in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
+        if match is not None and any(len(digits.lstrip("0")) > len(str(MOST_LAYERS)) for digits in match.groups("")):
+            raise _too_many(name)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise UsageError(f"{name} {text!r} is not understood: give indices and ranges, e.g. 0-3,11")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        piece_of = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if piece_of.stop > MOST_LAYERS or len(layers) + len(piece_of) > MOST_LAYERS:
+            raise _too_many(name)
+        layers += piece_of
     return layers
+
+
+def _too_many(name: str) -> UsageError:
+    return UsageError(f"{name} names more layers than a network has: give at most {MOST_LAYERS}, below {MOST_LAYERS}")
 
 
 def _shown(value: Any) -> str:

@@ -191,3 +191,11 @@ def test_theory_without_skips_and_mlps_is_the_kernel(norms):
 def test_what_is_not_accepted_is_said(attention, options, text):
     with pytest.raises(UsageError, match=text):
         make_mixes(attention, Tokens(9, causal=True), 3, options)
+
+
+@pytest.mark.parametrize("value", ["nan", math.nan, True, 1e308, 10**400, None, [1.0]])
+def test_what_is_no_number_is_refused_as_gamma_and_rho(value):
+    with pytest.raises(UsageError, match="gamma"):
+        exponential_kernels(2, value, np.zeros((2, 2)))
+    with pytest.raises(UsageError, match="rho"):
+        uniform_kernels(2, value, 2)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -94,6 +95,16 @@ def test_a_heatmaps_limits_are_those_of_32_layers_of_32_heads():
     assert wide.size == 64
     wide._make_room("qk", 0, 1)
     assert wide.size == 63
+
+
+def test_time_to_choose_a_heatmaps_size_grows_with_the_layers():
+    def seconds(layers):
+        found, began = Corners("raw", 64, bounded=True), time.process_time()
+        for layer in range(layers):
+            found._make_room("qk", layer, 1)
+        return time.process_time() - began
+
+    assert min(seconds(8000) for _ in range(3)) < 10 * min(seconds(2000) for _ in range(3)) + 0.05
 
 
 # Tables as they are shown.

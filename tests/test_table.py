@@ -72,3 +72,10 @@ def test_a_long_cell_is_cut_where_its_column_ends():
     assert max(map(len, lines)) <= 28
     assert any("x" * 28 in line for line in lines)
     assert any(line.strip() == "y" * 25 + "..." for line in lines)
+
+
+def test_rows_by_a_column_are_those_that_select_finds():
+    table = StatsTable(((1, "a"), (0, "b"), (1, "c")), ("layer", "name"))
+    found = table.by("layer")
+    assert list(found) == [1, 0]
+    assert all(found[layer].rows == table.select(layer=layer).rows for layer in (0, 1, 2))

@@ -1,5 +1,6 @@
 """The stacked engine against timm's modules, arms against what they promise, and structure against `inspect`."""
 
+import math
 import os
 import shutil
 
@@ -18,7 +19,7 @@ from attnlens.training.arms import initial_state
 from attnlens.training.engine import Stack
 from attnlens.training.networks.vit import ViT, forward, patches_of
 from attnlens.training.source import Source
-from attnlens.training.structure import measure_structure
+from attnlens.training.structure import holds_numbers, measure_structure
 from tests.training_setup import SHAPE, config, write_source
 
 CPU = torch.device("cpu")
@@ -350,3 +351,9 @@ def test_gradients_are_clipped_at_the_norm_that_is_named_and_left_alone_below_it
     assert (norms > 0.1).all()
     torch.testing.assert_close(clipped.norm(dim=1), torch.full((2,), 0.05), rtol=1e-4, atol=0)
     torch.testing.assert_close(clipped, free * 0.05 / norms, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e16])
+def test_weights_of_a_run_that_diverged_are_no_numbers_to_measure(value):
+    assert holds_numbers({"a": np.ones(3), "none": np.zeros(0)})
+    assert not holds_numbers({"a": np.ones(3), "b": np.array([0.0, value])})

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from attnlens.circuits import layer_ov, qk_circuit
-from attnlens.errors import UsageError
+from attnlens.errors import CheckpointError, UsageError
 from attnlens.layouts import read_heads
 from attnlens.models.architecture import describe_module
 from attnlens.statistics.diagonal import fit_diagonal
@@ -442,6 +442,23 @@ def test_weights_of_another_kind_of_network_are_refused(filtered, tmp_path):
     ):
         Source.of("convmixer-tiny", path)
     assert source.sha256
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"depth": 3000}, "more than 20000 modules"),
+        ({"context": 60_000}, "pos_embed is not there"),
+        ({"context": "x"}, "states sizes that no Gpt has"),
+        ({"embed_dim": 10**12, "num_heads": 1}, "states sizes that no Gpt has"),
+    ],
+)
+def test_sizes_that_a_file_states_are_held_against_its_weights_before_they_are_built(sizes, said, tmp_path):
+    stated = {"context": 128, "embed_dim": 96, "depth": 1, "num_heads": 3} | sizes
+    about = {"network": "attnlens.gpt.GPT", "sizes": json.dumps(stated)}
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "weights.safetensors", about)
+    with pytest.raises(CheckpointError, match=said):
+        Source.of("gpt-tiny", tmp_path / "weights.safetensors")
 
 
 def test_a_language_ladder_starts_from_saved_weights_and_says_that_they_have_seen_the_text(tmp_path):

@@ -175,3 +175,9 @@ def _teacher():
     with torch.no_grad():
         teacher.blocks[0].norm1.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
     return teacher
+
+
+@pytest.mark.parametrize("layers", ["0-99999999", "9" * 5000, "0-9999,0-9999,0-9999", range(10**12), [10**5000]])
+def test_more_layers_than_a_network_has_are_never_counted_out(layers):
+    with pytest.raises(UsageError, match="names more layers than a network has"):
+        layer_choice(layers)

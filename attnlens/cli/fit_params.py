@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,6 @@ from attnlens.words import numbered
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from attnlens.circuits import Kind
     from attnlens.fit.entries import Entry, Source
     from attnlens.fit.params import InitParams
 
@@ -145,6 +144,8 @@ def caveats(source: Source) -> list[str]:
 
 def fit_table(params: InitParams, source: int) -> Sheet:
     """Build the table of one model: per layer QK and OV with verdicts, realised beside requested."""
+    from attnlens.fit.entries import by_layer, select
+
     entries = [entry for entry in params.entries if entry.source == source and entry.fold == params.fold]
     percent = f"{params.level:.0%}"
     table = Sheet(
@@ -157,9 +158,9 @@ def fit_table(params: InitParams, source: int) -> Sheet:
     table.label("QK", least=6)
     table.number("OV α", "OV β", f"β {percent}", group=1)
     table.label("OV verdict", group=1)
-    for layer in dict.fromkeys(entry.layer for entry in entries):
-        qk = _entries(entries, layer, "qk", "each")
-        total = _entries(entries, layer, "ov", "all")
+    for layer, of_layer in by_layer(entries).items():
+        qk = select(of_layer, "qk", "each")
+        total = select(of_layer, "ov", "all")
         cells = [
             str(layer),
             *_means(qk, "alpha", "beta"),
@@ -192,10 +193,6 @@ def pooled_table(params: InitParams) -> Sheet:
         cells = [names[pooled.circuit, pooled.head], str(alpha.n), f"{number(alpha.mean)} ± {number(alpha.sd)}"]
         table.add_row(*cells, f"{number(beta.mean)} ± {number(beta.sd)}", spread, verdicts)
     return table
-
-
-def _entries(entries: Sequence[Entry], layer: int, circuit: Kind, head: Literal["each", "all"]) -> list[Entry]:
-    return [e for e in entries if (e.layer, e.circuit) == (layer, circuit) and (e.head == "all") == (head == "all")]
 
 
 def _means(entries: Sequence[Entry], *names: str) -> list[str]:

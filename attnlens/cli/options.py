@@ -13,7 +13,15 @@ import typer
 from attnlens.errors import UsageError
 from attnlens.figure_styles import chosen, settle
 from attnlens.outputs import model_identity, named_folder
+from attnlens.strict_json import parse_json
 from attnlens.vocabulary import FIGURE_STYLE, FOLD, FOLD_CHOICE, Vocabulary, layer_choice
+
+LONGEST = 4096
+"""Characters of a value in ``name=value``."""
+SEED = (1 << 31) - 1
+"""The largest seed that is taken."""
+MOST_BLOCKS = 1000
+"""Blocks of a network that is built of sizes on the command line."""
 
 
 def in_brackets(vocabulary: Vocabulary) -> str:
@@ -199,8 +207,10 @@ def parse_pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"{option} {pair!r} is not understood: give name=value, e.g. {option} alpha_qk=0.6")
+        if len(text) > LONGEST:
+            raise UsageError(f"{option} {name} is given {len(text)} characters: at most {LONGEST} are read")
         try:
-            values[name] = json.loads(text)
+            values[name] = parse_json(text, constant=float)
         except ValueError:
             values[name] = text
     return values

@@ -18,6 +18,10 @@ _UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 """What writing to a stream fails with: no room, no device, no stream."""
 
 
+_TORCH_SAYS = ("can't allocate memory", "not enough memory", "out of memory")
+_OF_MEMORY = "memory has ended: ask for fewer layers or smaller sizes, close other programs, or use a larger machine"
+
+
 def run() -> None:
     """Run the command line: exit code 0, 1 for a failure told in one line, 2 for wrong usage."""
     from attnlens.arguments import as_options
@@ -60,8 +64,19 @@ def _run() -> None:
     except Exception as error:  # the last line of defence: a traceback is for --debug
         if debug:
             raise
-        _complain(f"internal error, {type(error).__name__}: {error} (run again with --debug and report the traceback)")
+        _complain(_OF_MEMORY if _is_of_memory(error) else _internal(error))
         sys.exit(1)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an allocator found no room: Python's, numpy's or torch's, whose errors have no class of their own."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_SAYS)
+    )
+
+
+def _internal(error: Exception) -> str:
+    return f"internal error, {type(error).__name__}: {error} (run again with --debug and report the traceback)"
 
 
 def _complain(message: str) -> None:

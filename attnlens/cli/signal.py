@@ -31,10 +31,14 @@ def signal(
             "initialiser that needs no option. Default: default, mimetic and these five."
         ),
     ] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Build so many blocks. Default: the model's.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, max=options.MOST_BLOCKS, help="Build so many blocks. Default: the model's.")
+    ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Feed so many patches, a square, or so long a context. Default: the model's."),
+        typer.Option(
+            min=2, max=1 << 16, help="Feed so many patches, a square, or so long a context. Default: the model's."
+        ),
     ] = None,
     skips: Annotated[bool, typer.Option("--skips/--no-skips", help="Keep the skip connections of every block.")] = True,
     norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Keep the norms of every block.")] = True,
@@ -55,8 +59,10 @@ def signal(
             help="Pass name=value to the arms that have it, as often as needed: gamma, distance (e-spa), rho (u-spa).",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Draw so many networks an arm.")] = 5,
-    sequences: Annotated[int, typer.Option(min=1, help="Feed so many random sequences of tokens to each network.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, max=9999, help="Draw so many networks an arm.")] = 5,
+    sequences: Annotated[
+        int, typer.Option(min=1, max=9999, help="Feed so many random sequences of tokens to each network.")
+    ] = 4,
     output: options.ModelFolder = None,
     format_: options.FigureFormat = "png",
     dpi: options.Dpi = None,

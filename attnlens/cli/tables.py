@@ -61,8 +61,9 @@ def layer_table(inspection: Inspection, fold: Fold) -> Sheet:
         table.number(*names, group=group)
         if names is not groups[-1]:
             table.label("heads", group=group, least=6)
+    by_layer = inspection.stats.by("layer")
     for layer in inspection.layers:
-        table.add_row(*_cells(inspection.stats.select(layer=layer), layer, fold, both))
+        table.add_row(*_cells(by_layer[layer], layer, fold, both))
     return table
 
 

@@ -88,46 +88,56 @@ def train_compare(
         int, typer.Option(min=1, max=9999, help="Train so many runs an arm; under 6 is called screening.")
     ] = 6,
     data_seed: Annotated[
-        int, typer.Option(min=0, help="Count the seeds of order and augmentation from this number.")
+        int, typer.Option(min=0, max=options.SEED, help="Count the seeds of order and augmentation from this number.")
     ] = 0,
-    init_seed: Annotated[int, typer.Option(min=0, help="Count the seeds of the initial weights from this number.")] = 0,
+    init_seed: Annotated[
+        int, typer.Option(min=0, max=options.SEED, help="Count the seeds of the initial weights from this number.")
+    ] = 0,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Train so many epochs; the last one counts. Default: the data set's."),
+        typer.Option(min=1, max=1_000_000, help="Train so many epochs; the last one counts. Default: the data set's."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Take so many items a step. Default: the data set's.")
+        int | None, typer.Option(min=1, max=16_777_216, help="Take so many items a step. Default: the data set's.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(min=1e-9, help="Set the optimizer's peak learning rate. Default: the data set's.")
+        float | None,
+        typer.Option(min=1e-9, max=1e9, help="Set the optimizer's peak learning rate. Default: the data set's."),
     ] = None,
     weight_decay: Annotated[
-        float, typer.Option(min=0, help="Set the optimizer's weight decay, of matrices alone.")
+        float, typer.Option(min=0, max=1000, help="Set the optimizer's weight decay, of matrices alone.")
     ] = 0.05,
     augment: Annotated[
         Literal["none", "shift", "flip-shift", "flip-randaugment"] | None,
         typer.Option(help="Augment images in this way. Default: the data set's."),
     ] = None,
     patch_size: Annotated[
-        int | None, typer.Option(min=1, help="Cut images into patches of this side. Default: the data set's.")
+        int | None,
+        typer.Option(min=1, max=4_096, help="Cut images into patches of this side. Default: the data set's."),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to this side. Default: their own.")
+        int | None, typer.Option(min=1, max=4_096, help="Resize images to this side. Default: their own.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, help="Read windows of so many bytes of a text. Default: the data set's.")
+        int | None,
+        typer.Option(min=2, max=65_536, help="Read windows of so many bytes of a text. Default: the data set's."),
     ] = None,
     train_images: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=1_000_000_000,
             help="Train on so many images, equal over classes, or windows of a text an epoch. Default: all images, the "
             "preset's windows.",
         ),
     ] = None,
     test_images: Annotated[
         int | None,
-        typer.Option(min=1, help="Test on so many images, equal over classes, or windows of a text. Default: all."),
+        typer.Option(
+            min=1,
+            max=1_000_000_000,
+            help="Test on so many images, equal over classes, or windows of a text. Default: all.",
+        ),
     ] = None,
     target: Annotated[
         float | None,
@@ -141,6 +151,7 @@ def train_compare(
         int | None,
         typer.Option(
             min=1,
+            max=1_000_000,
             help="Measure after so many epochs each. Default: some twenty times in all, less often where that would "
             "take more than a tenth of the time.",
         ),
@@ -153,7 +164,8 @@ def train_compare(
         int, typer.Option(min=1, max=9999, help="Tune with so many seeds, which are used for nothing else.")
     ] = 2,
     tune_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Tune in runs of so many epochs. Default: as many as the others.")
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Tune in runs of so many epochs. Default: as many as the others."),
     ] = None,
     warmup: Annotated[
         float, typer.Option(min=0, max=0.999, help="Warm up linearly over this share of the steps.")
@@ -164,9 +176,10 @@ def train_compare(
     label_smoothing: Annotated[
         float, typer.Option(min=0, max=0.999, help="Give this share of every label to all classes alike.")
     ] = 0.0,
-    mixup: Annotated[float, typer.Option(min=0, help="Mix images by Mixup with this alpha; 0: not.")] = 0.0,
+    mixup: Annotated[float, typer.Option(min=0, max=1000, help="Mix images by Mixup with this alpha; 0: not.")] = 0.0,
     cutmix: Annotated[
-        float, typer.Option(min=0, help="Mix images by CutMix with this alpha; with --mixup too, half the batches.")
+        float,
+        typer.Option(min=0, max=1000, help="Mix images by CutMix with this alpha; with --mixup too, half the batches."),
     ] = 0.0,
     drop_path: Annotated[
         float,
@@ -178,16 +191,19 @@ def train_compare(
     ] = 0.0,
     embed_dim: Annotated[
         int | None,
-        typer.Option(min=4, help="Train a plain ViT, or gpt-tiny, of this width from drawn weights."),
+        typer.Option(min=4, max=65_536, help="Train a plain ViT, or gpt-tiny, of this width from drawn weights."),
     ] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="The same, with so many layers.")] = None,
-    num_heads: Annotated[int | None, typer.Option(min=1, help="The same, with so many heads.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, max=options.MOST_BLOCKS, help="The same, with so many layers.")
+    ] = None,
+    num_heads: Annotated[int | None, typer.Option(min=1, max=4_096, help="The same, with so many heads.")] = None,
     freeze_filters: Annotated[
         bool, typer.Option("--freeze-filters", help="Give depthwise filters no update, in any arm.")
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Train on this device.")] = "auto",
     stack: Annotated[
-        int | None, typer.Option(min=1, help="Train so many models as one. Default: 1 on a CPU, the fastest on CUDA.")
+        int | None,
+        typer.Option(min=1, max=4_096, help="Train so many models as one. Default: 1 on a CPU, the fastest on CUDA."),
     ] = None,
     compiled: Annotated[
         bool | None,
@@ -203,7 +219,7 @@ def train_compare(
         ),
     ] = "auto",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Train so many runs at once on a CPU. Default: one a core.")
+        int | None, typer.Option(min=1, max=4_096, help="Train so many runs at once on a CPU. Default: one a core.")
     ] = None,
     time_budget: Annotated[float | None, typer.Option(min=0, help="Stop cleanly after so many seconds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in --output, with the same options.")] = False,

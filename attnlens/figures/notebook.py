@@ -81,12 +81,13 @@ def profile_html(
         for symbol, name in (("α", "alpha"), ("β", "beta"), ("prom", "diagonal_prominence"))
         for fold in folds
     ]
+    by_layer = stats.by("layer")
     return fragment(
         lambda: draw_profile(stats, folds, model=model),
         title=f"{model}: M ≈ α Z + β I, {len(layers)} of {counted(depth, 'layer')}",
         note="QK: mean over heads; OV: sum over heads; prom = mean(diag) / sd(off-diag)",
         head=["layer", *(column.title for column in columns)],
-        rows=[[str(layer), *(_mean(stats.select(layer=layer), column) for column in columns)] for layer in layers],
+        rows=[[str(layer), *(_mean(by_layer[layer], column) for column in columns)] for layer in layers],
         about=("provenance", provenance),
     )
 

@@ -206,8 +206,8 @@ def profiles_of(inspection: Inspection, name: str, fold: Fold) -> list[Profile]:
     """Return every profile of one inspected model."""
     profiles = []
     for circuit, heads in PROFILES:
-        stats = inspection.stats.select(circuit=circuit, fold=fold)
-        by_layer = {layer: _of_heads(stats.select(layer=layer), heads) for layer in inspection.layers}
+        rows_of = _of_heads(inspection.stats.select(circuit=circuit, fold=fold), heads).by("layer")
+        by_layer = {layer: rows_of[layer] for layer in inspection.layers}
         for statistic in STATISTICS:
             values = {layer: rows.column(statistic) for layer, rows in by_layer.items()}
             means = {layer: v[np.isfinite(v)].mean() for layer, v in values.items() if np.isfinite(v).any()}

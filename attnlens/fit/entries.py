@@ -148,6 +148,14 @@ def select(
     ]
 
 
+def by_layer(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
+    """Return the entries by layer, in the order they come."""
+    found: dict[int, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.layer, []).append(entry)
+    return found
+
+
 def pool(circuit: Kind, heads: Heads, entries: Sequence[Entry]) -> Pooled:
     """Pool the requests of one circuit over layers, heads and models."""
     noisy = [entry for entry in entries if entry.request_alpha > 0]

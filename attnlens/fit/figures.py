@@ -18,7 +18,7 @@ from attnlens.figures.panels import Given, Legend, Panels, Place, open_panels
 from attnlens.filters.closed_form import closed_form
 from attnlens.filters.entries import FilterEntry
 from attnlens.filters.figures import Covariance, draw_mosaics
-from attnlens.fit.entries import Entry, Source, select
+from attnlens.fit.entries import Entry, Source, by_layer, select
 from attnlens.heads import Array
 
 
@@ -262,9 +262,12 @@ def _bars(axes: Axes, entries: Sequence[Entry], name: str, look: Look, shift: fl
     low, high = (np.array([getattr(entry, f"{name}_{end}") for entry in entries]) for end in ("low", "high"))
     axes.vlines(x, low, high, color=look["color"], linewidth=0.8, alpha=0.5)
     _points(axes, x, y, look, markersize=2.6)
-    layers = np.unique([entry.layer for entry in entries])
-    means = [y[[entry.layer == layer for entry in entries]].mean() for layer in layers]
-    axes.plot(layers + shift, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.2)
+    places: dict[int, list[int]] = {}
+    for place, entry in enumerate(entries):
+        places.setdefault(entry.layer, []).append(place)
+    layers = sorted(places)
+    means = [y[places[layer]].mean() for layer in layers]
+    axes.plot(np.array(layers) + shift, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.2)
 
 
 def _alpha_panel(axes: Axes, entries: Sequence[Entry], look: Look, shift: float) -> None:
@@ -273,8 +276,9 @@ def _alpha_panel(axes: Axes, entries: Sequence[Entry], look: Look, shift: float)
 
 def _beta_panel(axes: Axes, entries: Sequence[Entry], look: Look, shift: float) -> None:
     """Draw beta over the band of +-2 null standard deviations, the median of a layer's heads."""
-    layers = sorted({entry.layer for entry in entries})
-    band = np.array([2 * np.median([e.null_sd for e in entries if e.layer == layer]) for layer in layers])
+    of_layer = by_layer(entries)
+    layers = sorted(of_layer)
+    band = np.array([2 * np.median([entry.null_sd for entry in of_layer[layer]]) for layer in layers])
     axes.fill_between(np.array(layers) + shift, -band, band, color=look["color"], alpha=0.13, linewidth=0, step="mid")
     _bars(axes, entries, "beta", look, shift)
 

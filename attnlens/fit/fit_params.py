@@ -348,9 +348,10 @@ def _requests(stacks: Sequence[_Stack]) -> Requests:
 
 def _layer_summaries(entries: Sequence[Entry]) -> Iterator[LayerSummary]:
     for circuit, heads in _GROUPS:
-        group = select(entries, circuit, heads)
-        for source, layer in dict.fromkeys((entry.source, entry.layer) for entry in group):
-            measured = [entry for entry in group if (entry.source, entry.layer) == (source, layer)]
+        groups: dict[tuple[int, int], list[Entry]] = {}
+        for entry in select(entries, circuit, heads):
+            groups.setdefault((entry.source, entry.layer), []).append(entry)
+        for (source, layer), measured in groups.items():
             alpha, beta = (np.array([getattr(entry, name) for entry in measured]) for name in ("alpha", "beta"))
             yield LayerSummary(
                 source=source,

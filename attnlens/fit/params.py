@@ -10,6 +10,7 @@ Of depthwise filters it holds the covariance of every layer and a closed form fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from attnlens.filters.closed_form import closed_form
 from attnlens.filters.entries import FilterEntry, FilterEntryOfVersion2, FilterMedians, carried_over
 from attnlens.filters.fit import filter_medians
 from attnlens.fit.entries import Entry, Heads, LayerSummary, Pooled, Source, pool, select
+from attnlens.fit.entries import by_layer as entries_by_layer
 from attnlens.fit.gain_transfer import GainTransfer
 from attnlens.fit.gains import LEVELS, CircuitGains, GainsOption
 from attnlens.heads import Array
@@ -230,11 +232,14 @@ class InitParams(Drawn, Tabular, _Part):
         fold: Fold = self.fold if gains == "none" else "balanced"
         transfer = GainTransfer.of(self.gains, gains, by_layer and self.per == "head", self.per)
         requests = []
+        entries = entries_by_layer(self.entries) if by_layer else {}
+        pooled = cache(lambda circuit, head: self._pooled(circuit, head, fold))
         for layer, heads, value_heads in places:
             t, own = relative_depth(layer, depth), layer if by_layer else None
-            qk = self._heads("qk", own, heads, t, fold)
-            ov = self._heads("ov", own, value_heads, t, fold)
-            total = self._pairs("ov", "all", own, t, fold)
+            pairs = partial(self._pairs, entries.get(layer, ()), pooled, t, fold)
+            qk = self._heads(pairs("qk", "each"), heads)
+            ov = self._heads(pairs("ov", "each"), value_heads)
+            total = pairs("ov", "all")
             requests.append(
                 LayerRequest(
                     layer=layer,
@@ -246,8 +251,7 @@ class InitParams(Drawn, Tabular, _Part):
             )
         return tuple(requests)
 
-    def _heads(self, circuit: Kind, layer: int | None, heads: int, t: float, fold: Fold) -> Array | None:
-        pairs = self._pairs(circuit, "each", layer, t, fold)
+    def _heads(self, pairs: Array, heads: int) -> Array | None:
         if not len(pairs) or not heads:
             return None
         if self.per == "head" and len(pairs) == heads:
@@ -261,13 +265,20 @@ class InitParams(Drawn, Tabular, _Part):
         entries = self.select(circuit, head, fold=fold)
         return pool(circuit, head, entries) if entries else None
 
-    def _pairs(self, circuit: Kind, head: Heads, layer: int | None, t: float, fold: Fold) -> Array:
+    def _pairs(
+        self,
+        of_layer: Sequence[Entry],
+        pooled_of: Callable[[Kind, Heads], Pooled | None],
+        t: float,
+        fold: Fold,
+        circuit: Kind,
+        head: Heads,
+    ) -> Array:
         """Return ``[n, 2]`` requests: those of a layer, or the one pair that trend or pooled mean give."""
-        if layer is not None:
-            entries = self.select(circuit, head, layer, fold)
-            if entries:
-                return np.array([[entry.request_alpha, entry.request_beta] for entry in entries])
-        pooled = self._pooled(circuit, head, fold)
+        entries = select(of_layer, circuit, head, fold=fold)
+        if entries:
+            return np.array([[entry.request_alpha, entry.request_beta] for entry in entries])
+        pooled = pooled_of(circuit, head)
         if pooled is None:
             return np.empty((0, 2))
         if self.per == "model":

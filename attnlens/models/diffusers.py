@@ -32,8 +32,7 @@ def _of_blocks(config: Config, path: str, _width: int) -> Any:
     side, _, place = path.partition("_")
     number = re.match(r"blocks\.(\d+)", place)
     index = int(number[1]) if number else 0
-    order = list(counts) if side == "down" else [*reversed(counts)]
-    return order[index] if index < len(order) else None
+    return counts[index if side == "down" else -1 - index] if index < len(counts) else None
 
 
 def _by_width(config: Config, _path: str, width: int) -> Any:
@@ -71,7 +70,9 @@ def describe_diffusers(config: Config, class_name: str, stored: Checkpoint, wher
             f"to read it by its tensors' names. Known are {', '.join(sorted(CLASSES))}"
         )
     paths = sorted((name.removesuffix(".to_q.weight") for name in stored if name.endswith(".to_q.weight")), key=_place)
-    found = [_describe(path, config, class_name, stored, where) for path in paths]
+    only = config.get("only_cross_attention")  # one for all blocks, or one a block
+    crossed = any(only) if isinstance(only, list | tuple) else bool(only)
+    found = [_describe(path, config, class_name, stored, where, crossed) for path in paths]
     if not found:
         raise CheckpointError(f"the weights are not of a {class_name}, which {where} names: no to_q.weight is stored")
     specs = tuple(one for one in found if isinstance(one, AttentionSpec))
@@ -86,13 +87,14 @@ def _place(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
 
 
-def _describe(path: str, config: Config, class_name: str, stored: Checkpoint, where: str) -> AttentionSpec | Refusal:
+def _describe(
+    path: str, config: Config, class_name: str, stored: Checkpoint, where: str, crossed: bool
+) -> AttentionSpec | Refusal:
     module = f"diffusers.{class_name}"
     missing = [name for name in _NAMES.values() if f"{path}.{name}.weight" not in stored]
     if missing:
         return Refusal(path, module, "diffusers", f"has no {missing[0]}: its layout is not known")
-    only = config.get("only_cross_attention")  # one for all blocks, or one a block
-    if f"{path}.add_k_proj.weight" in stored or (any(only) if isinstance(only, list | tuple) else only):
+    if crossed or f"{path}.add_k_proj.weight" in stored:
         return Refusal(path, module, "diffusers", "attends to two streams at once, which no layout here describes")
     shapes = {role: _matrix(f"{path}.{name}.weight", stored) for role, name in _NAMES.items()}
     rows, width = shapes["q"]

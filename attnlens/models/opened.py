@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -93,10 +94,14 @@ class OpenedModel:
 
         return found
 
+    @cached_property
+    def _specs(self) -> dict[int, AttentionSpec]:
+        return dict(self.architecture.indexed())
+
     def heads(self, layer: int) -> HeadWeights:
         """Read the weights of an attention layer, one thread at a time."""
         with self._reading:
-            found = read_heads(dict(self.architecture.indexed())[layer], self.checkpoint, layer)
+            found = read_heads(self._specs[layer], self.checkpoint, layer)
             self.checkpoint.let_go()
             return found
 
@@ -132,7 +137,8 @@ class OpenedModel:
         readable = {layer for layer, _ in known} | set(range(len(self.architecture.filters)) if or_filters else ())
         for layer in layers or ():
             layer_index(layer, readable, f"of {self.name} cannot be read")
-        return tuple(pair for pair in known if layers is None or pair[0] in layers)
+        chosen = None if layers is None else set(layers)
+        return tuple(pair for pair in known if chosen is None or pair[0] in chosen)
 
 
 def unknown_norms(opened: OpenedModel) -> str:

@@ -59,13 +59,16 @@ class Drawings:
         corners = product.dense(side).copy()
         diagonals = product.diagonal().copy() if product.is_square else None
         with self._lock:
+            before, come = _side(len(self.corners)), list[Key]()
             for index, corner in enumerate(corners[None] if summed else corners):
                 key = weights.layer, ALL_HEADS if summed else index, circuit, fold
                 self.corners[key] = corner
+                come.append(key)
                 if diagonals is not None:
                     self.diagonals[key] = diagonals if summed else diagonals[index]
             side = _side(len(self.corners))
-            for key, corner in self.corners.items():
+            for key in self.corners if side < before else come:
+                corner = self.corners[key]
                 if max(corner.shape) > side:
                     self.corners[key] = corner[:side, :side].copy()
 

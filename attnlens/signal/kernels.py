@@ -23,6 +23,8 @@ NEGATIVE = 1e-12
 LEAST = 1e-15
 """Share of the largest entry that smaller ones are lifted to: float64 does not tell them from zero."""
 DISTANCES = ("sequence", "grid")
+LARGEST = 1e300
+"""No number that is passed is as large: twice it is one of float64 still."""
 
 
 class NegativeAttentionError(UsageError):
@@ -57,6 +59,11 @@ class Tokens:
         return np.asarray(np.abs(places[:, None] - places[None]).sum(-1))
 
 
+def is_number(value: object) -> bool:
+    """Whether an option is a number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def schedule(last: float, depth: int) -> Array:
     """Return a_0 = 1, ..., a_L = last: a_l = last^(l / L). Each layer multiplies a by the same number."""
     return np.asarray(last ** (np.arange(depth + 1) / depth))
@@ -68,8 +75,8 @@ def exponential_kernels(depth: int, gamma: float, distances: Array) -> list[Arra
     a_L = sqrt(1 - exp(-2 gamma)), a_l = a_L^(l / L), g_l = -1/2 log(1 - a_l^2), so g_L = gamma. Source: He et al.,
     ICLR 2023 (arXiv 2302.10322).
     """
-    if not 0 < gamma < math.inf:
-        raise UsageError(f"gamma = {gamma!r} is not accepted: pass a number above 0")
+    if not is_number(gamma) or not 0 < gamma < LARGEST:
+        raise UsageError(f"gamma = {gamma!r} is not accepted: pass a number above 0, below {LARGEST:g}")
     shares = schedule(math.sqrt(-math.expm1(-2 * gamma)), depth)
     return [np.sqrt(1 - share**2) ** distances for share in shares]  # exp(-g) = sqrt(1 - a^2), and 0^0 = 1
 
@@ -80,7 +87,7 @@ def uniform_kernels(depth: int, rho: float, tokens: int) -> list[Array]:
     The family of kernels is that of arXiv 2302.10322, as far as we know it; how r_l grows is this project's choice, the
     analogue of E-SPA's: sqrt(1 - r_l) = a_l = sqrt(1 - rho)^(l / L).
     """
-    if not 0 < rho < 1:
+    if not is_number(rho) or not 0 < rho < 1:
         raise UsageError(f"rho = {rho!r} is not accepted: pass a number between 0 and 1")
     shares = schedule(math.sqrt(1 - rho), depth)
     return [share**2 * np.eye(tokens) + (1 - share**2) for share in shares]

@@ -12,6 +12,8 @@ import torch
 
 from attnlens.errors import UsageError
 from attnlens.heads import Array
+from attnlens.memory import free_memory, in_words
+from attnlens.models.architecture import MOST_MODULES
 from attnlens.signal.arms import ARMS, build_arm, resolved_options
 from attnlens.signal.kernels import cosines, mean_cosine
 from attnlens.signal.rewire import RewireReport, with_or_without
@@ -126,6 +128,7 @@ def propagate(
     resolved = resolved_options(arms, options or {})
     if min(seeds, sequences, 1 if depth is None else depth) < 1 or (tokens is not None and tokens < 2):
         raise UsageError("there is nothing to measure: pass at least one seed, one sequence, one block and two tokens")
+    _check_room(tokens or 1, depth or 1, sequences)
     rows: list[Row] = []
     reports: dict[str, RewireReport] = {}
     theory: dict[str, list[Array] | None] = {}
@@ -143,6 +146,18 @@ def propagate(
         rows += [(arm, seed, layer, *values) for layer, values in enumerate(measured)]
     table = StatsTable(tuple(rows), COLUMNS)
     return Propagation(**head, skips=skips, norms=norms, seeds=seeds, sequences=sequences, table=table, arms=reports)
+
+
+def _check_room(tokens: int, depth: int, sequences: int) -> None:
+    """Raise `UsageError` where the kernels of every block, and scores of every sequence, have no room in memory."""
+    if depth > MOST_MODULES:
+        raise UsageError(f"depth {depth} is more than is built: pass at most {MOST_MODULES}")
+    size, free = 8 * tokens**2 * (depth + 1 + sequences), free_memory()
+    if free is not None and size > free:
+        raise UsageError(
+            f"{tokens:.3g} tokens in {counted(depth, 'block')} and {counted(sequences, 'sequence')} take "
+            f"{in_words(size)}, and {in_words(free)} of memory are free: pass fewer tokens"
+        )
 
 
 def random_tokens(seed: int, sequences: int, tokens: int, embed_dim: int) -> Tensor:

@@ -38,6 +38,8 @@ class Corners:
     panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.floating]]] = field(default_factory=dict, repr=False)
     shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict, repr=False)
     _counts: Counter[tuple[Kind, int]] = field(default_factory=Counter, repr=False)
+    _totals: Counter[Kind] = field(default_factory=Counter, repr=False)
+    _most: Counter[Kind] = field(default_factory=Counter, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
     _widest: int = field(init=False, repr=False)
 
@@ -61,16 +63,19 @@ class Corners:
 
     def _turn_to(self, fold: Fold) -> None:
         self.fold, self.preferred, self.size = fold, None, self._widest
-        for held in (self.panels, self.shapes, self._counts):
+        for held in (self.panels, self.shapes, self._counts, self._totals, self._most):
             held.clear()
 
     def _make_room(self, circuit: Kind, layer: int, panels: int) -> None:
-        """Choose the size for what is to come, too, and cut what is there."""
+        """Choose the size for what is to come, too, and cut what is there where it shrinks."""
         self._counts[circuit, layer] += panels
-        mine = [count for (kind, _), count in self._counts.items() if kind == circuit]
-        largest = min(math.isqrt(HEATMAP_ENTRIES // sum(mine)), HEATMAP_SIDE // max(mine))
-        self.size = min(self.size, max(2, largest))
-        self._cut()
+        self._totals[circuit] += panels
+        self._most[circuit] = max(self._most[circuit], self._counts[circuit, layer])
+        largest = min(math.isqrt(HEATMAP_ENTRIES // self._totals[circuit]), HEATMAP_SIDE // self._most[circuit])
+        if max(2, largest) < self.size:
+            self.size = max(2, largest)
+            for kept in self.panels.values():
+                self._cut(kept)
 
     def _keep(self, layer: int, circuit: Kind, corners: Array, shape: Sequence[int]) -> None:
         found = {ALL_HEADS: corners} if corners.ndim == 2 else dict(enumerate(corners))
@@ -78,13 +83,12 @@ class Corners:
         for head, corner in found.items():
             kept[head] = corner.astype(np.float32 if fits_float32(corner) else np.float64)
         self.shapes[circuit, layer] = (shape[-2], shape[-1])
-        self._cut()
+        self._cut(kept)
 
-    def _cut(self) -> None:
-        for kept in self.panels.values():
-            for head, corner in kept.items():
-                if max(corner.shape) > self.size:
-                    kept[head] = corner[: self.size, : self.size].copy()
+    def _cut(self, kept: dict[int | str, NDArray[np.floating]]) -> None:
+        for head, corner in kept.items():
+            if max(corner.shape) > self.size:
+                kept[head] = corner[: self.size, : self.size].copy()
 
     def of(self, circuit: Kind) -> tuple[dict[int, dict[int | str, Any]], dict[int, tuple[int, int]]]:
         """Return the corners of one circuit by layer and head, layers in order, and the whole products' shapes."""

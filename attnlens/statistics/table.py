@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,20 @@ class StatsTable(Tabular):
         named = {column_name(name, self.columns): value for name, value in keys.items()}
         places = {self.columns.index(name): _word(name, value) for name, value in named.items()}
         return StatsTable(tuple(r for r in self.rows if all(r[p] == v for p, v in places.items())), self.columns)
+
+    def by(self, name: str) -> dict[Value, StatsTable]:
+        """Return the rows by what a column holds, one table a value, as `select` finds them: all in one pass.
+
+        A value that no row holds gives an empty table. Raises `UsageError` for a column that is not there.
+        """
+        place = self.columns.index(column_name(name, self.columns))
+        found: dict[Value, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row[place], []).append(row)
+        return defaultdict(
+            lambda: StatsTable((), self.columns),
+            {value: StatsTable(tuple(rows), self.columns) for value, rows in found.items()},
+        )
 
     def column(self, name: str) -> Array:
         """Return a numeric column, or one of `RATIOS`, as float64. Raises `UsageError` for another."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from attnlens.errors import UsageError
+from attnlens.memory import check_fits
 from attnlens.training.arms import (
     FROM_WEIGHTS,
     OF_SOURCE,
@@ -42,7 +43,7 @@ from attnlens.training.networks.base import Network
 from attnlens.training.networks.registry import network_named
 from attnlens.training.networks.vit import ViT
 from attnlens.training.seen import Seen, meet
-from attnlens.training.source import Source
+from attnlens.training.source import Source, on_meta
 from attnlens.training.stack_size import fastest_stack
 from attnlens.training.store import stored_config
 
@@ -241,6 +242,8 @@ def resolve(
     given = {name: getattr(options, name) for name in preset}
     chosen = preset | {name: value for name, value in given.items() if value is not None}
     network = source.network(**{**source.sizes, **data.sizes(chosen)})
+    network.check(options.dataset)
+    check_fits(on_meta(network, network.describe()), network.describe())
     data = data.kept(chosen)
     config = _config(options, data, network, chosen, source, device)
     check_config(config)

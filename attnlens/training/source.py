@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlens.checkpoints import open_checkpoint
-from attnlens.errors import UnsupportedAttentionError, UsageError
+from attnlens.checkpoints import Checkpoint, open_checkpoint
+from attnlens.errors import CheckpointError, UnsupportedAttentionError, UsageError, first_line
 from attnlens.layouts import read_heads
+from attnlens.memory import in_words
+from attnlens.models.architecture import modules_counted
 from attnlens.models.open import EMBEDDED
 from attnlens.models.weights import config_in, parse_object
 from attnlens.strict_json import there
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from attnlens.models.opened import OpenedModel
 
 
+_BESIDE = 1 << 28  # bytes that a network from a file may hold beyond its weights and as much again
 TINY: Mapping[str, Any] = {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0}
 """Sizes of a ViT-Ti."""
 
@@ -80,7 +83,8 @@ class Source:
     def with_weights(self, path: Path) -> Source:
         """Return the named network with the weights that a comparison of such networks saved.
 
-        Raises `CheckpointError` for a file that cannot be read, `UsageError` for weights of another network.
+        Raises `CheckpointError` for a file that cannot be read, or whose weights are not of the sizes it states,
+        `UsageError` for weights of another network.
         """
         import torch
 
@@ -94,7 +98,7 @@ class Source:
                 f"--checkpoint {path} holds no weights of {self.name} as `attnlens train-compare --save-weights` "
                 "writes them: name the --model they are of"
             )
-        module = self.network.model_validate(sizes).build(0)
+        module = _of_sizes(self.network, sizes, stored, path).build(0)
         module.load_state_dict({name: torch.as_tensor(np.array(stored[name])) for name in stored})
         opened = open_model(module, None, filters=True)
         fitted = fit_params(module) if self.params is None else self.params
@@ -149,6 +153,48 @@ class Source:
                 for values in drawn.values() if isinstance(drawn, dict) else (drawn,):
                     digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
+
+
+def on_meta(network: Network, what: str) -> nn.Module:
+    """Return a network on the meta device, which takes no memory.
+
+    Raises `ModelNotFoundError` where it would have more modules than any, and what building it raises.
+    """
+    import torch
+
+    with torch.device("meta"), modules_counted(what):
+        return network.build(0)
+
+
+def _of_sizes(kind: type[Network], sizes: Any, stored: Checkpoint, path: Path) -> Network:
+    """Return the network of the sizes that a file states, where the weights in it are those of such a network.
+
+    What a network holds beside its weights, as a mask, may take no more memory than `_BESIDE` and the weights do.
+    """
+    try:
+        network = kind.model_validate(sizes)
+        module = on_meta(network, str(path))
+    except Exception as error:  # any constructor, with any sizes a file may state
+        raise CheckpointError(
+            f"{path} states sizes that no {kind.__name__} has ({first_line(error)}): save the weights again"
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    held = {name: tuple(stored.shape(name)) for name in stored}
+    wrong = next((name for name in {**shapes, **held} if shapes.get(name) != held.get(name)), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{path} does not hold the {kind.__name__} of the sizes it states: {wrong} is "
+            f"{list(held[wrong]) if wrong in held else 'not there'}, not "
+            f"{list(shapes[wrong]) if wrong in shapes else 'one of its tensors'}. Save the weights again"
+        )
+    weights = sum(tensor.nbytes for tensor in module.state_dict().values())
+    beside = sum(buffer.nbytes for buffer in module.buffers())
+    if beside > _BESIDE + weights:
+        raise CheckpointError(
+            f"{path} states sizes for which a {kind.__name__} holds {in_words(beside)} beside {in_words(weights)} of "
+            "weights: a smaller context is read"
+        )
+    return network
 
 
 def _seen(model: str | None, opened: OpenedModel) -> tuple[Seen, ...] | None:

@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attnlens.circuits import Fold, layer_ov, qk_circuit
 from attnlens.layouts import AttentionSpec, read_heads
+from attnlens.layouts.read_write import LARGEST
 from attnlens.statistics.diagonal import fit_alpha_beta
 
 if TYPE_CHECKING:
@@ -37,6 +40,11 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
             ):
                 fits[fold][name].append(float(f"{float(value):.6g}"))
     return fits
+
+
+def holds_numbers(tensors: Mapping[str, Any]) -> bool:
+    """Whether weights can be measured: those of a run that diverged are NaN, infinite or beyond all size."""
+    return all(bool(np.abs(values).max(initial=0) <= LARGEST) for values in tensors.values())
 
 
 def structure_line(run: str, epoch: float, structure: Structure) -> str:

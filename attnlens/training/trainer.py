@@ -24,7 +24,7 @@ from attnlens.training.seen import METADATA_KEY, Seen, written
 from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store
-from attnlens.training.structure import measure_structure
+from attnlens.training.structure import holds_numbers, measure_structure
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -309,13 +309,13 @@ class _Training:
                 "train_loss": _finite(losses[number]),
                 f"{config.items}_seen": items,
                 "effective_epochs": items / session.data.whole,
-                "structure": measure_structure(session.specs[self.wiring], tensors),
+                "structure": measure_structure(session.specs[self.wiring], tensors) if holds_numbers(tensors) else None,
             }
             if config.network.metric.share:
                 record["balanced_accuracy"] = scores.balanced[number]
             if config.metric.nats is not None:
                 record[config.metric.field] = _finite(scores.loss[number] / config.metric.nats)
-            if config.metric.of(record) is None:
+            if None in (config.metric.of(record), record["structure"]):
                 record = {"status": "diverged"}
             self.records[number].append(self._line(run, number, epoch) | record)
         session.listen(self.unit, {"measured": [list(records) for records in self.records]})
