@@ -41,12 +41,6 @@ class Architecture:
         places = {path: index for index, path in reversed([*enumerate(self.order)])}
         return tuple((places[spec.path], spec) for spec in self.specs)
 
-    @property
-    def inputs_first(self) -> bool | None:
-        """Whether projections are stored ``[in, out]``, as a Conv1D's; None where layers differ, or there is none."""
-        found = {(slot.axis == 1) != (role == "o") for spec in self.specs for role, slot in spec.slots().items()}
-        return found.pop() if len(found) == 1 else None
-
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data."""
         return asdict(self)

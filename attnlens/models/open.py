@@ -321,7 +321,7 @@ def _open_adapter(
             "merge it (peft's merge_and_unload), save the result with save_pretrained, and give that folder"
         )
     opened = _open(Path(base).absolute(), None, access, given)  # what is there, under whatever name
-    merged = with_adapter(opened.checkpoint, config, inputs_first=opened.architecture.inputs_first)
+    merged = with_adapter(opened.checkpoint, config, inputs_first=opened.inputs_first)
     return replace(opened, name=folder.resolve().name, checkpoint=merged, source={"model": name, "base": base})
 
 

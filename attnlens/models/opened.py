@@ -94,6 +94,13 @@ class OpenedModel:
 
         return found
 
+    @property
+    def inputs_first(self) -> bool | None:
+        """Whether projections are stored ``[in, out]``, as a Conv1D's; None where layers differ, or there is none."""
+        slots = (pair for spec in self.architecture.specs for pair in spec.slots().items())
+        found = {(slot.axis == 1) != (role == "o") for role, slot in slots}
+        return found.pop() if len(found) == 1 else None
+
     @cached_property
     def _specs(self) -> dict[int, AttentionSpec]:
         return dict(self.architecture.indexed())
