@@ -155,7 +155,7 @@ def _check_room(tokens: int, depth: int, sequences: int) -> None:
     size, free = 8 * tokens**2 * (depth + 1 + sequences), free_memory()
     if free is not None and size > free:
         raise UsageError(
-            f"{tokens:.3g} tokens in {counted(depth, 'block')} and {counted(sequences, 'sequence')} take "
+            f"{counted(tokens, 'token')} in {counted(depth, 'block')} and {counted(sequences, 'sequence')} take "
             f"{in_words(size)}, and {in_words(free)} of memory are free: pass fewer tokens"
         )
 

@@ -38,14 +38,14 @@ class Corners:
     panels: dict[tuple[Kind, int], dict[int | str, NDArray[np.floating]]] = field(default_factory=dict, repr=False)
     shapes: dict[tuple[Kind, int], tuple[int, int]] = field(default_factory=dict, repr=False)
     _counts: Counter[tuple[Kind, int]] = field(default_factory=Counter, repr=False)
-    _totals: Counter[Kind] = field(default_factory=Counter, repr=False)
-    _most: Counter[Kind] = field(default_factory=Counter, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
     _widest: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Remember the size before it shrinks."""
         self._widest = self.size
+        self._totals: Counter[Kind] = Counter()
+        self._most: Counter[Kind] = Counter()
 
     def observe(self, weights: HeadWeights, circuit: Kind, fold: Fold, product: FactoredProduct) -> None:
         """Keep the corners of a stack of products, or of a sum."""
