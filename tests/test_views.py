@@ -261,9 +261,9 @@ def test_what_is_converted_is_of_the_file_that_was_looked_at(tmp_path, after):
     with _flipping(tmp_path / "cur", after=after):
         if after == "stat":
             with pytest.raises(CheckpointError, match=CHANGED):
-                convert(TIMM["architecture"], TIMM["model_args"], origin)
+                convert(TIMM["architecture"], TIMM["model_args"], origin, lambda _: None)
         else:
-            found = convert(TIMM["architecture"], TIMM["model_args"], origin)
+            found = convert(TIMM["architecture"], TIMM["model_args"], origin, lambda _: None)
             assert {float(found[name].max()) for name in found} == {1.0}
 
 

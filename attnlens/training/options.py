@@ -242,11 +242,10 @@ def resolve(
     given = {name: getattr(options, name) for name in preset}
     chosen = preset | {name: value for name, value in given.items() if value is not None}
     network = source.network(**{**source.sizes, **data.sizes(chosen)})
-    network.check(options.dataset)
-    check_fits(on_meta(network, network.describe()), network.describe())
     data = data.kept(chosen)
     config = _config(options, data, network, chosen, source, device)
     check_config(config)
+    check_fits(on_meta(network, network.describe()), network.describe())
     _check_arms(config, source)
     config = config.model_copy(update={"params_sha256": source.params_sha256(network.build(0), config.arms)})
     wirings = {arm: start_of(arm, source).wiring for arm in config.arms}

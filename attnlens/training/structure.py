@@ -42,9 +42,11 @@ def measure_structure(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mappi
     return fits
 
 
-def holds_numbers(tensors: Mapping[str, Any]) -> bool:
-    """Whether weights can be measured: those of a run that diverged are NaN, infinite or beyond all size."""
-    return all(bool(np.abs(values).max(initial=0) <= LARGEST) for values in tensors.values())
+def structure_of(specs: Sequence[tuple[int, AttentionSpec]], tensors: Mapping[str, Any]) -> Structure | None:
+    """Return what `measure_structure` does; None for a run that diverged: NaN, infinite or beyond all size."""
+    read = {name for _, spec in specs for name in spec.tensors()}
+    measurable = all(bool(np.abs(tensors[name]).max(initial=0) <= LARGEST) for name in read)
+    return measure_structure(specs, tensors) if measurable else None
 
 
 def structure_line(run: str, epoch: float, structure: Structure) -> str:

@@ -24,7 +24,7 @@ from attnlens.training.seen import METADATA_KEY, Seen, written
 from attnlens.training.source import Source
 from attnlens.training.stop import Control
 from attnlens.training.store import Record, Store
-from attnlens.training.structure import holds_numbers, measure_structure
+from attnlens.training.structure import structure_of
 from attnlens.words import counted
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ class _Training:
                 "train_loss": _finite(losses[number]),
                 f"{config.items}_seen": items,
                 "effective_epochs": items / session.data.whole,
-                "structure": measure_structure(session.specs[self.wiring], tensors) if holds_numbers(tensors) else None,
+                "structure": structure_of(session.specs[self.wiring], tensors),
             }
             if config.network.metric.share:
                 record["balanced_accuracy"] = scores.balanced[number]
