@@ -160,7 +160,8 @@ def test_a_tensor_that_two_shards_hold_is_refused(tmp_path):
     assert (again.stats.column("alpha") == whole.stats.column("alpha")).all()
 
 
-def test_a_configuration_that_brings_its_code_is_not_run(tmp_path):
+def test_a_configuration_that_brings_its_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks on a terminal
     described(tmp_path, {"model_type": "new", "auto_map": {"AutoConfig": "new.Config", "AutoModel": "new.Model"}})
     (tmp_path / "new.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
     with pytest.raises(ModelNotFoundError, match=r"transformers cannot build what .* describes"):
